@@ -1,0 +1,1 @@
+"""What a run keeps: commutative monoids over batches. See `base.Accumulator` to add one."""

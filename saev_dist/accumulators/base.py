@@ -1,0 +1,95 @@
+"""PURE. The contract of an accumulator, and the sparse codes that it is fed.
+
+To add a statistic: one file with a class that derives from `Accumulator`, one line in `bundle.py`, one line in
+`tests/laws.py`, whose battery then tests it.
+
+Names: `b` tokens, `d` model width, `n` codes, `s` features.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from saev_dist.errors import MergeError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Codes:
+    """The nonzero codes of one batch of whole examples, on the CPU, ordered by token."""
+
+    token_n: Tensor
+    """int64 (n,): token within the batch, `(image - img_i) * n_patches + patch`."""
+    feature_n: Tensor
+    """int64 (n,)."""
+    value_n: Tensor
+    """float32 (n,), never 0, finite; negative only from a raw TopK."""
+    img_i: int
+    """Global index of the first image."""
+    n_imgs: int
+    n_patches: int
+    """Content tokens per image."""
+    acts_bd: Tensor
+    """float32 (tokens, d_model): what the codes were encoded from; valid during `update` only."""
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_imgs * self.n_patches
+
+
+class Accumulator(ABC):
+    """A commutative monoid over batches: fold in any order, in any grouping, on any number of ranks.
+
+    The constructor makes the empty state. State is a set of CPU tensors, the attributes named in `STATE`. Dim 0
+    of each is made of independent rows (features, mostly): `merge` of row slices is the row slice of `merge`,
+    which is what lets ranks exchange and merge slices. Integer state makes sums associative to the bit.
+    """
+
+    STATE: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def update(self, codes: Codes) -> None:
+        """Fold one batch in."""
+
+    @abstractmethod
+    def merge(self, other: Self) -> Self:
+        """The state over the batches of both, which must be disjoint; neither operand changes."""
+
+    @abstractmethod
+    def finalize(self, n_tokens: int) -> dict[str, Any]:
+        """Artifacts from the state over all `n_tokens` tokens of the data.
+
+        A file stem maps to what `torch.save` writes; "metrics" maps to numbers that go into metrics.json.
+        """
+
+    def flush(self) -> None:
+        """Fold in what `update` may have put off. Called before the state is read."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state's tensors, not copied."""
+        self.flush()
+        return {name: getattr(self, name) for name in self.STATE}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take a state over, tensors not copied; it may have any number of rows (a slice).
+
+        Raises:
+            MergeError: a tensor is missing, or differs in dtype or in the shape of a row.
+        """
+        for name in self.STATE:
+            mine = getattr(self, name)
+            other = state.get(name)
+            if other is None or other.dtype != mine.dtype or other.shape[1:] != mine.shape[1:]:
+                found = "nothing" if other is None else f"{other.dtype} {tuple(other.shape)}"
+                raise MergeError(f"{type(self).__name__}.{name}: found {found}; expected {mine.dtype} {tuple(mine.shape)}.")
+        for name in self.STATE:
+            setattr(self, name, state[name])
+
+    def check_same_kind(self, other: "Accumulator") -> None:
+        """Raise MergeError unless `other` is of this type and its tensors have these shapes."""
+        if type(self) is not type(other):
+            raise MergeError(f"cannot merge {type(self).__name__} with {type(other).__name__}.")
+        mine, theirs = ({k: tuple(v.shape) for k, v in acc.state_dict().items()} for acc in (self, other))
+        if mine != theirs:
+            raise MergeError(f"cannot merge {type(self).__name__} of shapes {mine} with one of {theirs}.")

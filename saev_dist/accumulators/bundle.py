@@ -1,0 +1,59 @@
+"""PURE. The product of a run's accumulators, which is an accumulator."""
+
+from copy import copy
+from typing import Any, Self
+
+from torch import Tensor
+
+from saev_dist.accumulators.base import Accumulator, Codes
+
+
+class Bundle(Accumulator):
+    """Several accumulators that see the same batches.
+
+    Args:
+        parts: accumulators by name; the names prefix their state's.
+    """
+
+    STATE = ()
+
+    def __init__(self, parts: dict[str, Accumulator]) -> None:
+        self.parts = parts
+
+    def update(self, codes: Codes) -> None:
+        for part in self.parts.values():
+            part.update(codes)
+
+    def flush(self) -> None:
+        for part in self.parts.values():
+            part.flush()
+
+    def merge(self, other: Self) -> Self:
+        self.check_same_kind(other)
+        return type(self)({name: part.merge(other.parts[name]) for name, part in self.parts.items()})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f"{name}.{key}": tensor for name, part in self.parts.items() for key, tensor in part.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, part in self.parts.items():
+            prefix = f"{name}."
+            part.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+    def like(self, state: dict[str, Tensor]) -> Self:
+        """A bundle with these parts' settings and that state."""
+        parts = {name: copy(part) for name, part in self.parts.items()}
+        other = type(self)(parts)
+        other.load_state_dict(state)
+        return other
+
+    def finalize(self, n_tokens: int) -> dict[str, Any]:
+        artifacts: dict[str, Any] = {"metrics": {}}
+        for part in self.parts.values():
+            for stem, content in part.finalize(n_tokens).items():
+                if stem == "metrics":
+                    artifacts["metrics"] |= content
+                else:
+                    assert stem not in artifacts, stem
+                    artifacts[stem] = content
+        return artifacts

@@ -1,0 +1,54 @@
+"""PURE. Sums that do not depend on the order: floats rounded to a fixed-point integer of two int64 limbs.
+
+A number is `whole + fraction * 2**-62` with `0 <= fraction < 2**62`. A float64 below 2^62 loses at most 2^-63 on
+entry; addition is exact and associative up to 4.6e18, beyond which it is an error, never a wrap.
+"""
+
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from saev_dist.errors import MergeError
+
+FRACTION_BITS = 62
+LIMIT = 2**62
+
+
+def from_float(x: Tensor) -> Tensor:
+    """Round float64 (...) to limbs, int64 (..., 2).
+
+    Raises:
+        MergeError: a number is not finite, or 2^62 or larger.
+    """
+    if x.numel() and not float(x.abs().max()) < LIMIT:
+        raise MergeError(f"a batch's sum is {float(x.abs().max())}; sums of activations must stay below 4.6e18.")
+    whole = x.floor()
+    fraction = ((x - whole) * LIMIT).round().to(torch.int64)
+    return _carry(whole.to(torch.int64), fraction)
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of two sets of limbs, int64 (..., 2).
+
+    Raises:
+        MergeError: a sum is 2^62 or larger.
+    """
+    total = _carry(a[..., 0] + b[..., 0], a[..., 1] + b[..., 1])
+    if total.numel() and int(total[..., 0].abs().max()) >= LIMIT:
+        raise MergeError("a sum of activations passes 4.6e18, the largest that is kept exactly.")
+    return total
+
+
+def to_float(limbs: Tensor) -> Tensor:
+    """Nearest float64 (up to one rounding of each limb) of limbs int64 (..., 2)."""
+    return limbs[..., 0].double() + limbs[..., 1].double() / LIMIT
+
+
+def to_fractions(limbs: Tensor) -> list[Fraction]:
+    """Exact values of limbs int64 (n, 2)."""
+    return [Fraction(whole) + Fraction(part, LIMIT) for whole, part in limbs.tolist()]
+
+
+def _carry(whole: Tensor, fraction: Tensor) -> Tensor:
+    return torch.stack([whole + (fraction >> FRACTION_BITS), fraction & (LIMIT - 1)], dim=-1)

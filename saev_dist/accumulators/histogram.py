@@ -1,0 +1,84 @@
+"""PURE. The distribution of every feature's scores in fixed log-linear bins, and percentiles from it.
+
+A bin is the top bits of the float32 pattern: 16 bins to each power of two, from 2^-16 to 2^16, with one bin for
+smaller scores above zero and one for larger. Fixed bins merge exactly, and the relative width of a bin is at most
+1/16, so a percentile read off its middle is within 1/32 (3.1 %) of the true one inside that range. (The layout of
+HdrHistogram and DDSketch, with the exponent taken from the number itself.)
+
+Names: `s` features, `h` bins.
+"""
+
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saev_dist.accumulators.base import Accumulator, Codes
+
+BITS = 4
+MIN_EXPONENT, MAX_EXPONENT = -16, 16
+_SHIFT = 23 - BITS
+_FIRST = (127 + MIN_EXPONENT) << BITS
+_REGULAR = (MAX_EXPONENT - MIN_EXPONENT) << BITS
+N_BINS = _REGULAR + 2
+
+
+def bin_of(value: Tensor) -> Tensor:
+    """Bin, int64, of float32 scores above zero. Bin i holds `edges()[i] <= score < edges()[i + 1]`."""
+    return ((value.view(torch.int32) >> _SHIFT) - (_FIRST - 1)).clamp_(0, N_BINS - 1).long()
+
+
+def edges() -> Tensor:
+    """float32 (n_bins + 1,): 0, 2^-16, …, 2^16, infinity."""
+    patterns = np.arange(_FIRST, _FIRST + _REGULAR + 1, dtype=np.int32) << _SHIFT
+    return torch.from_numpy(np.concatenate([[0.0], patterns.view(np.float32), [np.inf]]).astype(np.float32))
+
+
+class Histogram(Accumulator):
+    """Counts of each feature's scores above zero, by bin.
+
+    Memory: 8 bytes a bin, 514 bins: 4.1 kB a feature.
+
+    Args:
+        d_sae: features.
+        percentile: which one `finalize` reports, in 0 … 100.
+    """
+
+    STATE = ("counts_sh",)
+
+    def __init__(self, d_sae: int, percentile: float) -> None:
+        self.percentile = percentile
+        self.counts_sh = torch.zeros(d_sae, N_BINS, dtype=torch.int64)
+
+    def update(self, codes: Codes) -> None:
+        # A score of zero or below goes nowhere: its weight is 0, and its bin is merely in range.
+        flat_n = codes.feature_n * N_BINS + bin_of(codes.value_n)
+        self.counts_sh.view(-1).scatter_add_(0, flat_n, (codes.value_n > 0).long())
+
+    def merge(self, other: Self) -> Self:
+        self.check_same_kind(other)
+        merged = type(self)(0, self.percentile)
+        merged.counts_sh = self.counts_sh + other.counts_sh
+        return merged
+
+    def finalize(self, n_tokens: int) -> dict[str, Any]:
+        return {
+            f"percentiles_p{self.percentile:g}": self.percentiles(n_tokens),
+            "histograms": {"counts": self.counts_sh, "edges": edges(), "n_tokens": n_tokens},
+        }
+
+    def percentiles(self, n_tokens: int) -> Tensor:
+        """The percentile of each feature over all tokens, scores not above zero counting as 0: float32 (d_sae,).
+
+        The nearest-rank definition (NumPy's "inverted_cdf"): the smallest score that at least percentile % of all
+        tokens do not exceed, read off as the middle of its bin.
+        """
+        edge_h = edges()
+        # The open bin at the top has no middle: its lower edge is what is known.
+        middle_h = torch.cat([(edge_h[:-2] + edge_h[1:-1]) / 2, edge_h[-2:-1]])
+        rank = max(1, -(-round(self.percentile * 1_000_000) * n_tokens // 100_000_000))
+        below_s = n_tokens - self.counts_sh.sum(dim=1)  # tokens at zero
+        reached_sh = below_s[:, None] + self.counts_sh.cumsum(dim=1) >= rank
+        value_s = middle_h[reached_sh.int().argmax(dim=1)]
+        return torch.where(below_s >= rank, torch.zeros(()), value_s)

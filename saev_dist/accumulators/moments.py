@@ -1,0 +1,56 @@
+"""PURE. How often and how strongly each feature fires.
+
+Names: `s` features.
+"""
+
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from saev_dist.accumulators import fixed_point
+from saev_dist.accumulators.base import Accumulator, Codes
+
+
+class Moments(Accumulator):
+    """Count and sum of each feature's scores above zero.
+
+    The count is exact. A batch's sum is taken in float64 and rounded to fixed point (2^-63), so totals are exact
+    sums of per-batch sums. Memory: 24 bytes a feature.
+    """
+
+    STATE = ("count_s", "sum_s2")
+
+    def __init__(self, d_sae: int) -> None:
+        self.count_s = torch.zeros(d_sae, dtype=torch.int64)
+        """Tokens on which the feature is above zero."""
+        self.sum_s2 = torch.zeros(d_sae, 2, dtype=torch.int64)
+        """Sum of those scores, in limbs of `fixed_point`."""
+
+    def update(self, codes: Codes) -> None:
+        d_sae = len(self.count_s)
+        # bincount runs through the codes in order on one thread: its float64 sums are reproducible
+        above_n = codes.value_n.clamp(min=0)
+        sum_s = np.bincount(codes.feature_n.numpy(), weights=above_n.numpy(), minlength=d_sae)
+        self.count_s += torch.bincount(codes.feature_n[codes.value_n > 0], minlength=d_sae)
+        self.sum_s2 = fixed_point.add(self.sum_s2, fixed_point.from_float(torch.from_numpy(sum_s)))
+
+    def merge(self, other: Self) -> Self:
+        self.check_same_kind(other)
+        merged = type(self)(0)
+        merged.count_s = self.count_s + other.count_s
+        merged.sum_s2 = fixed_point.add(self.sum_s2, other.sum_s2)
+        return merged
+
+    def finalize(self, n_tokens: int) -> dict[str, Any]:
+        mean_s = fixed_point.to_float(self.sum_s2) / self.count_s  # 0 / 0 = NaN: a feature that never fired
+        return {
+            "sparsity": (self.count_s.double() / n_tokens).float(),
+            "mean_values": mean_s.float(),
+            "metrics": {
+                "n_tokens": n_tokens,
+                "d_sae": len(self.count_s),
+                "l0": int(self.count_s.sum()) / n_tokens,
+                "n_dead": int((self.count_s == 0).sum()),
+            },
+        }

@@ -1,0 +1,80 @@
+"""PURE. How much of the activations the SAE's decoder gives back.
+
+Names: `b` tokens, `d` model width, `s` features.
+"""
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saev_dist.accumulators import fixed_point
+from saev_dist.accumulators.base import Accumulator, Codes
+
+
+class Reconstruction(Accumulator):
+    """Sums from which the normalized mean squared error follows.
+
+    `normalized_mse = sum |x - x_hat|^2 / sum |x - mean(x)|^2`, with the mean over all tokens, as saev defines it. A
+    batch's float64 sums are rounded to fixed point, and the rest is exact integer arithmetic.
+
+    Cost: one row of the decoder is read per code, on the CPU; and a (tokens, d_model) array for each batch.
+
+    Args:
+        w_dec_sd: float32 (d_sae, d_model).
+        b_dec_d: float32 (d_model,).
+    """
+
+    STATE = ("sum_d2", "squares_12", "errors_12")
+
+    def __init__(self, w_dec_sd: Tensor, b_dec_d: Tensor) -> None:
+        self.w_dec_sd, self.b_dec_d = w_dec_sd, b_dec_d
+        self.sum_d2 = torch.zeros(len(b_dec_d), 2, dtype=torch.int64)
+        """Sum of the activations."""
+        self.squares_12 = torch.zeros(1, 2, dtype=torch.int64)
+        """Sum of their squares."""
+        self.errors_12 = torch.zeros(1, 2, dtype=torch.int64)
+        """Sum of the squared errors."""
+
+    def update(self, codes: Codes) -> None:
+        first_b = torch.searchsorted(codes.token_n, torch.arange(codes.n_tokens))
+        decoded_bd = F.embedding_bag(
+            codes.feature_n, self.w_dec_sd, first_b, mode="sum", per_sample_weights=codes.value_n
+        ).add_(self.b_dec_d)
+        x_bd = codes.acts_bd
+        sums = (x_bd.sum(0, dtype=torch.float64), _sum_of_squares(x_bd), _sum_of_squares(decoded_bd.sub_(x_bd)))
+        for name, value in zip(self.STATE, sums, strict=True):
+            setattr(self, name, fixed_point.add(getattr(self, name), fixed_point.from_float(value)))
+
+    def merge(self, other: Self) -> Self:
+        self.check_same_kind(other)
+        merged = type(self)(self.w_dec_sd, self.b_dec_d)
+        for name in self.STATE:
+            setattr(merged, name, fixed_point.add(getattr(self, name), getattr(other, name)))
+        return merged
+
+    def finalize(self, n_tokens: int) -> dict[str, Any]:
+        d_model = len(self.sum_d2)
+        (squares,) = fixed_point.to_fractions(self.squares_12)
+        (errors,) = fixed_point.to_fractions(self.errors_12)
+        baseline = squares - sum(total**2 for total in fixed_point.to_fractions(self.sum_d2)) / n_tokens
+        return {
+            "metrics": {
+                # constant activations have no variance to explain
+                "normalized_mse": float(errors / baseline) if baseline > 0 else None,
+                "sse_recon": float(errors),
+                "sse_baseline": float(baseline),
+                "mse_per_dim": float(errors / (n_tokens * d_model)),
+                "mse_per_token": float(errors / n_tokens),
+                "baseline_mse_per_dim": float(baseline / (n_tokens * d_model)),
+                "baseline_mse_per_token": float(baseline / n_tokens),
+                "d_model": d_model,
+            }
+        }
+
+
+def _sum_of_squares(x_bd: Tensor) -> Tensor:
+    """float64 (1,), without a float64 copy of the array."""
+    norm_b: Tensor = torch.linalg.vector_norm(x_bd, dim=1, dtype=torch.float64)
+    return norm_b.square().sum().view(1)

@@ -1,0 +1,41 @@
+"""PURE. saev's running percentile estimate, for comparison with runs of saev's own scripts.
+
+Not a monoid: the estimate depends on the order of the tokens, so it runs in one process only. The histogram's
+percentile is exact to 3.1 %; this one walks towards the percentile by at most 0.001 a token, and stays far from
+it on fewer than many thousand tokens.
+"""
+
+import torch
+
+from saev_dist.accumulators.base import Codes
+
+STEP = 1e-3
+
+
+class SaevPercentile:
+    """`estimate += step * (sign(score - estimate) + 2 p - 1)` per token, with a step that falls linearly to zero.
+
+    Source: saev's `PercentileEstimator` (September 2025).
+
+    Args:
+        d_sae: features.
+        percentile: in 0 … 100.
+        n_tokens: tokens of the whole data, which set how fast the step falls.
+    """
+
+    def __init__(self, d_sae: int, percentile: float, n_tokens: int) -> None:
+        self.percentile, self.n_tokens = percentile, n_tokens
+        self.estimate_s = torch.zeros(d_sae)
+        self._n_seen = 0
+
+    def update(self, codes: Codes) -> None:
+        """Walk through the batch's tokens; batches must come in data order."""
+        assert self._n_seen == codes.img_i * codes.n_patches
+        drift = 2 * self.percentile / 100 - 1.0
+        cuts = torch.searchsorted(codes.token_n, torch.arange(codes.n_tokens + 1)).tolist()
+        score_s = torch.zeros_like(self.estimate_s)
+        for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+            self._n_seen += 1
+            step = STEP * (self.n_tokens - self._n_seen) / self.n_tokens
+            score_s.zero_()[codes.feature_n[low:high]] = codes.value_n[low:high]
+            self.estimate_s += step * (torch.sign(score_s - self.estimate_s) + drift)

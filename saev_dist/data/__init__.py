@@ -1,0 +1,1 @@
+"""What users have on disk: activation shards and pictures."""

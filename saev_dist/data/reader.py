@@ -1,0 +1,143 @@
+"""Streaming of activations: positioned reads on background threads, into buffers that are used again.
+
+Only the content tokens of the wanted layer are read. Where CLS tokens lie between them, one vectored read
+fetches a run of examples and drops each CLS vector into a scratch buffer, so there is no second copy.
+
+Names: `b` tokens of a batch, `d` model width.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from saev_dist.data.shards import FLOAT_BYTES, Shards
+from saev_dist.errors import DataError
+from saev_dist.plan import Batch, Intervals, Plan
+
+MAX_VIEWS = 1024  # IOV_MAX of Linux
+MAX_GAP_BYTES = 64 * 1024  # a smaller gap costs less to read than another system call
+MAX_THREADS = 4
+
+
+class Reader:
+    """Iterate over the batches of some intervals as `(batch, acts_bd)`.
+
+    `acts_bd` is float32 (batch tokens, d_model) and is overwritten after the next step of the iteration.
+    Memory: `depth + 1` buffers of one batch each, whatever the number of shards.
+
+    Args:
+        shards: layer to read.
+        plan: plan of the run.
+        todo: batches to read, in this order.
+        depth: batches read ahead.
+        pin: use page-locked buffers, for asynchronous copies to a GPU.
+
+    Raises:
+        DataError: while iterating, a shard is missing, unreadable or too short.
+    """
+
+    def __init__(self, shards: Shards, plan: Plan, todo: Intervals, *, depth: int, pin: bool = False) -> None:
+        self.shards, self.plan, self.todo, self.depth, self.pin = shards, plan, todo, depth, pin
+        self.n_bytes = 0
+        """Content bytes delivered so far."""
+        self.wait_s = 0.0
+        """Time for which the consumer waited."""
+
+    def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
+        n_floats = self.plan.examples_per_batch * self.shards.n_patches * self.shards.d_model
+        n_batches = sum(stop - first for first, stop in self.todo)
+        free = [torch.empty(n_floats, pin_memory=self.pin) for _ in range(min(self.depth, n_batches) + 1)]
+        pending: deque[tuple[Batch, Tensor, Future[None]]] = deque()
+        queue = (self.plan[index] for first, stop in self.todo for index in range(first, stop))
+        pool = ThreadPoolExecutor(min(self.depth, MAX_THREADS), thread_name_prefix="reader")
+        try:
+            while True:
+                while len(pending) < self.depth and (batch := next(queue, None)) is not None:
+                    buffer = free.pop()
+                    pending.append((batch, buffer, pool.submit(read_batch, self.shards, batch, buffer)))
+                if not pending:
+                    return
+                batch, buffer, done = pending.popleft()
+                began = time.perf_counter()
+                done.result()
+                self.wait_s += time.perf_counter() - began
+                self.n_bytes += batch.n_examples * self.shards.content_bytes
+                n_tokens = batch.n_examples * self.shards.n_patches
+                yield batch, buffer[: n_tokens * self.shards.d_model].view(n_tokens, self.shards.d_model)
+                free.append(buffer)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def read_batch(shards: Shards, batch: Batch, buffer: Tensor) -> None:
+    """Fill the start of `buffer` (float32, flat, CPU) with the content tokens of a batch, in order."""
+    fpath = shards.dpath / shards.names[batch.shard_i]
+    target = memoryview(buffer.numpy().data).cast("B")
+    size = shards.content_bytes
+    gap = shards.example_bytes - size
+    if gap == 0:  # one layer, no CLS: the batch is one piece
+        runs = [(batch.example_i, [target[: batch.n_examples * size]])]
+    else:
+        scratch = memoryview(bytearray(gap if gap <= MAX_GAP_BYTES else 0))
+        per_run = MAX_VIEWS // 2 if gap <= MAX_GAP_BYTES else 1
+        runs = []
+        for low in range(0, batch.n_examples, per_run):
+            views = []
+            for i in range(low, min(low + per_run, batch.n_examples)):
+                views += [target[i * size : (i + 1) * size], scratch]
+            runs.append((batch.example_i + low, views[:-1]))
+    try:
+        fd = os.open(fpath, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for example_i, views in runs:
+                _read_exactly(fd, views, shards.content_offset(example_i))
+        finally:
+            os.close(fd)
+    except EOFError as err:
+        raise DataError(f"{fpath} ends at byte {err}; it was longer when the run began. Write the shard again.") from None
+    except OSError as err:
+        raise DataError(f"{fpath}: cannot read: {err.strerror}.") from None
+
+
+def _read_exactly(fd: int, views: list[memoryview], offset: int) -> None:
+    """`os.preadv` until all views are full; EOFError with the file's end otherwise."""
+    first = 0
+    while first < len(views):
+        n_bytes = os.preadv(fd, views[first:], offset)
+        if n_bytes == 0:
+            raise EOFError(offset)
+        offset += n_bytes
+        while first < len(views) and n_bytes >= len(views[first]):
+            n_bytes -= len(views[first])
+            first += 1
+        if n_bytes:
+            views[first] = views[first][n_bytes:]
+
+
+def find_bad_value(acts_bd: Tensor, batch: Batch, shards: Shards) -> DataError:
+    """The error for a batch that holds NaN or infinity: the first such value, with its place."""
+    n_bad = int((~torch.isfinite(acts_bd)).any(dim=1).sum())
+    token, column = (int(i) for i in (~torch.isfinite(acts_bd)).nonzero()[0])
+    img, patch_i = divmod(token, shards.n_patches)
+    return DataError(
+        f"{shards.dpath / shards.names[batch.shard_i]}: image {batch.img_i + img} (example {batch.example_i + img} "
+        f"of the shard), patch {patch_i}, dimension {column} is {acts_bd[token, column].item()}; activations should be "
+        f"finite ({n_bad} of the batch's {len(acts_bd)} tokens are not). Compute this shard again."
+    )
+
+
+def sample_tokens(shards: Shards, n_examples: int) -> Tensor:
+    """Activations of about `n_examples` examples, evenly spread over all shards: float32 (tokens, d_model)."""
+    plan = Plan(shards.examples, 1)
+    step = -(-plan.n_batches // n_examples)
+    rows = []
+    for index in range(0, plan.n_batches, step):
+        buffer = torch.empty(shards.content_bytes // FLOAT_BYTES)
+        read_batch(shards, plan[index], buffer)
+        rows.append(buffer.view(shards.n_patches, shards.d_model))
+    return torch.cat(rows)

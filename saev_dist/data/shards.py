@@ -1,0 +1,280 @@
+"""Activation shards as saev stores them: reading their description, checking the files, writing new ones.
+
+A directory holds `metadata.json`, `shards.json` and the shard files. A shard is raw little-endian float32,
+C order, `(examples, layers, tokens, d_model)`; token 0 is CLS where `cls_token` is true and the content
+tokens (patches) follow. Protocols 1.0.0 and 1.1 differ from 2.1 in names only.
+Source: saev's `activations.py` (1.x) and `saev/data/shards.py` (2.1), as FORMATS.md sums them up.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saev_dist.errors import ConfigError, DataError
+from saev_dist.fields import Fields, parse_json
+
+PROTOCOLS = ("1.0.0", "1.1", "2.1")
+FLOAT_BYTES = 4
+N_PROBES = 8
+PROBE_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """One layer of a shard directory."""
+
+    dpath: Path
+    protocol: str
+    family: str
+    """Model family, such as clip or dinov3: decides how pictures were prepared."""
+    ckpt: str
+    layers: tuple[int, ...]
+    layer: int
+    """The wanted one; a value out of `layers`, not a position."""
+    n_patches: int
+    """Content tokens per example, CLS excluded."""
+    cls_token: bool
+    d_model: int
+    names: tuple[str, ...]
+    examples: tuple[int, ...]
+    """Examples in each shard."""
+    dataset: str | None
+    """Where the pictures were, where the metadata says so in plain text."""
+
+    @classmethod
+    def open(cls, dpath: Path, layer: int | None = None) -> Self:
+        """Read and check `metadata.json` and `shards.json`; the shard files themselves are left to `check_files`.
+
+        Raises:
+            DataError: something is missing, malformed or contradictory.
+            ConfigError: `layer` is not there, or is needed because there are several.
+        """
+        fpath = dpath / "metadata.json"
+        if not dpath.is_dir():
+            raise DataError(f"{dpath} is not a directory; --shards takes the folder that holds metadata.json.")
+        md = Fields.parse(_read(fpath), str(fpath), DataError)
+        protocol = md.get("protocol", str)
+        if protocol not in PROTOCOLS:
+            raise DataError(f"{fpath}: protocol is {protocol!r}; this version reads {', '.join(PROTOCOLS)}.")
+        dtype = md.get("dtype", str)
+        if dtype != "float32":
+            raise DataError(f"{fpath}: dtype is {dtype!r}; shards are read as float32 only.")
+        layers = md.get("layers", list)
+        if not layers or any(type(value) is not int for value in layers) or len(set(layers)) != len(layers):
+            raise DataError(f"{fpath}: layers is {json.dumps(layers)[:80]}; it should be a list of distinct integers.")
+        names, examples = _read_shard_list(dpath / "shards.json")
+        n_examples = md.positive("n_examples", "n_imgs")
+        if sum(examples) != n_examples:
+            raise DataError(
+                f"{dpath / 'shards.json'} adds up to {sum(examples):,} examples; metadata.json promises {n_examples:,}. "
+                "One of them is stale: write the shards again, or mend the counts."
+            )
+        return cls(
+            dpath=dpath,
+            protocol=protocol,
+            family=md.get(("family", "vit_family"), str),
+            ckpt=md.get(("ckpt", "vit_ckpt"), str),
+            layers=tuple(layers),
+            layer=_pick_layer(layer, layers, dpath),
+            n_patches=md.positive("content_tokens_per_example", "n_patches_per_img"),
+            cls_token=md.get("cls_token", bool),
+            d_model=md.positive("d_model", "d_vit"),
+            names=names,
+            examples=examples,
+            dataset=md.get("dataset", str, "") or None,
+        )
+
+    @property
+    def n_examples(self) -> int:
+        return sum(self.examples)
+
+    @property
+    def n_tokens(self) -> int:
+        """Content tokens of the layer in all shards."""
+        return self.n_examples * self.n_patches
+
+    @property
+    def content_bytes(self) -> int:
+        """Bytes of one example's content tokens in the layer, which are contiguous."""
+        return self.n_patches * self.d_model * FLOAT_BYTES
+
+    @property
+    def example_bytes(self) -> int:
+        """Bytes of one example with all its layers and CLS tokens."""
+        return len(self.layers) * (self.n_patches + self.cls_token) * self.d_model * FLOAT_BYTES
+
+    def content_offset(self, example_i: int) -> int:
+        """Byte in a shard at which the content tokens of its example `example_i` start."""
+        layer_bytes = self.example_bytes // len(self.layers)
+        skipped = self.layers.index(self.layer) * layer_bytes + self.cls_token * self.d_model * FLOAT_BYTES
+        return example_i * self.example_bytes + skipped
+
+    def check_files(self) -> None:
+        """Check that every shard is there and long enough; a longer one (zero-padded) is fine."""
+        for name, n_examples in zip(self.names, self.examples, strict=True):
+            fpath = self.dpath / name
+            try:
+                n_bytes = fpath.stat().st_size
+            except OSError as err:
+                raise DataError(f"{fpath}: {err.strerror}; shards.json lists it with {n_examples} examples.") from None
+            if n_bytes < n_examples * self.example_bytes:
+                raise DataError(
+                    f"{fpath} holds {n_bytes:,} bytes; shards.json promises {n_examples} examples × "
+                    f"{len(self.layers)} layers × {self.n_patches + self.cls_token} tokens × {self.d_model} floats = "
+                    f"{n_examples * self.example_bytes:,}. Write the shard again, or lower its n_examples."
+                )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what the reader uses: the description, the shard list, and a probe of the content.
+
+        Hashing terabytes would take hours, so the first 4 KiB of up to eight shards, evenly spread, stand
+        for the content: enough to tell other activations of the same shape apart, not to find one bad byte.
+        """
+        described = [self.protocol, self.family, self.ckpt, list(self.layers), self.layer, self.n_patches]
+        described += [self.cls_token, self.d_model, list(self.names), list(self.examples)]
+        digest = hashlib.sha256(json.dumps(described).encode())
+        step = -(-len(self.names) // N_PROBES)
+        for name in self.names[::step]:
+            digest.update(_read(self.dpath / name, PROBE_BYTES))
+        return digest.hexdigest()
+
+
+def _read(fpath: Path, n_bytes: int = -1) -> bytes:
+    try:
+        with open(fpath, "rb") as file:
+            return file.read(n_bytes)
+    except OSError as err:
+        raise DataError(
+            f"{fpath}: {err.strerror}; a shard directory holds metadata.json, shards.json and the shards."
+        ) from None
+
+
+def _read_shard_list(fpath: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names and example counts from `shards.json`."""
+    entries = parse_json(_read(fpath), str(fpath), DataError)
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{fpath} should be a non-empty list of shards.")
+    names: list[str] = []
+    examples: list[int] = []
+    for i, entry in enumerate(entries):
+        fields = Fields(entry, f"{fpath}, entry {i}", DataError)
+        name = fields.get("name", str)
+        if name in ("", ".", "..") or any(char in name for char in "/\\\0"):
+            raise DataError(f"{fpath}, entry {i}: name is {name!r}; it should be a plain file name in this directory.")
+        names.append(name)
+        examples.append(fields.positive("n_examples", "n_imgs"))
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{fpath} lists {twice} more than once.")
+    return tuple(names), tuple(examples)
+
+
+def _pick_layer(layer: int | None, layers: Sequence[int], dpath: Path) -> int:
+    listed = ", ".join(map(str, layers))
+    if layer is None:
+        if len(layers) > 1:
+            raise ConfigError(f"{dpath} holds layers {listed}; choose one with --layer.")
+        return layers[0]
+    if layer not in layers:
+        raise ConfigError(f"{dpath} holds no layer {layer}; it holds {listed}. --layer takes one of these values.")
+    return layer
+
+
+class ShardWriter:
+    """Write a shard directory of protocol 2.1; `metadata.json` comes last, so a reader never sees half of one.
+
+    Args:
+        dpath: directory to make; it must not hold a metadata.json yet.
+        family, ckpt: model that computed the activations.
+        layers: layer numbers, in the order of the arrays.
+        content_tokens_per_example: patches per image, CLS excluded.
+        d_model: activation width.
+        cls_token: whether token 0 of each example is CLS.
+        max_tokens_per_shard: budget, counted over layers and CLS tokens as saev does.
+        dataset: folder of the pictures.
+        data: plain JSON about the data set. (saev stores a pickle here, which nothing of ours writes or reads.)
+    """
+
+    def __init__(
+        self,
+        dpath: Path,
+        *,
+        family: str,
+        ckpt: str,
+        layers: Sequence[int],
+        content_tokens_per_example: int,
+        d_model: int,
+        cls_token: bool,
+        max_tokens_per_shard: int,
+        dataset: Path | str = "",
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.dpath = dpath
+        self.n_tokens = content_tokens_per_example + cls_token
+        self.examples_per_shard = max_tokens_per_shard // (self.n_tokens * len(layers))
+        if self.examples_per_shard < 1:
+            raise ConfigError(
+                f"max_tokens_per_shard is {max_tokens_per_shard}; one example takes {self.n_tokens * len(layers)}."
+            )
+        self.metadata: dict[str, Any] = {
+            "family": family,
+            "ckpt": ckpt,
+            "layers": list(layers),
+            "content_tokens_per_example": content_tokens_per_example,
+            "cls_token": cls_token,
+            "d_model": d_model,
+            "n_examples": 0,
+            "max_tokens_per_shard": max_tokens_per_shard,
+            "data": dict(data or {}),
+            "dataset": str(dataset),
+            "pixel_agg": "majority",
+            "dtype": "float32",
+            "protocol": "2.1",
+        }
+        self.shards: list[dict[str, Any]] = []
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Self:
+        self.dpath.mkdir(parents=True, exist_ok=True)
+        if (self.dpath / "metadata.json").exists():
+            raise DataError(f"{self.dpath} already holds shards; write to an empty directory.")
+        return self
+
+    def write(self, acts_eltd: NDArray[np.float32]) -> None:
+        """Append examples.
+
+        Args:
+            acts_eltd: float32 (examples, layers, tokens, d_model).
+        """
+        expected = (len(self.metadata["layers"]), self.n_tokens, self.metadata["d_model"])
+        assert acts_eltd.ndim == 4 and acts_eltd.shape[1:] == expected, (acts_eltd.shape, expected)
+        while len(acts_eltd):
+            if self._file is None:
+                name = f"acts{len(self.shards):06d}.bin"
+                self._file = open(self.dpath / name, "wb")
+                self.shards.append({"name": name, "n_examples": 0})
+            room = self.examples_per_shard - self.shards[-1]["n_examples"]
+            part, acts_eltd = acts_eltd[:room], acts_eltd[room:]
+            self._file.write(np.ascontiguousarray(part, dtype="<f4").data)
+            self.shards[-1]["n_examples"] += len(part)
+            self.metadata["n_examples"] += len(part)
+            if len(part) == room:
+                self._file.close()
+                self._file = None
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
+        if kind is None:
+            (self.dpath / "shards.json").write_text(json.dumps(self.shards, indent=2))
+            temporary = self.dpath / "metadata.json.tmp"
+            temporary.write_text(json.dumps(self.metadata, indent=2))
+            os.replace(temporary, self.dpath / "metadata.json")

@@ -1,0 +1,32 @@
+"""The faults that a user can cause and mend. Each message is one line: where, found, expected, what to do.
+
+`cli.main` prints the line and exits 1; programmer errors are `assert`s and keep their traceback.
+"""
+
+
+class SaevDistError(Exception):
+    """Base of every error that is shown without a traceback."""
+
+
+class ConfigError(SaevDistError):
+    """Flags, a TOML file or the machine do not allow this run."""
+
+
+class DataError(SaevDistError):
+    """A shard directory, a shard or an image folder is not what it says it is."""
+
+
+class CheckpointError(SaevDistError):
+    """An SAE checkpoint cannot be read under known rules."""
+
+
+class RunError(SaevDistError):
+    """A run directory is in the way, or cannot be written or read."""
+
+
+class MergeError(SaevDistError):
+    """Two accumulator states do not belong to one run, or their sum leaves the number range."""
+
+
+class PeerError(SaevDistError):
+    """Another rank failed first; it has printed its own error, so this rank only stops."""

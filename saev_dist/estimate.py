@@ -1,0 +1,132 @@
+"""What a run will need, before it starts: host memory, device memory, disk. Stated by --dry-run, refused if too much."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from saev_dist.accumulators.histogram import N_BINS
+from saev_dist.accumulators.rows import n_samples
+from saev_dist.config import Extract
+from saev_dist.data.shards import Shards
+from saev_dist.errors import ConfigError
+from saev_dist.plan import Plan
+from saev_dist.sae.model import CPU_BLOCK_TOKENS, Sae, TopK
+from saev_dist.world import World
+
+CODE_BYTES = 120
+"""A code and the temporaries that order and count it; measured at 16,384 features, top_k 128."""
+ASSUMED_DENSITY = 0.02
+"""Share of nonzero codes where the activation does not fix it."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes. Host and device per rank; disk in all."""
+
+    host: dict[str, int]
+    device: dict[str, int]
+    artifacts: int
+    """All but img_acts.npz."""
+    img_acts: int
+    """Most that img_acts.npz can take where the activation bounds it, or its size at the assumed density."""
+
+    @property
+    def host_total(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def device_total(self) -> int:
+        return sum(self.device.values())
+
+
+def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device) -> Estimate:
+    """What `cfg` needs on this rank and on the disk."""
+    batch_tokens = plan.examples_per_batch * shards.n_patches
+    per_token = sae.activation.k if isinstance(sae.activation, TopK) else round(ASSUMED_DENSITY * sae.d_sae) + 1
+    weights = 4 * (2 * sae.d_model * sae.d_sae + sae.d_sae + sae.d_model)
+    block = batch_tokens if device.type == "cuda" else min(batch_tokens, CPU_BLOCK_TOKENS)
+    dense = block * sae.d_sae * (5 if cfg.precision != "bf16" else 3)
+    n_sampled = n_samples(shards.n_tokens, cfg.max_distribution_samples)
+    slots = sae.d_sae * cfg.top_k * 12
+    state = slots + sae.d_sae * (8 * N_BINS + 24)
+    samples = 4 * cfg.n_distributions * n_sampled
+    host = {
+        "weights": weights,
+        "read buffers": (cfg.read_ahead + 1) * batch_tokens * sae.d_model * 4,
+        # the exchange and the last sort of the slots each hold the state a second and a third time
+        "accumulators and their merge": 3 * state,
+        "codes of a batch": batch_tokens * per_token * CODE_BYTES,
+        "distributions, when written": samples,
+    }
+    on_device = {"weights": weights // 2, "batch": batch_tokens * sae.d_model * 4, "dense codes": dense}
+    if device.type == "cpu":
+        host["dense codes"] = dense
+        on_device = {}
+    per_image = min(sae.d_sae, shards.n_patches * per_token)
+    return Estimate(
+        host=host,
+        device=on_device,
+        artifacts=sae.d_sae * (cfg.top_k * 20 + 8 * N_BINS + 12) + samples,
+        img_acts=shards.n_examples * (8 * per_image + 8) if cfg.img_acts else 0,
+    )
+
+
+def check_fits(need: Estimate, out_dpath: Path, world: World, device: torch.device) -> None:
+    """Refuse what cannot fit.
+
+    Raises:
+        ConfigError: host memory of this machine's ranks, device memory, or the disk is too small.
+    """
+    available = _available_host_bytes()
+    if need.host_total * world.local_size > available:
+        raise ConfigError(
+            f"this run needs about {gb(need.host_total)} of host memory for each of {world.local_size} ranks here; "
+            f"{gb(available)} are available. Lower --batch-tokens, --top-k or --read-ahead, or start fewer ranks."
+        )
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if need.device_total > free:
+            raise ConfigError(
+                f"this run needs about {gb(need.device_total)} of device memory; {gb(free)} are free on {device}. "
+                "Lower --batch-tokens."
+            )
+    free = free_disk(out_dpath)
+    if need.artifacts > free:
+        raise ConfigError(
+            f"the artifacts need {gb(need.artifacts)} of disk; {gb(free)} are free at {out_dpath}. "
+            "Choose another --out, or lower --top-k or --max-distribution-samples."
+        )
+
+
+def free_disk(dpath: Path) -> int:
+    """Free bytes where `dpath` is or will be."""
+    dpath = dpath.absolute()
+    while not dpath.exists():
+        dpath = dpath.parent
+    return shutil.disk_usage(dpath).free
+
+
+def _available_host_bytes() -> int:
+    """What the machine, or the container's limit, has left."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+            break
+    else:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(used.read_text()))
+    return available
+
+
+def gb(n_bytes: float) -> str:
+    """Bytes for people, in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:,.1f} TB"

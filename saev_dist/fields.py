@@ -1,0 +1,69 @@
+"""Typed reading of JSON that other programs wrote: a field is there, of its type and in range, or one line says so."""
+
+import json
+from typing import Any, TypeVar
+
+from saev_dist.errors import SaevDistError
+
+T = TypeVar("T")
+
+JSON_NAMES = {int: "an integer", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
+
+
+class Fields:
+    """A JSON object whose members are read by name and type.
+
+    Args:
+        obj: the parsed object.
+        where: what the messages call it, such as a file's path.
+        error: exception type to raise.
+    """
+
+    def __init__(self, obj: Any, where: str, error: type[SaevDistError]) -> None:
+        self.where, self.error = where, error
+        self.obj: dict[str, Any] = self._typed(obj, dict, "the top level")
+
+    @classmethod
+    def parse(cls, text: bytes, where: str, error: type[SaevDistError]) -> "Fields":
+        """Read an object from JSON text; anything else is an `error`."""
+        return cls(parse_json(text, where, error), where, error)
+
+    def get(self, names: str | tuple[str, ...], kind: type[T], default: T | None = None) -> T:
+        """The member under the first of `names` that is there.
+
+        A default of None makes the member required.
+        """
+        names = (names,) if isinstance(names, str) else names
+        for name in names:
+            if name in self.obj:
+                return self._typed(self.obj[name], kind, f"field '{name}'")
+        if default is None:
+            raise self.error(f"{self.where} has no field '{' or '.join(names)}'; it should hold {JSON_NAMES[kind]}.")
+        return default
+
+    def positive(self, *names: str, default: int | None = None) -> int:
+        """An integer of at least 1."""
+        value = self.get(names, int, default)
+        if value < 1:
+            raise self.error(f"{self.where}: field '{' or '.join(names)}' is {value}; it should be at least 1.")
+        return value
+
+    def sub(self, name: str) -> "Fields":
+        """The object under `name`, required."""
+        return Fields(self.get(name, dict), f"{self.where}, '{name}'", self.error)
+
+    def _typed(self, value: Any, kind: type[T], what: str) -> T:
+        # bool is a subclass of int in Python, not in JSON
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            found = json.dumps(value)
+            found = found if len(found) <= 60 else found[:57] + "..."
+            raise self.error(f"{self.where}: {what} is {found}; it should be {JSON_NAMES[kind]}.")
+        return value
+
+
+def parse_json(text: bytes, where: str, error: type[SaevDistError]) -> Any:
+    """Parse JSON text of any shape; text that is not JSON is an `error`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as err:
+        raise error(f"{where} is not JSON ({err}); it may be truncated, or another kind of file.") from None

@@ -1,0 +1,130 @@
+"""PURE. The plan: every batch of a run, in order, and who computes which.
+
+A plan is a function of the data (examples per shard) and of the config (examples per batch), never of
+the world size. It stores a few integers per shard; a batch is looked up by arithmetic, so 10^5 shards
+and 10^9 batches cost the same memory.
+
+Sets of batches are *intervals*: sorted, disjoint, non-touching half-open pairs `(first, stop)`.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+Intervals = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A fixed run of whole examples inside one shard: the unit of GPU work."""
+
+    index: int
+    """Position in the plan."""
+    shard_i: int
+    example_i: int
+    """First example, counted from the start of the shard."""
+    n_examples: int
+    img_i: int
+    """First example, counted over all shards."""
+
+
+class Plan:
+    """All batches of a run, in the order of the data.
+
+    Args:
+        examples_per_shard: examples in each shard, in order; a shard may be empty.
+        examples_per_batch: whole examples per batch; the last batch of a shard may be shorter.
+    """
+
+    def __init__(self, examples_per_shard: Sequence[int], examples_per_batch: int) -> None:
+        assert examples_per_batch >= 1
+        examples = np.asarray(examples_per_shard, dtype=np.int64)
+        self.examples_per_batch = examples_per_batch
+        self._examples = np.concatenate([[0], np.cumsum(examples)])
+        self._batches = np.concatenate([[0], np.cumsum(-(-examples // examples_per_batch))])
+        self.n_examples = int(self._examples[-1])
+        self.n_batches = int(self._batches[-1])
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __getitem__(self, index: int) -> Batch:
+        """The batch at `index`; IndexError outside 0 … n_batches-1."""
+        if not 0 <= index < self.n_batches:
+            raise IndexError(index)
+        shard_i = int(np.searchsorted(self._batches, index, side="right")) - 1
+        example_i = (index - int(self._batches[shard_i])) * self.examples_per_batch
+        img_i = int(self._examples[shard_i]) + example_i
+        n_examples = min(self.examples_per_batch, int(self._examples[shard_i + 1]) - img_i)
+        return Batch(index, shard_i, example_i, n_examples, img_i)
+
+    def examples_before(self, index: int) -> int:
+        """Examples in the batches 0 … index-1."""
+        return self.n_examples if index == self.n_batches else self[index].img_i
+
+    def n_examples_in(self, intervals: Intervals) -> int:
+        """Examples in the batches of `intervals`."""
+        return sum(self.examples_before(stop) - self.examples_before(first) for first, stop in intervals)
+
+    def deal(self, todo: Intervals, n_ranks: int) -> list[Intervals]:
+        """Share `todo` out: one contiguous run of it per rank, balanced by examples.
+
+        Rank order is data order. A rank gets nothing when there are fewer batches than ranks.
+        """
+        n_batches = sum(stop - first for first, stop in todo)
+        done = [0]  # examples before each interval, counted within todo
+        for interval in todo:
+            done.append(done[-1] + self.n_examples_in((interval,)))
+
+        def cut(target: int) -> int:
+            """The first position in todo (counted in batches) with at least `target` examples before it."""
+            interval_i = min(bisect_right(done, target), len(todo)) - 1
+            first, stop = todo[interval_i]
+            base = self.examples_before(first) - done[interval_i]
+            low, high = first, stop
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (middle + 1, high) if self.examples_before(middle) - base < target else (low, middle)
+            return sum(stop - first for first, stop in todo[:interval_i]) + low - first
+
+        cuts = [0, *(cut(done[-1] * rank // n_ranks) for rank in range(1, n_ranks)), n_batches] if todo else [0, 0]
+        shares = [_slice(todo, low, high) for low, high in pairwise(cuts)]
+        return shares + [()] * (n_ranks - len(shares))
+
+
+def _slice(intervals: Intervals, low: int, high: int) -> Intervals:
+    """The batches at positions low … high-1 of the ordered set `intervals`."""
+    out, position = [], 0
+    for first, stop in intervals:
+        a = first + max(0, low - position)
+        b = min(stop, first + high - position)
+        if a < b:
+            out.append((a, b))
+        position += stop - first
+    return tuple(out)
+
+
+def union(parts: Iterable[Intervals]) -> Intervals:
+    """Merge disjoint sets of batches.
+
+    Raises:
+        ValueError: two parts cover the same batch.
+    """
+    out: list[tuple[int, int]] = []
+    for first, stop in sorted(interval for part in parts for interval in part):
+        if out and first < out[-1][1]:
+            raise ValueError(f"batches {first} to {min(stop, out[-1][1]) - 1} are covered twice")
+        if out and first == out[-1][1]:
+            out[-1] = (out[-1][0], stop)
+        else:
+            out.append((first, stop))
+    return tuple(out)
+
+
+def complement(done: Intervals, n_batches: int) -> Intervals:
+    """The batches of 0 … n_batches-1 that `done` does not cover."""
+    edges = [0, *(edge for interval in done for edge in interval), n_batches]
+    return tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)

@@ -1,0 +1,57 @@
+"""Progress of a stream: a bar on a terminal, a line every 30 s in a log file.
+
+Names: `tok` tokens, as in the units shown.
+"""
+
+import sys
+import time
+from datetime import timedelta
+
+from tqdm import tqdm
+
+LOG_EVERY_S = 30.0
+
+
+class Progress:
+    """Tokens done, tokens/s, read MB/s and time left, on standard error.
+
+    Args:
+        n_tokens: tokens that this rank has to do.
+        bytes_per_token: read for each.
+        rank, size: shown where there are several ranks; on a terminal only rank 0 draws its bar.
+        enabled: False shows nothing.
+    """
+
+    def __init__(self, n_tokens: int, bytes_per_token: int, *, rank: int, size: int, enabled: bool) -> None:
+        self._n_tokens, self._bytes_per_token = n_tokens, bytes_per_token
+        self._prefix = f"[rank {rank}/{size}] " if size > 1 else ""
+        self._began = self._logged = time.monotonic()
+        self._done = 0
+        on_terminal = sys.stderr.isatty()
+        self._logs = enabled and not on_terminal
+        self._bar = tqdm(
+            total=n_tokens,
+            desc=f"{self._prefix}extract",
+            unit="tok",
+            unit_scale=True,
+            disable=not (enabled and on_terminal and rank == 0),
+        )
+
+    def advance(self, n_tokens: int) -> None:
+        """Count tokens as done."""
+        self._done += n_tokens
+        rate = self._done / max(time.monotonic() - self._began, 1e-9)
+        self._bar.set_postfix_str(f"read {rate * self._bytes_per_token / 1e6:,.0f} MB/s", refresh=False)
+        self._bar.update(n_tokens)
+        if self._logs and (time.monotonic() - self._logged >= LOG_EVERY_S or self._done == self._n_tokens):
+            self._logged = time.monotonic()
+            left = timedelta(seconds=round((self._n_tokens - self._done) / rate))
+            print(
+                f"{self._prefix}extract {self._done / self._n_tokens:6.1%}  {self._done:,}/{self._n_tokens:,} tokens  "
+                f"{rate:,.0f} tok/s  read {rate * self._bytes_per_token / 1e6:,.0f} MB/s  ETA {left}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,1 @@
+"""PURE. Pictures: arrays in, RGB arrays out. No files, environment, logging or collectives."""

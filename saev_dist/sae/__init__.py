@@ -1,0 +1,1 @@
+"""Sparse autoencoders: one in-memory form, an encoder, and a loader for each checkpoint format."""

@@ -1,0 +1,209 @@
+"""A sparse autoencoder in memory, and its encoder: activations in, sparse codes out.
+
+The encoder works through a batch in blocks of rows. A block's dense codes are the only dense array there
+is; on a CPU it stays small enough for the cache, so what follows the product reads no main memory.
+
+Names: `b` tokens of a batch or block, `d` model width, `s` features, `g` groups of features, `n` codes.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saev_dist.accumulators.base import Codes
+
+Precision = Literal["fp32", "tf32", "bf16"]
+
+CPU_BLOCK_TOKENS = 512
+GROUPS_PER_K = 8
+FP32_MAX = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Relu:
+    """`max(h, 0)`."""
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k largest raw values of a token, without ReLU: negative ones can survive.
+
+    Of equal values the lower feature wins, so that the choice does not depend on the device.
+    """
+
+    k: int
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """`h` where `h > threshold`, else 0: BatchTopK at inference. A threshold below 0 counts as 0."""
+
+    threshold: float
+
+
+Activation = Relu | TopK | Threshold
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sae:
+    """Weights (float32, CPU) and the rules to read them under.
+
+    Encode: `h = x @ W_enc + b_enc`, with `x - b_dec` for `x` where `pre_bias`; then the activation.
+    Decode: `f @ W_dec + b_dec`.
+    """
+
+    w_enc_ds: Tensor
+    b_enc_s: Tensor
+    w_dec_sd: Tensor
+    b_dec_d: Tensor
+    activation: Activation
+    pre_bias: bool
+    source: str
+    """The file's format, in words."""
+
+    @property
+    def d_model(self) -> int:
+        return self.w_enc_ds.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        return self.w_enc_ds.shape[1]
+
+
+class ActivationOverflow(Exception):
+    """A batch is not finite, or so large that its product would not be: the caller knows its place."""
+
+
+class Encoder:
+    """An SAE's encoder on one device.
+
+    Args:
+        sae: weights and rules.
+        device: where the product runs.
+        precision: fp32; tf32 (CUDA only); bf16, whose product is rounded to 8 bits and so has many ties.
+
+    Device memory: the weights, and one block of `block_tokens` x d_sae floats with its mask.
+    """
+
+    def __init__(self, sae: Sae, device: torch.device, precision: Precision) -> None:
+        # Process-wide switches of torch: TF32 only where asked for.
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        self.sae, self.device = sae, device
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        bias_s = sae.b_enc_s.double()
+        if sae.pre_bias:  # (x - b_dec) @ W + b = x @ W + (b - b_dec @ W), folded once in float64
+            bias_s = bias_s - sae.b_dec_d.double() @ sae.w_enc_ds.double()
+        # |h| <= max|x| * this + max|bias|, so one look at x rules out overflow in the whole product.
+        self._gain = float(sae.w_enc_ds.abs().sum(dim=0, dtype=torch.float64).max())
+        self._offset = float(bias_s.abs().max())
+        self._w_ds = sae.w_enc_ds.to(device, self.dtype)
+        self._b_s = bias_s.to(device, self.dtype)
+        self._block = torch.empty(0, device=device, dtype=self.dtype)
+        self._mask = torch.empty(0, device=device, dtype=torch.bool)
+
+    def block_tokens(self, n_tokens: int) -> int:
+        """Rows encoded at a time: a function of the batch and the kind of device, never of the rank."""
+        return min(n_tokens, CPU_BLOCK_TOKENS) if self.device.type == "cpu" else n_tokens
+
+    def encode(self, acts_bd: Tensor, *, img_i: int, n_patches: int) -> Codes:
+        """The nonzero codes of whole examples.
+
+        Args:
+            acts_bd: float32 (tokens, d_model) on the CPU; the content tokens of consecutive examples.
+            img_i: global index of the first example.
+            n_patches: tokens per example.
+
+        Returns:
+            Codes on the CPU, ordered by token.
+
+        Raises:
+            ActivationOverflow: a value is NaN, infinite, or too large for a float32 product.
+        """
+        low, high = torch.aminmax(acts_bd)
+        largest = max(-float(low), float(high))  # NaN and infinity travel through aminmax
+        if not largest * self._gain + self._offset < FP32_MAX:
+            raise ActivationOverflow
+        n_tokens = len(acts_bd)
+        x_bd = acts_bd.to(self.device, non_blocking=True)
+        block = self.block_tokens(n_tokens)
+        parts = []
+        for first in range(0, n_tokens, block):
+            token_n, feature_n, value_n = self._encode_block(x_bd[first : first + block].to(self.dtype))
+            parts.append((token_n + first, feature_n, value_n))
+        token_n, feature_n, value_n = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+        return Codes(
+            token_n=token_n,
+            feature_n=feature_n,
+            value_n=value_n,
+            img_i=img_i,
+            n_imgs=n_tokens // n_patches,
+            n_patches=n_patches,
+            acts_bd=acts_bd,
+        )
+
+    def _encode_block(self, x_bd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Token (int64, within the block), feature (int64) and value (float32) of each nonzero code."""
+        n_tokens, d_sae = len(x_bd), self.sae.d_sae
+        if self._block.shape != (n_tokens, d_sae):
+            self._block = torch.empty(n_tokens, d_sae, device=self.device, dtype=self.dtype)
+            self._mask = torch.empty(n_tokens, d_sae, device=self.device, dtype=torch.bool)
+        h_bs = torch.addmm(self._b_s, x_bd, self._w_ds, out=self._block)
+        match self.sae.activation:
+            case TopK(k):
+                torch.ge(h_bs, _kth_bound(h_bs, min(k, d_sae)), out=self._mask)
+            case Threshold(threshold):
+                torch.gt(h_bs, max(threshold, 0.0), out=self._mask)
+            case Relu():
+                torch.gt(h_bs, 0.0, out=self._mask)
+        flat_n = _flat_nonzero(self._mask)
+        value_n = h_bs.view(-1)[flat_n].float()
+        token_n = flat_n // d_sae
+        feature_n = flat_n - token_n * d_sae
+        if isinstance(self.sae.activation, TopK):
+            token_n, feature_n, value_n = _keep_k(token_n, feature_n, value_n, n_tokens, min(self.sae.activation.k, d_sae))
+        return token_n, feature_n, value_n
+
+
+def _kth_bound(h_bs: Tensor, k: int) -> Tensor:
+    """A value per row, (b, 1), that at least `k` entries of the row reach and few others do.
+
+    The k-th largest of the maxima of disjoint groups: each of those maxima is an entry of the row. Finding it
+    reads the block once and selects among a few hundred numbers instead of all features.
+    """
+    n_tokens, d_sae = h_bs.shape
+    group = max(1, d_sae // (GROUPS_PER_K * k))
+    n_groups = d_sae // group
+    maxima_bg = h_bs[:, : group * n_groups].unflatten(1, (group, n_groups)).amax(dim=1) if group > 1 else h_bs
+    return maxima_bg.topk(k, dim=1, sorted=True).values[:, -1:]
+
+
+def _flat_nonzero(mask: Tensor) -> Tensor:
+    """Flat positions of the true entries, int64, ascending."""
+    if mask.device.type == "cpu":  # NumPy skips eight zeros at a time; torch.nonzero took 4 times as long
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.view(-1).nonzero().squeeze(1)
+
+
+def _keep_k(token_n: Tensor, feature_n: Tensor, value_n: Tensor, n_tokens: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of candidates ordered by token then feature keep each token's k largest, the lower feature first among equals."""
+    count_b = torch.bincount(token_n, minlength=n_tokens)
+    start_b = count_b.cumsum(0) - count_b
+    over_b = count_b > k
+    keep_n = torch.ones_like(token_n, dtype=torch.bool)
+    crowded_n = over_b[token_n].nonzero().squeeze(1)  # only rows with too many candidates need a choice
+    if len(crowded_n):
+        width = int(count_b.max())
+        # -0.0 and 0.0 are one value; adding 0.0 turns the former into the latter
+        padded_bk = torch.full((n_tokens, width), -torch.inf, device=value_n.device)
+        place_n = torch.arange(len(token_n), device=value_n.device) - start_b[token_n]
+        padded_bk[token_n, place_n] = value_n + 0.0
+        order_bk = padded_bk.argsort(dim=1, descending=True, stable=True)
+        rank_bk = torch.empty_like(order_bk).scatter_(
+            1, order_bk, torch.arange(width, device=value_n.device).expand_as(order_bk)
+        )
+        keep_n = rank_bk[token_n, place_n] < k
+    keep_n &= value_n != 0
+    return token_n[keep_n], feature_n[keep_n], value_n[keep_n]

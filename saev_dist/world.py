@@ -1,0 +1,219 @@
+"""The ranks of a run: who there is, how they fail together, and how they exchange state.
+
+The only file that imports torch.distributed. A single process has no process group at all. Elsewhere (torchrun, srun)
+the ranks meet through the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), exchange CPU tensors
+with gloo, and share a small key-value store. The store carries what must not hang: the first error, and the waits
+between phases, in which a rank may be hours ahead of another.
+
+Names: `r` rows of a state tensor.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from saev_dist.errors import ConfigError, PeerError, RunError
+
+State = dict[str, Tensor]
+
+CHECK_EVERY_S = 1.0
+ACKNOWLEDGE_S = 10.0
+STORE_ERRORS = (dist.DistError, ConnectionError, RuntimeError)  # what a store raises when its host is gone
+
+
+class World:
+    """This process among its peers. Use as a context; on the way out an error is made known to the peers.
+
+    Args:
+        timeout_s: longest wait inside one collective operation.
+    """
+
+    def __init__(self, timeout_s: int) -> None:
+        self.rank = _env("RANK", 0)
+        self.size = _env("WORLD_SIZE", 1)
+        self.local_rank = _env("LOCAL_RANK", 0)
+        self.local_size = _env("LOCAL_WORLD_SIZE", self.size)
+        self._timeout = timedelta(seconds=timeout_s)
+        self._store: dist.Store | None = None
+        self._n_phases = 0
+        self._checked = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self.size == 1:
+            return self
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise ConfigError(f"WORLD_SIZE is {self.size} but {', '.join(missing)} is not set; start the ranks with torchrun.")
+        try:
+            store, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=self._timeout))
+            # After a restart by torchrun the store still holds the keys of the attempt before.
+            attempt = _env("TORCHELASTIC_RESTART_COUNT", 0)
+            self._store = dist.PrefixStore(f"saev_dist/{attempt}", store)
+            dist.init_process_group(
+                "gloo", store=dist.PrefixStore("gloo", self._store), rank=self.rank, world_size=self.size, timeout=self._timeout
+            )
+        except STORE_ERRORS as err:
+            first = str(err).splitlines()[0]
+            raise RunError(
+                f"rank {self.rank} of {self.size} could not meet the others within {self._timeout.seconds} s: {first}"
+            ) from None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
+        if self._store is None:
+            return
+        first = True
+        with suppress(*STORE_ERRORS):
+            if err is not None and not isinstance(err, PeerError):
+                first = self._store.add("errors", 1) == 1
+                if first:
+                    self._store.set("error", f"rank {self.rank}: {err}")
+            if err is not None:
+                self._store.add("acknowledged", 1)
+                # Whoever hosts the store must not take it away before the others have read it.
+                until = time.monotonic() + ACKNOWLEDGE_S
+                while self._store.add("acknowledged", 0) < self.size and time.monotonic() < until:
+                    time.sleep(0.05)
+        if err is None:
+            dist.destroy_process_group()
+        self._store = None
+        if not first:  # the same fault was found, and shown, by another rank
+            raise PeerError(str(err)) from err
+
+    def device(self, wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+        """This rank's device: its own GPU by local rank, also where the cluster shows each rank only one.
+
+        Raises:
+            ConfigError: CUDA is asked for and absent, or there are more local ranks than GPUs.
+        """
+        if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+            return torch.device("cpu")
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "--device cuda, but torch sees no GPU here; use --device cpu, or check the driver and CUDA_VISIBLE_DEVICES."
+            )
+        n_gpus = torch.cuda.device_count()
+        if n_gpus > 1 and self.local_rank >= n_gpus:
+            raise ConfigError(
+                f"local rank {self.local_rank} has no GPU of its own: torch sees {n_gpus}. Start one rank per GPU."
+            )
+        device = torch.device("cuda", self.local_rank if n_gpus > 1 else 0)
+        torch.cuda.set_device(device)
+        return device
+
+    def check(self) -> None:
+        """Raise PeerError if another rank has failed. Cheap: asks at most once a second."""
+        if self._store is None or time.monotonic() - self._checked < CHECK_EVERY_S:
+            return
+        self._checked = time.monotonic()
+        self._ask(lambda store: None)
+
+    def wait(self) -> None:
+        """Return when all ranks are here; raise PeerError when one fails on its way. No timeout: peers may need hours."""
+        self._n_phases += 1
+        key, delay_s = f"phase{self._n_phases}", 0.01
+        n_here = self._ask(lambda store: store.add(key, 1))
+        while n_here is not None and n_here < self.size:
+            time.sleep(delay_s)
+            delay_s = min(CHECK_EVERY_S, 1.5 * delay_s)
+            n_here = self._ask(lambda store: store.add(key, 0))
+
+    def tell(self, message: Any = None) -> Any:
+        """Rank 0's `message` (JSON), on every rank, once all are here."""
+        key = f"message{self._n_phases}"
+        if self.rank == 0:
+            self._ask(lambda store: store.set(key, json.dumps(message)))
+        self.wait()
+        text = self._ask(lambda store: store.get(key))
+        return message if text is None else json.loads(text)
+
+    def collect(self, report: Any) -> list[Any]:
+        """Every rank's `report` (JSON) in rank order, once all are here; on ranks other than 0 an empty list."""
+        key = f"report{self._n_phases}"
+        self._ask(lambda store: store.set(f"{key}/{self.rank}", json.dumps(report)))
+        self.wait()
+        if self.size == 1:
+            return [report]
+        texts = (
+            [self._ask(lambda store, r=rank: store.get(f"{key}/{r}")) for rank in range(self.size)] if self.rank == 0 else []
+        )
+        return [json.loads(text) for text in texts if text is not None]
+
+    def exchange(self, state: State) -> list[State]:
+        """Send each rank its slice of the rows; return this rank's slice of every rank's state, in rank order.
+
+        What arrives is one state's worth of bytes, whatever the world size.
+        """
+        if self.size == 1:
+            return [state]
+        slices: list[State] = [{} for _ in range(self.size)]
+        for name, tensor in state.items():
+            sizes = _slice_sizes(len(tensor), self.size)
+            own = sizes[self.rank]
+            received = tensor.new_empty((own * self.size, *tensor.shape[1:]))
+            self._all_to_all(received, tensor, [own] * self.size, sizes)
+            for rank in range(self.size):
+                slices[rank][name] = received[own * rank : own * (rank + 1)]
+        return slices
+
+    def gather(self, state: State, n_rows: dict[str, int]) -> State:
+        """Put slices together on rank 0; elsewhere the result has no rows.
+
+        Args:
+            state: this rank's slice.
+            n_rows: rows of each whole tensor.
+        """
+        if self.size == 1:
+            return state
+        whole: State = {}
+        for name, tensor in state.items():
+            sizes = _slice_sizes(n_rows[name], self.size)
+            incoming = sizes if self.rank == 0 else [0] * self.size
+            whole[name] = tensor.new_empty((sum(incoming), *tensor.shape[1:]))
+            self._all_to_all(whole[name], tensor, incoming, [len(tensor)] + [0] * (self.size - 1))
+        return whole
+
+    def _all_to_all(self, out: Tensor, tensor: Tensor, out_rows: list[int], in_rows: list[int]) -> None:
+        try:
+            dist.all_to_all_single(out, tensor.contiguous(), out_rows, in_rows)
+        except RuntimeError as err:
+            # A peer that failed closes its connections; its own error says more, once the store has it.
+            until = time.monotonic() + ACKNOWLEDGE_S
+            while time.monotonic() < until:
+                self._ask(lambda store: None)
+                time.sleep(0.1)
+            raise RunError(
+                f"rank {self.rank} lost contact with another rank in the merge: {str(err).splitlines()[0]}"
+            ) from None
+
+    def _ask(self, question: Callable[[dist.Store], Any]) -> Any:
+        """Put a question to the store, after a look at whether a peer has failed. None in a single process."""
+        if self._store is None:
+            return None
+        try:
+            if self._store.check(["error"]):
+                raise PeerError(self._store.get("error").decode())
+            return question(self._store)
+        except STORE_ERRORS as err:
+            raise PeerError(f"rank {self.rank} lost contact with rank 0: {str(err).splitlines()[0]}") from None
+
+
+def _env(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"environment variable {name} is {text!r}; it should be an integer.") from None
+
+
+def _slice_sizes(n_rows: int, n_ranks: int) -> list[int]:
+    """Rows in each rank's slice."""
+    return [n_rows * (rank + 1) // n_ranks - n_rows * rank // n_ranks for rank in range(n_ranks)]
