@@ -11,8 +11,6 @@ Names: `e` images, `p` patches, `x` pixels of a patch with its surroundings, `d`
 batch, `s` features, `k` slots.
 """
 
-
-
 PHOTOGRAPHS = {
     "astronaut.png": 1.0,
     "brick.png": 1.0,

@@ -10,7 +10,7 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -154,30 +154,29 @@ def _stream(job: Job, store: Run, world: World, todo: Intervals) -> tuple[Bundle
     if cfg.percentile_estimator == "saev":
         saev_percentile = SaevPercentile(job.sae.d_sae, cfg.percentile, shards.n_tokens)
     stride = rows.sample_stride(shards.n_tokens, cfg.max_distribution_samples)
-    spills = {name: store.spill(name, world.rank) for name in _spill_names(cfg)}
     reader = Reader(shards, job.plan, todo, depth=cfg.read_ahead, pin=job.device.type == "cuda")
     n_tokens = job.plan.n_examples_in(todo) * shards.n_patches
     progress = Progress(n_tokens, shards.d_model * 4, rank=world.rank, size=world.size, enabled=cfg.progress)
     clock = Clock()
     began = time.perf_counter()
-    for batch, acts_bd in reader:
-        world.check()
-        with clock("encode"):
-            try:
-                codes = encoder.encode(acts_bd, img_i=batch.img_i, n_patches=shards.n_patches)
-            except ActivationOverflow:
-                raise find_bad_value(acts_bd, batch, shards) from None
-        with clock("accumulate"):
-            bundle.update(codes)
-            if saev_percentile is not None:
-                saev_percentile.update(codes)
-        with clock("rows"):
-            _spill_rows(codes, cfg, job.sae.d_sae, stride, spills)
-        progress.advance(len(acts_bd))
+    with ExitStack() as files:
+        spills = {name: files.enter_context(store.spill(name, world.rank)) for name in _spill_names(cfg)}
+        files.callback(progress.close)
+        for batch, acts_bd in reader:
+            world.check()
+            with clock("encode"):
+                try:
+                    codes = encoder.encode(acts_bd, img_i=batch.img_i, n_patches=shards.n_patches)
+                except ActivationOverflow as err:
+                    raise find_bad_value(acts_bd, batch, shards, err.limit) from None
+            with clock("accumulate"):
+                bundle.update(codes)
+                if saev_percentile is not None:
+                    saev_percentile.update(codes)
+            with clock("rows"):
+                _spill_rows(codes, cfg, job.sae.d_sae, stride, spills)
+            progress.advance(len(acts_bd))
     bundle.flush()
-    for spill in spills.values():
-        spill.close()
-    progress.close()
     seconds = max(time.perf_counter() - began, 1e-9)
     report = {
         "rank": world.rank,

@@ -10,16 +10,19 @@ without manifest.json is unfinished, and one with it is done.
 import errno
 import json
 import os
+import pickle
 import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import TracebackType
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from saev_dist.errors import RunError
 from saev_dist.fields import Fields
@@ -143,12 +146,30 @@ class Run:
             _fsync_dir(self.dpath)
             shutil.rmtree(self.partials_dpath)
 
+    def load_tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """An artifact that is one tensor of this shape.
+
+        Raises:
+            RunError: it is missing, damaged, or of another shape.
+        """
+        fpath = self.dpath / name
+        try:
+            tensor = torch.load(fpath, weights_only=True)
+        except FileNotFoundError:
+            raise RunError(f"{fpath} is missing; run extract again with --force.") from None
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+            raise RunError(f"{fpath} is damaged; run extract again with --force.") from None
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise RunError(f"{fpath} holds {found}; the manifest promises a tensor {shape}. Run extract again with --force.")
+        return tensor
+
     def spill(self, name: str, rank: int) -> "Spill":
         return Spill(self.partials_dpath / f"{name}.{rank:05d}.bin")
 
 
 class Spill:
-    """A rank's rows of one array, appended in data order; concatenating the ranks' files gives the array.
+    """A rank's rows of one array, appended in data order. A context, which closes it; concatenating the ranks' files gives the array.
 
     Args:
         fpath: file to make or read.
@@ -165,11 +186,14 @@ class Spill:
                 self._file = open(self.fpath, "wb", buffering=COPY_BYTES)
             self._file.write(np.ascontiguousarray(rows).data)
 
-    def close(self) -> None:
-        with writing(self.fpath):
-            if self._file is not None:
-                self._file.close()
-                self._file = None
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is None:
+            return
+        with writing(self.fpath) if kind is None else suppress(OSError):  # a full disk fails a second time here
+            self._file.close()
 
     def chunks(self, dtype: type[np.generic]) -> Iterator[NDArray[Any]]:
         """The array, flat, some megabytes at a time. A rank that had nothing to do has no file."""

@@ -49,8 +49,8 @@ def image_means(codes: Codes, d_sae: int) -> tuple[NDArray[np.int64], NDArray[np
         entries per image, int64 (e,); their features, int32 (v,), ascending within an image; their means, float32 (v,).
     """
     # One sort of 64-bit keys orders the codes by image, feature, then score descending: NumPy sorts plain integers
-    # with vector instructions. The image takes part of 32 bits, so a batch with very many goes in pieces.
-    imgs_per_piece = max(1, 2**32 // d_sae)
+    # with vector instructions. Image and feature share 31 bits, so a batch with very many goes in pieces.
+    imgs_per_piece = max(1, 2**31 // d_sae)
     img_n = (codes.token_n // codes.n_patches).numpy()
     cuts = np.searchsorted(img_n, np.arange(0, codes.n_imgs, imgs_per_piece)).tolist() + [len(img_n)]
     groups, means = [], []
@@ -69,7 +69,7 @@ def image_means(codes: Codes, d_sae: int) -> tuple[NDArray[np.int64], NDArray[np
 def _strongest_means(
     group_n: NDArray[np.int64], value_n: NDArray[np.float32], n_patches: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Groups below 2^32 with a mean other than 0, ascending, and those means."""
+    """Groups below 2^31 with a mean other than 0, ascending, and those means."""
     bits_n = value_n.view(np.int32)
     rising_n = bits_n ^ ((bits_n >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
     key_n = np.sort((group_n << 32) | ((rising_n ^ 0x7FFFFFFF).view(np.uint32)))  # complement: strongest first

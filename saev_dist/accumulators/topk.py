@@ -76,6 +76,10 @@ class TopK(Accumulator):
             self.values_sk.shape[1],
         )
 
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self._waiting = []
+
     def merge(self, other: Self) -> Self:
         self.check_same_kind(other)
         merged = type(self)(0, self.values_sk.shape[1], self.n_patches, self.rank_by)

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from saev_dist.data.shards import FLOAT_BYTES, Shards
+from saev_dist.data.shards import Shards
 from saev_dist.errors import DataError
 from saev_dist.plan import Batch, Intervals, Plan
 
@@ -119,25 +119,14 @@ def _read_exactly(fd: int, views: list[memoryview], offset: int) -> None:
             views[first] = views[first][n_bytes:]
 
 
-def find_bad_value(acts_bd: Tensor, batch: Batch, shards: Shards) -> DataError:
-    """The error for a batch that holds NaN or infinity: the first such value, with its place."""
-    n_bad = int((~torch.isfinite(acts_bd)).any(dim=1).sum())
-    token, column = (int(i) for i in (~torch.isfinite(acts_bd)).nonzero()[0])
+def find_bad_value(acts_bd: Tensor, batch: Batch, shards: Shards, limit: float) -> DataError:
+    """The error for a batch with an activation that is NaN, infinite, or not below `limit`: the first one's place."""
+    bad_bd = ~(acts_bd.abs() < limit)
+    n_bad = int(bad_bd.any(dim=1).sum())
+    token, column = (int(i) for i in bad_bd.nonzero()[0])
     img, patch_i = divmod(token, shards.n_patches)
     return DataError(
         f"{shards.dpath / shards.names[batch.shard_i]}: image {batch.img_i + img} (example {batch.example_i + img} "
         f"of the shard), patch {patch_i}, dimension {column} is {acts_bd[token, column].item()}; activations should be "
-        f"finite ({n_bad} of the batch's {len(acts_bd)} tokens are not). Compute this shard again."
+        f"finite and below {limit:.2g} ({n_bad} of the batch's {len(acts_bd)} tokens are not). Compute this shard again."
     )
-
-
-def sample_tokens(shards: Shards, n_examples: int) -> Tensor:
-    """Activations of about `n_examples` examples, evenly spread over all shards: float32 (tokens, d_model)."""
-    plan = Plan(shards.examples, 1)
-    step = -(-plan.n_batches // n_examples)
-    rows = []
-    for index in range(0, plan.n_batches, step):
-        buffer = torch.empty(shards.content_bytes // FLOAT_BYTES)
-        read_batch(shards, plan[index], buffer)
-        rows.append(buffer.view(shards.n_patches, shards.d_model))
-    return torch.cat(rows)

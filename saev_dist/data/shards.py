@@ -67,9 +67,7 @@ class Shards:
         dtype = md.get("dtype", str)
         if dtype != "float32":
             raise DataError(f"{fpath}: dtype is {dtype!r}; shards are read as float32 only.")
-        layers = md.get("layers", list)
-        if not layers or any(type(value) is not int for value in layers) or len(set(layers)) != len(layers):
-            raise DataError(f"{fpath}: layers is {json.dumps(layers)[:80]}; it should be a list of distinct integers.")
+        layers = _layers(md)
         names, examples = _read_shard_list(dpath / "shards.json")
         n_examples = md.positive("n_examples", "n_imgs")
         if sum(examples) != n_examples:
@@ -145,6 +143,19 @@ class Shards:
         for name in self.names[::step]:
             digest.update(_read(self.dpath / name, PROBE_BYTES))
         return digest.hexdigest()
+
+
+def read_layers(dpath: Path) -> list[int]:
+    """The layers that a shard directory holds."""
+    fpath = dpath / "metadata.json"
+    return _layers(Fields.parse(_read(fpath), str(fpath), DataError))
+
+
+def _layers(md: Fields) -> list[int]:
+    layers = md.get("layers", list)
+    if not layers or any(type(value) is not int for value in layers) or len(set(layers)) != len(layers):
+        raise DataError(f"{md.where}: layers is {json.dumps(layers)[:80]}; it should be a list of distinct integers.")
+    return layers
 
 
 def _read(fpath: Path, n_bytes: int = -1) -> bytes:

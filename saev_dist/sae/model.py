@@ -74,7 +74,15 @@ class Sae:
 
 
 class ActivationOverflow(Exception):
-    """A batch is not finite, or so large that its product would not be: the caller knows its place."""
+    """A batch is not finite, or so large that its product would not be: the caller knows its place.
+
+    Args:
+        limit: magnitude that no activation may reach.
+    """
+
+    def __init__(self, limit: float) -> None:
+        super().__init__(limit)
+        self.limit = limit
 
 
 class Encoder:
@@ -96,9 +104,9 @@ class Encoder:
         bias_s = sae.b_enc_s.double()
         if sae.pre_bias:  # (x - b_dec) @ W + b = x @ W + (b - b_dec @ W), folded once in float64
             bias_s = bias_s - sae.b_dec_d.double() @ sae.w_enc_ds.double()
-        # |h| <= max|x| * this + max|bias|, so one look at x rules out overflow in the whole product.
-        self._gain = float(sae.w_enc_ds.abs().sum(dim=0, dtype=torch.float64).max())
-        self._offset = float(bias_s.abs().max())
+        # |h| <= max|x| * gain + max|bias|, so one look at x rules out overflow in the whole product.
+        gain = float(sae.w_enc_ds.abs().sum(dim=0, dtype=torch.float64).max())
+        self._limit = min(FP32_MAX, (FP32_MAX - float(bias_s.abs().max())) / max(gain, 1e-300))
         self._w_ds = sae.w_enc_ds.to(device, self.dtype)
         self._b_s = bias_s.to(device, self.dtype)
         self._block = torch.empty(0, device=device, dtype=self.dtype)
@@ -123,9 +131,8 @@ class Encoder:
             ActivationOverflow: a value is NaN, infinite, or too large for a float32 product.
         """
         low, high = torch.aminmax(acts_bd)
-        largest = max(-float(low), float(high))  # NaN and infinity travel through aminmax
-        if not largest * self._gain + self._offset < FP32_MAX:
-            raise ActivationOverflow
+        if not max(-float(low), float(high)) < self._limit:  # NaN and infinity travel through aminmax
+            raise ActivationOverflow(self._limit)
         n_tokens = len(acts_bd)
         x_bd = acts_bd.to(self.device, non_blocking=True)
         block = self.block_tokens(n_tokens)

@@ -12,6 +12,7 @@ what `--pre-bias` is for.
 import io
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,8 @@ def _activation_fields(header: Fields, cfg: Fields, schema: int | None) -> tuple
 
 def _load_state(fpath: Path, body: bytes) -> dict[str, Any]:
     try:
-        state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's advice to its own developers about odd pickles
+            state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{fpath} holds more than tensors (torch.load with weights_only=True refuses it); nothing of it was run. "

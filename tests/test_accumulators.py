@@ -1,0 +1,261 @@
+"""The laws, on every accumulator; then what each one is for, against loops."""
+
+import functools
+import math
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from saev_dist.accumulators import fixed_point, rows
+from saev_dist.accumulators.base import Accumulator, Codes
+from saev_dist.accumulators.histogram import N_BINS, Histogram, bin_of, edges
+from saev_dist.accumulators.moments import Moments
+from saev_dist.accumulators.reconstruction import Reconstruction
+from saev_dist.accumulators.topk import TopK
+from saev_dist.errors import MergeError
+from tests.laws import D_MODEL, D_SAE, KINDS, N_PATCHES, batches, fold, make_codes, same, sliced, snapshot
+from tests.synthetic import brute_force_slots
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+settings.register_profile("laws", max_examples=60, deadline=None)
+settings.load_profile("laws")
+
+
+@every_kind
+@given(batches())
+def test_empty_is_the_identity(kind, group):
+    acc = fold(KINDS[kind], group)
+    assert same(acc.merge(KINDS[kind]()), acc)
+    assert same(KINDS[kind]().merge(acc), acc)
+
+
+@every_kind
+@given(batches(), st.integers(0, 6), st.integers(0, 6))
+def test_merge_is_associative_and_commutative(kind, group, i, j):
+    i, j = sorted((i, j))
+    a, b, c = (fold(KINDS[kind], part) for part in (group[:i], group[i:j], group[j:]))
+    assert same(a.merge(b).merge(c), a.merge(b.merge(c)))
+    assert same(a.merge(b), b.merge(a))
+
+
+@every_kind
+@given(batches(), st.lists(st.integers(0, 2), min_size=6, max_size=6))
+def test_state_does_not_depend_on_who_saw_what_in_which_order(kind, group, owners):
+    parts = [[codes for codes, owner in zip(group, owners, strict=False) if owner == rank] for rank in range(3)]
+    merged = functools.reduce(lambda a, b: a.merge(b), [fold(KINDS[kind], part) for part in parts])
+    alone = fold(KINDS[kind], sorted(group, key=lambda codes: codes.img_i))
+    assert same(merged, alone)
+
+
+@every_kind
+@given(batches(), batches())
+def test_merge_leaves_its_operands_alone(kind, one, two):
+    a, b = fold(KINDS[kind], one), fold(KINDS[kind], two)
+    before = snapshot(a), snapshot(b)
+    merged = a.merge(b)
+    for tensor in merged.state_dict().values():
+        tensor.fill_(7)
+    for acc, state in zip((a, b), before, strict=True):
+        assert all(torch.equal(acc.state_dict()[k], state[k]) for k in state)
+
+
+@every_kind
+@given(batches())
+def test_state_survives_a_round_trip(kind, group):
+    acc, other = fold(KINDS[kind], group[:3]), KINDS[kind]()
+    other.load_state_dict(snapshot(acc))
+    for codes in group[3:]:
+        acc.update(codes)
+        other.update(codes)
+    assert same(acc, other)
+
+
+@every_kind
+@given(batches(), st.integers(0, 6), st.floats(0, 1))
+def test_merging_slices_is_slicing_the_merge(kind, group, i, cut):
+    a, b = fold(KINDS[kind], group[:i]), fold(KINDS[kind], group[i:])
+    for low, high in ((0, cut), (cut, 1)):
+        assert same(sliced(a, low, high).merge(sliced(b, low, high)), sliced(a.merge(b), low, high))
+
+
+@every_kind
+def test_strangers_are_refused(kind):
+    acc = KINDS[kind]()
+    stranger = next(KINDS[other]() for other in KINDS if type(KINDS[other]()) is not type(acc))
+    with pytest.raises(MergeError):
+        acc.merge(stranger)
+    with pytest.raises(MergeError):
+        acc.load_state_dict({})
+    first, *_ = state = acc.state_dict()
+    with pytest.raises(MergeError):
+        acc.load_state_dict(state | {first: torch.zeros(2, 9, 9, dtype=torch.float16)})
+
+
+def test_buffers_of_other_sizes_are_refused():
+    with pytest.raises(MergeError):
+        TopK(D_SAE, 4, N_PATCHES, "patch").merge(TopK(D_SAE, 3, N_PATCHES, "patch"))
+
+
+def as_dense(group: list[Codes]) -> np.ndarray:
+    """All images of contiguous batches, float32 (images, patches, features)."""
+    dense = np.zeros((sum(codes.n_imgs for codes in group), N_PATCHES, D_SAE), np.float32)
+    base = 0
+    for codes in sorted(group, key=lambda codes: codes.img_i):
+        token = codes.token_n.numpy()
+        dense[base + token // N_PATCHES, token % N_PATCHES, codes.feature_n.numpy()] = codes.value_n.numpy()
+        base += codes.n_imgs
+    return dense
+
+
+def contiguous(group: list[Codes]) -> list[Codes]:
+    """The same batches with no images left out between them."""
+    out, img_i = [], 0
+    for codes in sorted(group, key=lambda codes: codes.img_i):
+        dense = as_dense([codes])
+        out.append(make_codes(img_i, dense.tolist()))
+        img_i += codes.n_imgs
+    return out
+
+
+@given(batches(), st.sampled_from(["patch", "image"]), st.integers(1, 7))
+def test_slots_equal_a_brute_force_search(group, rank_by, top_k):
+    group = contiguous(group)
+    acc = fold(lambda: TopK(D_SAE, top_k, N_PATCHES, rank_by), group)
+    found = acc.finalize(0)
+    values, imgs, patches = brute_force_slots(as_dense(group), top_k, rank_by)
+    assert np.array_equal(found["top_values"].numpy(), np.array(values, np.float32))
+    assert found["top_img_i"].tolist() == imgs
+    assert found["top_patch_i"].tolist() == patches
+
+
+def test_places_beyond_32_bits_are_kept_exactly():
+    n_patches, img_i = 4096, 2_000_000_000
+    acc = TopK(2, 3, n_patches, "patch")
+    codes = Codes(
+        token_n=torch.tensor([4095, 4096 + 17]),
+        feature_n=torch.tensor([1, 1]),
+        value_n=torch.tensor([1.0, 1.0]),
+        img_i=img_i,
+        n_imgs=2,
+        n_patches=n_patches,
+        acts_bd=torch.zeros(2 * n_patches, 1),
+    )
+    acc.update(codes)
+    found = acc.finalize(0)
+    assert found["top_img_i"].tolist() == [[-1, -1, -1], [img_i, img_i + 1, -1]]
+    assert found["top_patch_i"].tolist() == [[-1, -1, -1], [4095, 17, -1]]
+
+
+@given(batches())
+def test_moments_are_counts_and_means_of_what_is_above_zero(group):
+    group = contiguous(group)
+    dense = as_dense(group).reshape(-1, D_SAE)
+    found = fold(lambda: Moments(D_SAE), group).finalize(max(1, len(dense)))
+    for s in range(D_SAE):
+        above = [float(v) for v in dense[:, s] if v > 0]
+        assert found["sparsity"][s] == np.float32(len(above) / max(1, len(dense)))
+        if above:
+            assert found["mean_values"][s].item() == pytest.approx(math.fsum(above) / len(above), rel=1e-6, abs=1e-18)
+        else:
+            assert math.isnan(found["mean_values"][s])
+
+
+@given(st.lists(st.floats(-(2.0**61), 2.0**61), min_size=1, max_size=20), st.randoms())
+def test_fixed_point_sums_do_not_depend_on_the_order(numbers, random):
+    def total(xs):
+        limbs = [fixed_point.from_float(torch.tensor([x / len(numbers)], dtype=torch.float64)) for x in xs]
+        return functools.reduce(fixed_point.add, limbs)
+
+    shuffled = random.sample(numbers, len(numbers))
+    assert torch.equal(total(numbers), total(shuffled))
+    exact = math.fsum(x / len(numbers) for x in numbers)
+    assert fixed_point.to_float(total(numbers)).item() == pytest.approx(exact, rel=1e-12, abs=1e-17)
+
+
+def test_a_sum_that_would_wrap_is_an_error():
+    big = fixed_point.from_float(torch.tensor([2.0**61], dtype=torch.float64))
+    with pytest.raises(MergeError):
+        fixed_point.add(big, big)
+    for bad in (math.inf, math.nan, 2.0**62):
+        with pytest.raises(MergeError):
+            fixed_point.from_float(torch.tensor([bad], dtype=torch.float64))
+
+
+@given(st.floats(min_value=2.0**-149, max_value=2.0**127, width=32))
+def test_a_score_lies_between_its_bins_edges(value):
+    i = int(bin_of(torch.tensor([value])))
+    assert edges()[i] <= value < edges()[i + 1]
+    assert len(edges()) == N_BINS + 1
+
+
+@given(batches(), st.sampled_from([0.0, 50.0, 90.0, 99.0, 100.0]))
+def test_percentile_is_within_its_stated_error(group, percentile):
+    group = contiguous(group)
+    dense = as_dense(group).reshape(-1, D_SAE)
+    if not len(dense):
+        return
+    found = fold(lambda: Histogram(D_SAE, percentile), group).finalize(len(dense))[f"percentiles_p{percentile:g}"]
+    for s in range(D_SAE):
+        true = np.percentile(np.maximum(dense[:, s], 0), percentile, method="inverted_cdf")
+        if 2**-16 <= true < 2**16:
+            assert found[s].item() == pytest.approx(true, rel=1 / 32)
+        elif true == 0:
+            assert found[s] == 0
+        else:  # outside of the bins: on the right side of their end
+            assert (0 < found[s] < 2**-16) if true < 1 else found[s] == 2**16
+
+
+@given(batches())
+def test_image_means_are_the_mean_of_the_three_strongest_patches(group):
+    for codes in contiguous(group):
+        dense = as_dense([codes])
+        counts, indices, means = rows.image_means(codes, D_SAE)
+        found = np.zeros((codes.n_imgs, D_SAE), np.float32)
+        found[np.repeat(np.arange(codes.n_imgs), counts), indices] = means
+        assert counts.sum() == len(indices) == np.count_nonzero(found)
+        expected = np.sort(dense, axis=1)[:, ::-1][:, :3].astype(np.float64).mean(axis=1)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7 * np.abs(dense).max())
+
+
+def test_image_means_hold_when_the_sort_key_goes_in_pieces():
+    rng = np.random.default_rng(0)
+    codes = make_codes(0, rng.choice([0.0, 1.0, 2.0], (40, N_PATCHES, D_SAE)).tolist())
+    whole = rows.image_means(codes, D_SAE)
+    huge = 2**30  # features: two images to a piece
+    pieces = rows.image_means(codes, huge)
+    assert all(np.array_equal(a, b) for a, b in zip(whole, pieces, strict=True))
+
+
+@given(batches(), st.integers(1, 7), st.integers(1, 5))
+def test_samples_are_every_stride_th_token_of_the_whole(group, stride, n_features):
+    group = contiguous(group)
+    dense = as_dense(group).reshape(-1, D_SAE)
+    found = [rows.sampled_values(codes, n_features, stride) for codes in group]
+    if found:
+        np.testing.assert_array_equal(np.concatenate(found), dense[::stride, :n_features])
+
+
+@given(st.integers(1, 10**13), st.integers(1, 10**7))
+def test_there_are_never_more_samples_than_asked_for(n_tokens, most):
+    stride, n_samples = rows.sample_stride(n_tokens, most), rows.n_samples(n_tokens, most)
+    assert n_samples <= most
+    assert (n_samples - 1) * stride < n_tokens <= n_samples * stride
+    assert stride == 1 or -(-n_tokens // (stride - 1)) > most
+
+
+@given(batches())
+def test_normalized_mse_equals_its_definition(group):
+    if not group:
+        return
+    w_dec, b_dec = torch.arange(15.0).view(D_SAE, D_MODEL) / 3, torch.ones(D_MODEL)
+    group = contiguous(group)
+    x = torch.cat([codes.acts_bd for codes in group]).double()
+    decoded = torch.from_numpy(as_dense(group).reshape(-1, D_SAE)).double() @ w_dec.double() + b_dec
+    found: Accumulator = fold(lambda: Reconstruction(w_dec, b_dec), group)
+    metrics = found.finalize(len(x))["metrics"]
+    baseline = (x - x.mean(0)).square().sum().item()
+    assert metrics["sse_baseline"] == pytest.approx(baseline, rel=1e-4, abs=1e-9 * x.square().sum().item())
+    assert metrics["sse_recon"] == pytest.approx((x - decoded).square().sum().item(), rel=1e-4)

@@ -1,0 +1,270 @@
+"""Bad input: one line that names the place, exit code 1, nothing under a final name, no hang on any rank."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import saev_dist
+from saev_dist.cli import main
+from tests.ranks import ENV, run_cli
+from tests.synthetic import TOPK, make_acts, make_sae, make_shards, make_weights
+
+
+class Case:
+    """A good set of inputs, to be spoilt."""
+
+    def __init__(self, dpath: Path) -> None:
+        self.dpath = dpath
+        self.shards = make_shards(dpath / "shards", make_acts(), layers=(9, 4))
+        self.sae = make_sae(dpath / "sae.pt", TOPK)
+        self.out = dpath / "run"
+        self.flags = {"--shards": self.shards, "--sae": self.sae, "--out": self.out, "--layer": 4}
+
+    @property
+    def args(self) -> list[str]:
+        return ["extract", "--no-progress", *(str(word) for pair in self.flags.items() for word in pair)]
+
+    def edit(self, file: str, /, **changes: object) -> None:
+        """Change fields of a JSON file; None removes one."""
+        content = json.loads((self.shards / file).read_text())
+        target = content if isinstance(content, dict) else content[1]
+        for key, value in changes.items():
+            target.pop(key) if value is None else target.__setitem__(key, value)
+        (self.shards / file).write_text(json.dumps(content))
+
+    def header(self, change) -> None:
+        """Change the SAE's header."""
+        line, body = self.sae.read_bytes().split(b"\n", 1)
+        header = json.loads(line)
+        change(header)
+        self.sae.write_bytes(json.dumps(header).encode() + b"\n" + body)
+
+    def state(self, **changes: object) -> None:
+        """Change the SAE's tensors; None removes one."""
+        line, body = self.sae.read_bytes().split(b"\n", 1)
+        state = torch.load(io.BytesIO(body), weights_only=True) | changes
+        with open(self.sae, "wb") as file:
+            file.write(line + b"\n")
+            torch.save({key: value for key, value in state.items() if value is not None}, file)
+
+    def poison(self, value: float) -> None:
+        """Put a number into image 9 (example 2 of shard 1), patch 3, dimension 5 of layer 4."""
+        with open(self.shards / "acts000001.bin", "r+b") as file:
+            file.seek(4 * (((2 * 2 + 1) * 5 + 3) * 6 + 5))
+            file.write(np.float32(value).tobytes())
+
+
+def set_flag(**flags):
+    return lambda case: case.flags.update({f"--{name.replace('_', '-')}": value for name, value in flags.items()})
+
+
+W = make_weights()
+CASES = {
+    "shards missing": (lambda c: shutil.rmtree(c.shards), "is not a directory"),
+    "shards are a file": (set_flag(shards=__file__), "is not a directory"),
+    "metadata missing": (lambda c: (c.shards / "metadata.json").unlink(), "metadata.json: No such file"),
+    "metadata not JSON": (lambda c: (c.shards / "metadata.json").write_text("{"), "metadata.json is not JSON"),
+    "metadata a list": (lambda c: (c.shards / "metadata.json").write_text("[]"), "should be an object"),
+    "metadata too deep": (lambda c: (c.shards / "metadata.json").write_text("[" * 10**5), "is not JSON"),
+    "field missing": (lambda c: c.edit("metadata.json", d_model=None), "no field 'd_model or d_vit'"),
+    "field of wrong type": (lambda c: c.edit("metadata.json", d_model="6"), "'d_model' is \"6\"; it should be an integer"),
+    "boolean for a number": (lambda c: c.edit("metadata.json", d_model=True), "'d_model' is true"),
+    "field zero": (lambda c: c.edit("metadata.json", content_tokens_per_example=0), "is 0; it should be at least 1"),
+    "field negative": (lambda c: c.edit("metadata.json", n_examples=-3), "is -3; it should be at least 1"),
+    "cls_token a number": (lambda c: c.edit("metadata.json", cls_token=1), "'cls_token' is 1; it should be true or false"),
+    "layers empty": (lambda c: c.edit("metadata.json", layers=[]), "list of distinct integers"),
+    "protocol unknown": (lambda c: c.edit("metadata.json", protocol="3.0"), "protocol is '3.0'; this version reads 1.0.0, 1.1, 2.1"),
+    "dtype unknown": (lambda c: c.edit("metadata.json", dtype="float16"), "dtype is 'float16'"),
+    "shard list missing": (lambda c: (c.shards / "shards.json").unlink(), "shards.json: No such file"),
+    "shard list empty": (lambda c: (c.shards / "shards.json").write_text("[]"), "non-empty list"),
+    "shard missing": (lambda c: (c.shards / "acts000002.bin").unlink(), "acts000002.bin: No such file"),
+    "shard short": (lambda c: os.truncate(c.shards / "acts000001.bin", 1000), "acts000001.bin holds 1,000 bytes; shards.json promises"),
+    "shard outside": (lambda c: c.edit("shards.json", name="../x"), "name is '../x'; it should be a plain file name"),
+    "shard absolute": (lambda c: c.edit("shards.json", name="/etc/passwd"), "plain file name"),
+    "shard twice": (lambda c: c.edit("shards.json", name="acts000000.bin"), "lists acts000000.bin more than once"),
+    "counts do not add up": (lambda c: c.edit("shards.json", n_examples=6), "adds up to 22 examples; metadata.json promises 23"),
+    "layer not there": (set_flag(layer=5), "holds no layer 5; it holds 9, 4"),
+    "layer not said": (lambda c: c.flags.pop("--layer"), "holds layers 9, 4; choose one with --layer"),
+    "widths differ": (lambda c: make_sae(c.sae, d_model=7), "takes activations of width 7"),
+    "SAE missing": (lambda c: c.sae.unlink(), "sae.pt: No such file"),
+    "SAE a directory": (lambda c: (c.sae.unlink(), c.sae.mkdir()), "sae.pt: Is a directory"),
+    "SAE empty": (lambda c: c.sae.write_bytes(b""), "does not start with a line of JSON"),
+    "SAE header not JSON": (lambda c: c.sae.write_bytes(b"{x\n"), "header is not JSON"),
+    "SAE truncated": (lambda c: os.truncate(c.sae, 900), "truncated or damaged"),
+    "SAE header alone": (lambda c: c.sae.write_bytes(c.sae.read_bytes().split(b"\n")[0] + b"\n"), "truncated or damaged"),
+    "SAE schema unknown": (lambda c: c.header(lambda h: h.update(schema=6)), "schema is 6"),
+    "SAE activation unknown": (lambda c: c.header(lambda h: h["cfg"]["activation"].update(cls="Gelu")), "activation is 'Gelu'"),
+    "SAE size missing": (lambda c: c.header(lambda h: h["cfg"].pop("d_model")), "no field 'd_model or d_vit'"),
+    "SAE top_k zero": (lambda c: c.header(lambda h: h["cfg"]["activation"]["params"].update(top_k=0)), "'top_k' is 0"),
+    "SAE top_k too large": (lambda c: c.header(lambda h: h["cfg"]["activation"]["params"].update(top_k=99)), "top_k is 99"),
+    "SAE threshold missing": (lambda c: c.header(lambda h: h["cfg"]["activation"].update(cls="BatchTopK")), "no tensor activation.threshold"),
+    "SAE tensor missing": (lambda c: c.state(W_enc=None), "no tensor W_enc"),
+    "SAE tensor unknown": (lambda c: c.state(scale=torch.ones(1)), "unknown tensors (scale)"),
+    "SAE tensor of wrong shape": (lambda c: c.state(b_enc=torch.ones(3)), "b_enc is torch.float32 (3,)"),
+    "SAE weights NaN": (lambda c: c.state(W_dec=W["w_dec_sd"] * float("nan")), "144 of 144 values of W_dec are NaN"),
+    "activation NaN": (lambda c: c.poison(float("nan")), "acts000001.bin: image 9 (example 2 of the shard), patch 3, dimension 5 is nan"),
+    "activation infinite": (lambda c: c.poison(-float("inf")), "image 9 (example 2 of the shard), patch 3, dimension 5 is -inf"),
+    "activation too large": (lambda c: c.poison(3e38), "image 9"),
+    "top_k zero": (set_flag(top_k=0), "top_k must be at least 1, got 0"),
+    "percentile out of range": (set_flag(percentile=101), "percentile must lie in 0 to 100"),
+    "tf32 on a CPU": (set_flag(precision="tf32", device="cpu"), "--precision tf32 needs a CUDA device"),
+    "out below a file": (lambda c: c.flags.update({"--out": c.sae / "run"}), "Not a directory"),
+    "out a file": (lambda c: c.flags.update({"--out": c.sae}), "Not a directory"),
+    "TOML missing": (set_flag(config="nowhere.toml"), "nowhere.toml: No such file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, name):
+    spoil, message = CASES[name]
+    case = Case(tmp_path)
+    spoil(case)
+    with pytest.raises(SystemExit) as stop:
+        main(case.args)
+    err = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert err.startswith("saev-dist: error: ") and err.count("\n") == 1, err
+    assert message in err
+    assert list(case.out.glob("*.*")) == []
+
+
+def test_a_good_case_passes(tmp_path):
+    case = Case(tmp_path)
+    main(case.args)
+    assert (case.out / "manifest.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_absent_cuda_is_said(tmp_path, capsys):
+    case = Case(tmp_path)
+    case.flags["--device"] = "cuda"
+    with pytest.raises(SystemExit, match="1"):
+        main(case.args)
+    assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--top-k", "many"], ["--unknown"], ["--rank-by", "shard"], ["--top-k"]])
+def test_wrong_usage_exits_with_2(tmp_path, capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        main([*Case(tmp_path).args, *flags])
+    assert stop.value.code == 2
+
+
+ESCAPED = Path("/tmp") / f"saev_dist_escaped_{os.getpid()}"
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, (f"touch {ESCAPED}",)
+
+
+def test_a_malicious_checkpoint_runs_nothing(tmp_path, capsys):
+    case = Case(tmp_path)
+    header = case.sae.read_bytes().split(b"\n", 1)[0]
+    buffer = io.BytesIO()
+    torch.save({"W_enc": Bomb()}, buffer)
+    for body in (buffer.getvalue(), pickle.dumps(Bomb()), pickle.dumps({"W_enc": Bomb()}, protocol=4)):
+        case.sae.write_bytes(header + b"\n" + body)
+        with pytest.raises(SystemExit, match="1"):
+            main(case.args)
+        assert capsys.readouterr().err.count("\n") == 1
+        assert not ESCAPED.exists()
+    # The bombs are live: unpickling one by hand leaves the file.
+    pickle.loads(pickle.dumps(Bomb()))
+    assert ESCAPED.exists()
+    ESCAPED.unlink()
+
+
+def test_a_pickle_in_the_metadata_is_never_loaded(tmp_path):
+    import base64
+
+    case = Case(tmp_path)
+    case.edit("metadata.json", data=base64.b64encode(pickle.dumps(Bomb())).decode())
+    main(case.args)
+    assert not ESCAPED.exists()
+
+
+def in_small_tmpfs(dpath: Path, megabytes: int):
+    """Mount a tmpfs; skip where one may not."""
+    dpath.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(dpath)], capture_output=True)
+    if done.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    dpath = tmp_path / "small"
+    in_small_tmpfs(dpath, 1)
+    yield dpath
+    subprocess.run(["umount", str(dpath)], check=True)
+
+
+@pytest.mark.parametrize("filled_kb", [700, 1000])
+def test_a_full_disk_is_one_line_and_leaves_no_artifact(tmp_path, small_disk, capsys, monkeypatch, filled_kb):
+    import saev_dist.estimate
+
+    # The space goes after the check: another user of the disk.
+    monkeypatch.setattr(saev_dist.estimate, "free_disk", lambda dpath: 10**12)
+    case = Case(tmp_path / "case")
+    case.flags |= {"--out": small_disk / "run", "--top-k": 2000}
+    (small_disk / "other").write_bytes(bytes(filled_kb * 1024))
+    with pytest.raises(SystemExit, match="1"):
+        main(case.args)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "No space left on device; free some space" in err, err
+    assert list((small_disk / "run").glob("*.*")) == []
+    (small_disk / "other").unlink()
+    case.flags["--top-k"] = 20
+    main(case.args[:1] + ["--force"] + case.args[1:])
+    assert (small_disk / "run/manifest.json").exists()
+
+
+def test_a_disk_too_small_is_refused_before_the_start(tmp_path, small_disk, capsys):
+    case = Case(tmp_path / "case")
+    case.flags |= {"--out": small_disk / "run", "--top-k": 20_000}
+    with pytest.raises(SystemExit, match="1"):
+        main(case.args)
+    assert "of disk" in capsys.readouterr().err
+    assert not (small_disk / "run").exists()
+
+
+def test_a_directory_that_cannot_be_written_is_said(tmp_path):
+    case = Case(tmp_path)
+    for writable_by in ("nobody",):
+        tmp_path.chmod(0o755)
+        as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+        script = f"from saev_dist.cli import main; main({case.args!r})"
+        if subprocess.run([*as_nobody, "true"], capture_output=True).returncode:
+            pytest.skip(f"becoming {writable_by} needs root")
+        for parent in (tmp_path, *tmp_path.parents):
+            if not os.access(parent, os.X_OK) or not parent.stat().st_mode & 0o001:
+                parent.chmod(parent.stat().st_mode | 0o011)
+        readable = subprocess.run([*as_nobody, sys.executable, "-c", "import saev_dist"], env=ENV, capture_output=True)
+        if readable.returncode:
+            pytest.skip("this Python is not readable by other users")
+        done = subprocess.run([*as_nobody, sys.executable, "-c", script], env=ENV, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr.startswith("saev-dist: error: ") and "Permission denied" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["metadata not JSON", "activation NaN", "shard short", "SAE truncated", "out a file"])
+def test_every_rank_stops_and_one_error_is_shown(tmp_path, name):
+    spoil, message = CASES[name]
+    case = Case(tmp_path)
+    spoil(case)
+    done = run_cli(*case.args, "--batch-tokens", 10, n_ranks=3, timeout_s=60)
+    assert done.returncode == 1
+    shown = [line for line in done.stderr.splitlines() if "saev-dist: error: " in line]
+    assert len(shown) == 1 and message in shown[0], done.stderr
+    assert f'File "{Path(saev_dist.__file__).parent}' not in done.stderr, "a traceback of ours (torchrun prints its own)"
+    assert list(case.out.glob("*.*")) == []

@@ -1,0 +1,66 @@
+"""`inspect` describes what is sound and refuses what is not."""
+
+import numpy as np
+import pytest
+import torch
+
+from saev_dist.cli import main
+from tests.synthetic import make_acts, make_sae, make_shards
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    shards = make_shards(tmp_path / "shards", make_acts(), layers=(9, 4), cls_token=True)
+    sae = make_sae(tmp_path / "sae.pt")
+    args = ["--shards", str(shards), "--sae", str(sae), "--layer", "4", "--top-k", "8"]
+    main(["extract", *args, "--out", str(tmp_path / "run"), "--no-progress"])
+    return tmp_path
+
+
+def refused(capsys, path) -> str:
+    with pytest.raises(SystemExit, match="1"):
+        main(["inspect", str(path)])
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    return err
+
+
+def test_what_is_sound_is_described(inputs, capsys):
+    capsys.readouterr()
+    main(["inspect", str(inputs / "shards")])
+    text = capsys.readouterr().out
+    assert "protocol 2.1, 4 files" in text and "23 × 5 patches, and a CLS token" in text and "layer 9" in text
+    main(["inspect", str(inputs / "sae.pt")])
+    text = capsys.readouterr().out
+    assert "saev, schema 5, Relu" in text and "6 -> 24 features" in text
+    main(["inspect", str(inputs / "run")])
+    assert "slots are sound" in capsys.readouterr().out
+
+
+def test_nan_in_a_sampled_image_is_named(inputs, capsys):
+    with open(inputs / "shards/acts000000.bin", "r+b") as file:
+        file.seek(4 * 6)  # CLS of layer 9 comes first
+        file.write(np.float32("nan").tobytes())
+    assert "image 0 (example 0 of the shard), patch 0, dimension 0 is nan" in refused(capsys, inputs / "shards")
+
+
+def test_a_short_shard_is_named(inputs, capsys):
+    fpath = inputs / "shards/acts000001.bin"
+    fpath.write_bytes(fpath.read_bytes()[:-4])
+    assert "acts000001.bin holds" in refused(capsys, inputs / "shards")
+
+
+def test_altered_slots_are_noticed(inputs, capsys):
+    values = torch.load(inputs / "run/top_values.pt", weights_only=True)
+    values[3, :2] = torch.tensor([1.0, 2.0])
+    torch.save(values, inputs / "run/top_values.pt")
+    assert "scores are in descending order" in refused(capsys, inputs / "run")
+    torch.save(values[:, :4], inputs / "run/top_values.pt")
+    assert "the manifest promises a tensor (24, 8)" in refused(capsys, inputs / "run")
+    (inputs / "run/top_values.pt").write_bytes(b"PK")
+    assert "top_values.pt is damaged" in refused(capsys, inputs / "run")
+
+
+def test_anything_else_is_refused(inputs, capsys):
+    assert "inspect takes shards, an sae.pt, or a run" in refused(capsys, inputs / "nowhere")
+    assert "inspect takes shards, an sae.pt, or a run" in refused(capsys, inputs)
