@@ -97,6 +97,8 @@ class Demo:
     """Directory to make: images/, shards/, sae.pt, run/ and the contact sheet."""
     seed: int = 0
     """Seed of the SAE's training."""
+    n_steps: int = 1000
+    """Steps of the SAE's training, each on 1,024 tokens."""
     force: bool = False
     """Make everything again where --out holds a finished demo."""
     progress: bool = True

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +110,8 @@ def open_job(cfg: Extract, world: World) -> Job:
         raise ConfigError(f"--precision tf32 needs a CUDA device; this run is on {device.type}. Use fp32 or bf16.")
     if cfg.percentile_estimator == "saev" and world.size > 1:
         raise ConfigError(
-            f"--percentile-estimator saev depends on the order of all tokens, so it runs in one process; there are {world.size}. "
-            "Use the histogram, which merges."
+            f"--percentile-estimator saev depends on the order of all tokens, so it runs in one process; "
+            f"there are {world.size}. Use the histogram, which merges."
         )
     settings = {name: value for name, value in asdict(cfg).items() if name not in INERT}
     identity = settings | {
@@ -306,8 +305,8 @@ def _summary(out_dpath: Path, manifest: dict[str, Any]) -> str:
         "tokens": f"{metrics['n_tokens']:,} of {manifest['shards']['n_examples']:,} images",
         "L0": f"{metrics['l0']:.1f} of {d_sae:,} features above zero per token",
         "dead features": f"{n_dead:,} ({n_dead / d_sae:.1%})",
-        "throughput": f"{rate:,.0f} tokens/s, {rate * manifest['shards']['d_model'] * 4 / 1e9:.2f} GB/s read, {len(ranks)} rank(s)",
-        "wall time": ", ".join(f"{stage} {timedelta(seconds=round(value, 1))!s:.9}" for stage, value in wall_s.items()),
+        "throughput": f"{rate:,.0f} tokens/s, {gb(rate * manifest['shards']['d_model'] * 4)}/s read, {len(ranks)} rank(s)",
+        "wall time": ", ".join(f"{stage} {value:,.1f} s" for stage, value in wall_s.items()),
         "artifacts": str(out_dpath),
     }
     if metrics.get("normalized_mse") is not None:

@@ -169,7 +169,9 @@ class Run:
 
 
 class Spill:
-    """A rank's rows of one array, appended in data order. A context, which closes it; concatenating the ranks' files gives the array.
+    """A rank's rows of one array, appended in data order; the ranks' files, concatenated, are the array.
+
+    A context, which closes the file.
 
     Args:
         fpath: file to make or read.

@@ -142,10 +142,9 @@ class World:
         self.wait()
         if self.size == 1:
             return [report]
-        texts = (
-            [self._ask(lambda store, r=rank: store.get(f"{key}/{r}")) for rank in range(self.size)] if self.rank == 0 else []
-        )
-        return [json.loads(text) for text in texts if text is not None]
+        ranks = range(self.size if self.rank == 0 else 0)
+        texts = self._ask(lambda store: [store.get(f"{key}/{rank}") for rank in ranks])
+        return [json.loads(text) for text in texts]
 
     def exchange(self, state: State) -> list[State]:
         """Send each rank its slice of the rows; return this rank's slice of every rank's state, in rank order.

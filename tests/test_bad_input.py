@@ -225,7 +225,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_artifact(tmp_path, small_disk, ca
     assert list((small_disk / "run").glob("*.*")) == []
     (small_disk / "other").unlink()
     case.flags["--top-k"] = 20
-    main(case.args[:1] + ["--force"] + case.args[1:])
+    main([*case.args[:1], "--force", *case.args[1:]])
     assert (small_disk / "run/manifest.json").exists()
 
 

@@ -66,7 +66,7 @@ def test_artifacts_equal_their_definitions(tmp_path, activation, rank_by, top_k)
             n_distributions=7,
             max_distribution_samples=50,
             progress=False,
-        )  # fmt: skip
+        )
     )
     codes = dense_codes(acts, make_weights(), activation)
     flat = codes.reshape(-1, codes.shape[-1])
@@ -150,7 +150,7 @@ def test_statistics_agree_with_saev(tmp_path, name):
             top_k=16,
             rank_by="image",
             progress=False,
-        )  # fmt: skip
+        )
     )
     for stem in ("mean_values", "sparsity"):
         theirs = torch.load(expected / f"{stem}.pt", weights_only=True)
@@ -180,7 +180,7 @@ def test_strongest_images_agree_with_saev(tmp_path, name):
             top_k=top_k,
             rank_by="image",
             progress=False,
-        )  # fmt: skip
+        )
     )
     theirs_v = torch.load(SAEV / name / "expected/top_values.pt", weights_only=True).amax(-1)
     theirs_i = torch.load(SAEV / name / "expected/top_img_i.pt", weights_only=True)

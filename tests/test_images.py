@@ -48,7 +48,7 @@ def test_nested_folders_sort_as_path_strings(tmp_path: Path) -> None:
 
 
 def test_extensions_count_in_any_case_and_other_files_do_not(tmp_path: Path) -> None:
-    images = ["c/" + name for name in "1.jpg 2.JPEG 3.Png 4.ppm 5.bmp 6.pgm 7.tif 8.TIFF 9.webp".split()]
+    images = ["c/" + name for name in ["1.jpg", "2.JPEG", "3.Png", "4.ppm", "5.bmp", "6.pgm", "7.tif", "8.TIFF", "9.webp"]]
     others = ["c/a.txt", "c/b.png.part", "c/c.gif", "c/dpng", "loose.png", "c/folder.png/", "empty/"]
     assert names(tmp_path, *images, *others) == images
 

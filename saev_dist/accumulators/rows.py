@@ -6,6 +6,8 @@ They grow with the data, so unlike accumulators they are never held whole: a ran
 Names: `n` codes, `e` images of the batch, `r` sampled tokens, `v` stored entries.
 """
 
+import itertools
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -52,9 +54,9 @@ def image_means(codes: Codes, d_sae: int) -> tuple[NDArray[np.int64], NDArray[np
     # with vector instructions. Image and feature share 31 bits, so a batch with very many goes in pieces.
     imgs_per_piece = max(1, 2**31 // d_sae)
     img_n = (codes.token_n // codes.n_patches).numpy()
-    cuts = np.searchsorted(img_n, np.arange(0, codes.n_imgs, imgs_per_piece)).tolist() + [len(img_n)]
+    cuts = [*np.searchsorted(img_n, np.arange(0, codes.n_imgs, imgs_per_piece)).tolist(), len(img_n)]
     groups, means = [], []
-    for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+    for low, high in itertools.pairwise(cuts):
         base = int(img_n[low]) if high > low else 0
         group_n = (img_n[low:high] - base) * d_sae + codes.feature_n[low:high].numpy()
         group_v, mean_v = _strongest_means(group_n, codes.value_n[low:high].numpy(), codes.n_patches)

@@ -5,6 +5,8 @@ percentile is exact to 3.1 %; this one walks towards the percentile by at most 0
 it on fewer than many thousand tokens.
 """
 
+import itertools
+
 import torch
 
 from saev_dist.accumulators.base import Codes
@@ -34,7 +36,7 @@ class SaevPercentile:
         drift = 2 * self.percentile / 100 - 1.0
         cuts = torch.searchsorted(codes.token_n, torch.arange(codes.n_tokens + 1)).tolist()
         score_s = torch.zeros_like(self.estimate_s)
-        for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+        for low, high in itertools.pairwise(cuts):
             self._n_seen += 1
             step = STEP * (self.n_tokens - self._n_seen) / self.n_tokens
             score_s.zero_()[codes.feature_n[low:high]] = codes.value_n[low:high]

@@ -60,8 +60,8 @@ def contact_sheet(rows: Sequence[Row], header: Sequence[str] = (), tile_px: int 
     draw = ImageDraw.Draw(sheet)
 
     for i, line in enumerate(header):
-        style = {"font": text_font, "fill": FAINT} if i else {"font": title_font, "fill": INK}
-        draw.text((GAP_PX, GAP_PX + i * HEADER_PX), line, **style)
+        font, colour = (text_font, FAINT) if i else (title_font, INK)
+        draw.text((GAP_PX, GAP_PX + i * HEADER_PX), line, font=font, fill=colour)
     for row_i, row in enumerate(rows):
         top = header_px + row_i * (tile_px + GAP_PX)
         draw.text((GAP_PX, top), row.title, font=title_font, fill=INK)

@@ -180,7 +180,7 @@ def _kth_bound(h_bs: Tensor, k: int) -> Tensor:
     The k-th largest of the maxima of disjoint groups: each of those maxima is an entry of the row. Finding it
     reads the block once and selects among a few hundred numbers instead of all features.
     """
-    n_tokens, d_sae = h_bs.shape
+    _n_tokens, d_sae = h_bs.shape
     group = max(1, d_sae // (GROUPS_PER_K * k))
     n_groups = d_sae // group
     maxima_bg = h_bs[:, : group * n_groups].unflatten(1, (group, n_groups)).amax(dim=1) if group > 1 else h_bs

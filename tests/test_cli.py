@@ -1,0 +1,55 @@
+"""The program's surface: help, presets, TOML under the flags."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from saev_dist.cli import main, parse
+from saev_dist.config import Extract
+
+ROOT = Path(__file__).parent.parent
+NEEDED = ["--shards", "s", "--sae", "a.pt", "--out", "o"]
+
+
+@pytest.mark.parametrize("fpath", sorted((ROOT / "configs").glob("*.toml")), ids=lambda fpath: fpath.name)
+def test_presets_are_defaults_that_flags_override(fpath):
+    cfg = parse(["extract", "--config", str(fpath), *NEEDED])
+    assert isinstance(cfg, Extract) and cfg.shards == Path("s")
+    assert cfg != Extract(shards=Path("s"), sae=Path("a.pt"), out=Path("o"), config=fpath), "a preset that sets nothing"
+    assert parse(["extract", f"--config={fpath}", *NEEDED, "--top-k", "7"]).top_k == 7
+
+
+def test_a_toml_file_may_hold_everything(tmp_path):
+    fpath = tmp_path / "run.toml"
+    fpath.write_text('shards = "s"\nsae = "a.pt"\nout = "o"\npre_bias = true\nprogress = false\npercentile = 95.5\n')
+    cfg = parse(["extract", "--config", str(fpath)])
+    assert (cfg.sae, cfg.pre_bias, cfg.progress, cfg.percentile) == (Path("a.pt"), True, False, 95.5)
+    assert parse(["extract", "--config", str(fpath), "--no-pre-bias", "--progress"]).pre_bias is False
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("topk = 3", "sets 'topk', which extract does not know"), ("a b", "is not TOML"), ("layer = [1]", "layer is [1]")],
+)
+def test_a_bad_toml_file_is_named(tmp_path, capsys, text, message):
+    fpath = tmp_path / "bad.toml"
+    fpath.write_text(text)
+    with pytest.raises(SystemExit, match="1"):
+        main(["extract", "--config", str(fpath), *NEEDED])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["extract"], ["inspect"], ["demo"]])
+def test_help_names_every_flag_without_loading_torch(command):
+    script = f"import sys; from saev_dist.cli import main\ntry: main({[*command, '--help']!r})\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = {"extract": "--rank-by", "inspect": "PATH", "demo": "--seed"}.get("".join(command), "extract")
+    assert expected in done.stdout
+
+
+def test_python_m_is_the_same_program():
+    done = subprocess.run([sys.executable, "-m", "saev_dist", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "saev-dist demo" in done.stdout

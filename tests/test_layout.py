@@ -1,0 +1,53 @@
+"""The architecture in DESIGN.md, held: imports point down, pure modules stay pure."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "saev_dist"
+LEVELS = [
+    {"cli", "__main__"},
+    {"demo"},
+    {"extract", "inspect"},
+    {"world", "store", "sae", "data", "estimate", "progress"},
+    {"accumulators", "plan", "render", "fields"},
+    {"config", "errors"},
+]
+IMPURE = {"os", "sys", "logging", "pathlib", "io", "shutil", "tempfile", "time", "subprocess", "torch.distributed"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(fpath: Path) -> set[str]:
+    """Dotted names of everything that a file imports, at any depth."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(fpath.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return names
+
+
+def level(area: str) -> int:
+    return next(i for i, areas in enumerate(LEVELS) if area in areas)
+
+
+@pytest.mark.parametrize("fpath", FILES, ids=lambda fpath: str(fpath.relative_to(PACKAGE)))
+def test_imports_point_down(fpath):
+    area = fpath.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if area == "__init__":
+        assert not imports(fpath)
+        return
+    targets = {name.split(".")[1] for name in imports(fpath) if name.startswith("saev_dist.")} - {"__version__", area}
+    assert all(level(target) >= level(area) for target in targets), targets
+
+
+@pytest.mark.parametrize("fpath", FILES, ids=lambda fpath: str(fpath.relative_to(PACKAGE)))
+def test_pure_modules_touch_nothing_outside(fpath):
+    area = fpath.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if area in ("accumulators", "plan", "render"):
+        assert not imports(fpath) & IMPURE
+        called = {node.func.id for node in ast.walk(ast.parse(fpath.read_text())) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}  # fmt: skip
+        assert not called & {"open", "print", "input"}
+        assert (ast.get_docstring(ast.parse(fpath.read_text())) or "").startswith("PURE") or fpath.name == "__init__.py"
