@@ -104,6 +104,10 @@ class Demo:
     progress: bool = True
     """Show progress."""
 
+    def __post_init__(self) -> None:
+        if self.n_steps < 1:
+            raise ConfigError(f"n_steps must be at least 1, got {self.n_steps}.")
+
 
 def toml_flags(fpath: Path, command: type) -> list[str]:
     """The fields in a TOML file as command-line flags, to be put before the user's own.

@@ -13,7 +13,7 @@ Names: `e` images, `p` patches, `x` values of a patch with its surroundings, `d`
 
 import importlib.util
 import math
-import shlex
+import os
 import sys
 from pathlib import Path
 
@@ -31,7 +31,8 @@ from saev_dist.data.images import list_images
 from saev_dist.data.shards import ShardWriter
 from saev_dist.errors import ConfigError, RunError
 from saev_dist.render.sheet import Row, Slot, contact_sheet
-from saev_dist.sae.saev import save_saev
+from saev_dist.sae.saev import load_saev, save_saev
+from saev_dist.store import Run, writing
 
 # Photographs in the wheel, and the scale at which their structure is as large as a patch.
 PHOTOGRAPHS = {
@@ -56,9 +57,10 @@ CROP_PX, PATCH_PX, CONTEXT_PX = 96, 8, 16
 GRID = CROP_PX // PATCH_PX
 MARGIN_PX = (CONTEXT_PX - PATCH_PX) // 2
 D_MODEL, D_SAE, TOP_K = 64, 512, 4
-BATCH_TOKENS, LEARNING_RATE = 1024, 3e-3
-DEAD_AFTER_TOKENS, N_REVIVED, REVIVE_WEIGHT = 30_000, 32, 1 / 32
-N_ROWS, N_SHOWN = 12, 8
+BATCH_TOKENS, LEARNING_RATE = 1024, 1.5e-3
+DEAD_AFTER_TOKENS, N_REVIVED, REVIVE_WEIGHT = 30_000, 32, 1 / 4
+N_SLOTS, N_ROWS, N_SHOWN = 32, 12, 8
+MAX_PER_PHOTOGRAPH, MAX_COSINE = 4, 0.15
 
 
 def run(cfg: Demo) -> None:
@@ -68,26 +70,40 @@ def run(cfg: Demo) -> None:
         ConfigError: scikit-image is not installed.
         RunError: `cfg.out` holds something else.
     """
-    source_dpath = photographs_dpath()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("the demo runs in one process; start it without torchrun.")
+    with writing(cfg.out):
+        _run(cfg, photographs_dpath())
+
+
+def _run(cfg: Demo, source_dpath: Path) -> None:
+    """The five steps."""
     sheet_fpath = cfg.out / "contact-sheet.png"
     settings = f"seed {cfg.seed}, {cfg.n_steps} steps\n"
     marker_fpath = cfg.out / "demo.txt"  # says that the directory is a demo's, and of which settings
     if cfg.out.exists() and any(cfg.out.iterdir()):
         if not marker_fpath.exists():
             raise RunError(f"{cfg.out} holds files that are not a demo's; choose another --out.")
-        if sheet_fpath.exists() and not cfg.force and marker_fpath.read_text() == settings:
+        if not cfg.force and (there := marker_fpath.read_text()) != settings:
+            raise RunError(
+                f"{cfg.out} holds a demo of {there.strip()}; this one is of {settings.strip()}. "
+                "Choose another --out, or use --force."
+            )
+        if sheet_fpath.exists() and not cfg.force:
             print(f"{cfg.out} holds this demo, finished: look at {sheet_fpath}. (--force makes it again.)")
             return
-        for name in ("images", "shards"):
-            _remove_made(cfg.out / name)
+        # The writer refuses to replace shards. Everything else is overwritten in place: nothing of a user's is removed.
+        (cfg.out / "shards" / "metadata.json").unlink(missing_ok=True)
     cfg.out.mkdir(parents=True, exist_ok=True)
     sheet_fpath.unlink(missing_ok=True)
     marker_fpath.write_text(settings)
 
     images_dpath, shards_dpath, sae_fpath = cfg.out / "images", cfg.out / "shards", cfg.out / "sae.pt"
     print(f"1. Cut the photographs of scikit-image into images of {CROP_PX} px: {images_dpath}", flush=True)
-    cut(source_dpath, images_dpath)
+    made_fpaths = cut(source_dpath, images_dpath)
     fpaths = list_images(images_dpath)
+    if strangers := set(fpaths).difference(made_fpaths):
+        raise RunError(f"{min(strangers)} is not an image of the demo; move it out of {images_dpath}.")
     crops_e = np.stack([np.asarray(Image.open(fpath)) for fpath in fpaths])
     print(
         f"2. Embed the {GRID} × {GRID} patches of each of {len(fpaths)} images in {D_MODEL} dimensions: {shards_dpath}",
@@ -102,27 +118,15 @@ def run(cfg: Demo) -> None:
         shards=shards_dpath,
         sae=sae_fpath,
         out=cfg.out / "run",
+        top_k=N_SLOTS,
         rank_by="image",
         metrics=True,
         force=True,
         progress=cfg.progress,
     )
     print("4. Extract, as you would on your own shards:")
-    words = (
-        "saev-dist",
-        "extract",
-        "--shards",
-        shards_dpath,
-        "--sae",
-        sae_fpath,
-        "--out",
-        job.out,
-        "--rank-by",
-        "image",
-        "--metrics",
-        "--force",
-    )
-    print(f"   $ {shlex.join(map(str, words))}", flush=True)
+    command = f"saev-dist extract --shards {shards_dpath} --sae {sae_fpath} --out {job.out}"
+    print(f"   $ {command} --top-k {job.top_k} --rank-by {job.rank_by} --metrics --force", flush=True)
     extract.run(job)
 
     rows = choose_rows(job.out, fpaths, crops_e)
@@ -143,20 +147,23 @@ def photographs_dpath() -> Path:
     return Path(spec.submodule_search_locations[0]) / "data"
 
 
-def cut(source_dpath: Path, images_dpath: Path) -> None:
+def cut(source_dpath: Path, images_dpath: Path) -> list[Path]:
     """Cut each photograph into crops that do not overlap: a class folder each, as in an image folder of a user."""
+    made_fpaths = []
     for name, scale in PHOTOGRAPHS.items():
         photograph = Image.open(source_dpath / name).convert("RGB")
         size = round(photograph.width * scale), round(photograph.height * scale)
         photograph = photograph.resize(size, Image.Resampling.LANCZOS)
         class_dpath = images_dpath / Path(name).stem
-        class_dpath.mkdir(parents=True)
+        class_dpath.mkdir(parents=True, exist_ok=True)
         n_columns, n_rows = size[0] // CROP_PX, size[1] // CROP_PX
         left, top = (size[0] - n_columns * CROP_PX) // 2, (size[1] - n_rows * CROP_PX) // 2
         for row in range(n_rows):
             for column in range(n_columns):
                 x, y = left + column * CROP_PX, top + row * CROP_PX
-                photograph.crop((x, y, x + CROP_PX, y + CROP_PX)).save(class_dpath / f"r{row}c{column}.png")
+                made_fpaths.append(class_dpath / f"r{row}c{column}.png")
+                photograph.crop((x, y, x + CROP_PX, y + CROP_PX)).save(made_fpaths[-1])
+    return made_fpaths
 
 
 def embed(crops_e: NDArray[np.uint8]) -> Tensor:
@@ -176,10 +183,12 @@ def embed(crops_e: NDArray[np.uint8]) -> Tensor:
     x_bx = (x_bx - x_bx.mean(0)) * torch.outer(gauss, gauss).flatten().repeat(3)
     variance, axes = torch.linalg.eigh(x_bx.T @ x_bx / len(x_bx))
     variance_d, axes_xd = variance.flip(0)[:D_MODEL], axes.flip(1)[:, :D_MODEL]
-    acts_bd = x_bx @ (axes_xd / variance_d.sqrt())
+    # Damped: full whitening blows the finest axes, mostly noise, up to the size of the edges.
+    acts_bd = x_bx @ (axes_xd / (variance_d + 4 * variance_d[D_MODEL // 2]).sqrt())
     norm_b = acts_bd.norm(dim=1, keepdim=True)
-    acts_bd *= math.sqrt(D_MODEL) / norm_b.clamp(min=0.7 * math.sqrt(D_MODEL))
-    return acts_bd.view(len(crops_e), GRID * GRID, D_MODEL)
+    acts_bd *= math.sqrt(D_MODEL) / norm_b.clamp(min=float(norm_b.median()))
+    acts_epd: Tensor = acts_bd.view(len(crops_e), GRID * GRID, D_MODEL)
+    return acts_epd
 
 
 def write_shards(acts_epd: Tensor, shards_dpath: Path, images_dpath: Path) -> None:
@@ -236,21 +245,25 @@ def train(acts_bd: Tensor, sae_fpath: Path, cfg: Demo) -> None:
 def choose_rows(run_dpath: Path, fpaths: list[Path], crops_e: NDArray[np.uint8]) -> list[Row]:
     """A dozen features for the sheet, from the artifacts alone.
 
-    Strongest eighth score first; of those that fire on 0.05 to 5 % of patches, whose top images come from at least
-    three photographs and mostly not from one, and share at most two with a feature chosen before.
+    Strongest eighth score first; of those that fire on 0.05 to 5 % of patches, whose top images come at most
+    MAX_PER_PHOTOGRAPH from one photograph and share at most two with a feature chosen before, and whose decoder
+    direction is at about right angles to those of all chosen before (cosine within ±MAX_COSINE).
     """
-    values_sk, imgs_sk, patches_sk, frequency_s = (
-        torch.load(run_dpath / f"{stem}.pt", weights_only=True).numpy()
-        for stem in ("top_values", "top_img_i", "top_patch_i", "sparsity")
+    store, shape = Run(run_dpath), (D_SAE, N_SLOTS)
+    values_sk, imgs_sk, patches_sk = (
+        store.load_tensor(f"{stem}.pt", shape).numpy() for stem in ("top_values", "top_img_i", "top_patch_i")
     )
+    frequency_s = store.load_tensor("sparsity.pt", (D_SAE,)).numpy()
     photograph_e = np.unique([fpath.parent.name for fpath in fpaths], return_inverse=True)[1]
+    directions_sd = F.normalize(load_saev(run_dpath.parent / "sae.pt").w_dec_sd, dim=1)
     chosen: list[int] = []
     for s in np.argsort(-values_sk[:, N_SHOWN - 1], kind="stable").tolist():
         images = imgs_sk[s, :N_SHOWN]
         if len(chosen) == N_ROWS or images.min() < 0 or not 5e-4 <= frequency_s[s] <= 0.05:
             continue
-        counts = np.bincount(photograph_e[images])
-        if (counts > 0).sum() < 3 or counts.max() > N_SHOWN // 2:
+        if np.bincount(photograph_e[images]).max() > MAX_PER_PHOTOGRAPH:
+            continue
+        if len(chosen) and (directions_sd[chosen] @ directions_sd[s]).abs().max() > MAX_COSINE:
             continue
         if all(len(np.intersect1d(images, imgs_sk[other, :N_SHOWN])) <= 2 for other in chosen):
             chosen.append(s)
@@ -276,15 +289,3 @@ def _context_box(patch_i: int) -> tuple[int, int, int, int]:
     row, column = divmod(patch_i, GRID)
     left, top = column * PATCH_PX - MARGIN_PX, row * PATCH_PX - MARGIN_PX
     return left, top, left + CONTEXT_PX, top + CONTEXT_PX
-
-
-def _remove_made(dpath: Path) -> None:
-    """Remove the files that a demo makes in a folder, and the folder if nothing else is in it."""
-    if dpath.is_dir():
-        for child in sorted(dpath.iterdir()):
-            if child.is_dir():
-                _remove_made(child)
-            elif child.suffix in (".png", ".bin", ".json"):
-                child.unlink()
-        if not any(dpath.iterdir()):
-            dpath.rmdir()

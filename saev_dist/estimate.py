@@ -13,7 +13,7 @@ from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError
 from saev_dist.plan import Plan
-from saev_dist.sae.model import CPU_BLOCK_TOKENS, Sae, TopK
+from saev_dist.sae.model import Sae, TopK, block_tokens
 from saev_dist.world import World
 
 CODE_BYTES = 120
@@ -47,7 +47,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     batch_tokens = plan.examples_per_batch * shards.n_patches
     per_token = sae.activation.k if isinstance(sae.activation, TopK) else round(ASSUMED_DENSITY * sae.d_sae) + 1
     weights = 4 * (2 * sae.d_model * sae.d_sae + sae.d_sae + sae.d_model)
-    block = batch_tokens if device.type == "cuda" else min(batch_tokens, CPU_BLOCK_TOKENS)
+    block = block_tokens(batch_tokens, sae.d_sae, device)
     dense = block * sae.d_sae * (5 if cfg.precision != "bf16" else 3)
     n_sampled = n_samples(shards.n_tokens, cfg.max_distribution_samples)
     slots = sae.d_sae * cfg.top_k * 12

@@ -138,8 +138,8 @@ def _extract(job: Job, store: Run, world: World) -> None:
     if world.rank == 0:
         with clock("write"):
             names, metrics = _write(job, store, world, whole, saev_percentile)
-            manifest = _manifest(job, world, reports, clock.seconds, metrics)
-            store.publish(names, manifest)
+        manifest = _manifest(job, world, reports, clock.seconds, metrics)
+        store.publish(names, manifest)
         print(_summary(cfg.out, manifest))
     world.wait()
 

@@ -1,7 +1,6 @@
 """A sparse autoencoder in memory, and its encoder: activations in, sparse codes out.
 
-The encoder works through a batch in blocks of rows. A block's dense codes are the only dense array there
-is; on a CPU it stays small enough for the cache, so what follows the product reads no main memory.
+The encoder works through a batch in blocks of rows. A block's dense codes are the only dense array there is.
 
 Names: `b` tokens of a batch or block, `d` model width, `s` features, `g` groups of features, `n` codes.
 """
@@ -17,8 +16,8 @@ from saev_dist.accumulators.base import Codes
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
-CPU_BLOCK_TOKENS = 512
-GROUPS_PER_K = 8
+CPU_BLOCK_CODES = 2**25  # 134 MB: fewer rows slow the product, more fall out of the cache before they are used
+GROUPS_PER_K = 4
 FP32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -93,7 +92,7 @@ class Encoder:
         device: where the product runs.
         precision: fp32; tf32 (CUDA only); bf16, whose product is rounded to 8 bits and so has many ties.
 
-    Device memory: the weights, and one block of `block_tokens` x d_sae floats with its mask.
+    Device memory: the weights, and one block of (block_tokens, d_sae) floats with its mask.
     """
 
     def __init__(self, sae: Sae, device: torch.device, precision: Precision) -> None:
@@ -111,10 +110,6 @@ class Encoder:
         self._b_s = bias_s.to(device, self.dtype)
         self._block = torch.empty(0, device=device, dtype=self.dtype)
         self._mask = torch.empty(0, device=device, dtype=torch.bool)
-
-    def block_tokens(self, n_tokens: int) -> int:
-        """Rows encoded at a time: a function of the batch and the kind of device, never of the rank."""
-        return min(n_tokens, CPU_BLOCK_TOKENS) if self.device.type == "cpu" else n_tokens
 
     def encode(self, acts_bd: Tensor, *, img_i: int, n_patches: int) -> Codes:
         """The nonzero codes of whole examples.
@@ -135,7 +130,7 @@ class Encoder:
             raise ActivationOverflow(self._limit)
         n_tokens = len(acts_bd)
         x_bd = acts_bd.to(self.device, non_blocking=True)
-        block = self.block_tokens(n_tokens)
+        block = block_tokens(n_tokens, self.sae.d_sae, self.device)
         parts = []
         for first in range(0, n_tokens, block):
             token_n, feature_n, value_n = self._encode_block(x_bd[first : first + block].to(self.dtype))
@@ -154,24 +149,33 @@ class Encoder:
     def _encode_block(self, x_bd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Token (int64, within the block), feature (int64) and value (float32) of each nonzero code."""
         n_tokens, d_sae = len(x_bd), self.sae.d_sae
-        if self._block.shape != (n_tokens, d_sae):
+        if len(self._block) < n_tokens:  # kept for the whole run: fresh pages cost as much as writing them
             self._block = torch.empty(n_tokens, d_sae, device=self.device, dtype=self.dtype)
             self._mask = torch.empty(n_tokens, d_sae, device=self.device, dtype=torch.bool)
-        h_bs = torch.addmm(self._b_s, x_bd, self._w_ds, out=self._block)
+        h_bs, mask_bs = self._block[:n_tokens], self._mask[:n_tokens]
+        torch.addmm(self._b_s, x_bd, self._w_ds, out=h_bs)
         match self.sae.activation:
             case TopK(k):
-                torch.ge(h_bs, _kth_bound(h_bs, min(k, d_sae)), out=self._mask)
+                torch.ge(h_bs, _kth_bound(h_bs, min(k, d_sae)), out=mask_bs)
             case Threshold(threshold):
-                torch.gt(h_bs, max(threshold, 0.0), out=self._mask)
+                torch.gt(h_bs, max(threshold, 0.0), out=mask_bs)
             case Relu():
-                torch.gt(h_bs, 0.0, out=self._mask)
-        flat_n = _flat_nonzero(self._mask)
+                torch.gt(h_bs, 0.0, out=mask_bs)
+        flat_n = _flat_nonzero(mask_bs)
         value_n = h_bs.view(-1)[flat_n].float()
         token_n = flat_n // d_sae
         feature_n = flat_n - token_n * d_sae
         if isinstance(self.sae.activation, TopK):
             token_n, feature_n, value_n = _keep_k(token_n, feature_n, value_n, n_tokens, min(self.sae.activation.k, d_sae))
         return token_n, feature_n, value_n
+
+
+def block_tokens(n_tokens: int, d_sae: int, device: torch.device) -> int:
+    """Rows of a batch encoded at a time: a function of the shapes and the kind of device, never of the rank."""
+    if device.type != "cpu":
+        return n_tokens
+    n_blocks = -(-n_tokens * d_sae // CPU_BLOCK_CODES)
+    return -(-n_tokens // n_blocks)
 
 
 def _kth_bound(h_bs: Tensor, k: int) -> Tensor:

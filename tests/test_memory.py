@@ -1,0 +1,64 @@
+"""Memory is bounded: at the shape that broke the dense pipeline, and from few images to many."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from saev_dist.data.shards import ShardWriter
+from saev_dist.sae.saev import save_saev
+
+D_MODEL, D_SAE, TOP_K, N_PATCHES = 64, 16_384, 128, 1_920
+
+SCRIPT = """
+import json, resource, sys
+from pathlib import Path
+import saev_dist.extract
+from saev_dist.config import Extract
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+shards, sae, out = map(Path, sys.argv[1:])
+saev_dist.extract.run(Extract(shards=shards, sae=sae, out=out, progress=False, max_distribution_samples=10_000))
+print(json.dumps({"before": before, "after": peak()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory) -> dict[int, int]:
+    """Peak resident bytes above the imports, by number of images, each in a process of its own."""
+    dpath: Path = tmp_path_factory.mktemp("memory")
+    random = torch.Generator().manual_seed(0)
+    w_enc = torch.randn(D_MODEL, D_SAE, generator=random)
+    save_saev(
+        dpath / "sae.pt", w_enc, torch.zeros(D_SAE), w_enc.T, torch.zeros(D_MODEL), {"cls": "TopK", "params": {"top_k": 32}}
+    )
+    found = {}
+    for n_imgs in (20, 200):
+        with ShardWriter(
+            dpath / f"shards{n_imgs}", family="t", ckpt="t", layers=[0], content_tokens_per_example=N_PATCHES,
+            d_model=D_MODEL, cls_token=False, max_tokens_per_shard=50 * N_PATCHES,
+        ) as writer:  # fmt: skip
+            for _ in range(n_imgs // 20):
+                writer.write(torch.randn(20, 1, N_PATCHES, D_MODEL, generator=random).numpy())
+        command = [sys.executable, "-c", SCRIPT, dpath / f"shards{n_imgs}", dpath / "sae.pt", dpath / f"run{n_imgs}"]
+        # glibc keeps freed blocks per thread; fewer arenas make the peak a property of the program
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MALLOC_ARENA_MAX": "2"})
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout.splitlines()[-1])
+        found[n_imgs] = report["after"] - report["before"]
+    print(found)
+    return found
+
+
+def test_the_headline_shape_stays_under_3_gb(peaks):
+    """The dense (d_sae, top_k, n_patches) tensor of float32 would take 16.1 GB."""
+    assert D_SAE * TOP_K * N_PATCHES * 4 > 15.7e9
+    assert max(peaks.values()) < 3e9
+
+
+def test_peak_memory_does_not_grow_with_the_images(peaks):
+    assert peaks[200] < peaks[20] * 1.1 + 50e6
