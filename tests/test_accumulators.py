@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from saev_dist.accumulators import fixed_point, rows
 from saev_dist.accumulators.base import Accumulator, Codes
@@ -20,8 +20,6 @@ from tests.laws import D_MODEL, D_SAE, KINDS, N_PATCHES, batches, fold, make_cod
 from tests.synthetic import brute_force_slots
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
-settings.register_profile("laws", max_examples=60, deadline=None)
-settings.load_profile("laws")
 
 
 @every_kind
@@ -257,5 +255,5 @@ def test_normalized_mse_equals_its_definition(group):
     found: Accumulator = fold(lambda: Reconstruction(w_dec, b_dec), group)
     metrics = found.finalize(len(x))["metrics"]
     baseline = (x - x.mean(0)).square().sum().item()
-    assert metrics["sse_baseline"] == pytest.approx(baseline, rel=1e-4, abs=1e-9 * x.square().sum().item())
-    assert metrics["sse_recon"] == pytest.approx((x - decoded).square().sum().item(), rel=1e-4)
+    assert metrics["sse_baseline"] == pytest.approx(baseline, rel=1e-4, abs=1e-17 + 1e-9 * x.square().sum().item())
+    assert metrics["sse_recon"] == pytest.approx((x - decoded).square().sum().item(), rel=1e-4, abs=1e-17)

@@ -15,11 +15,13 @@ from saev_dist.sae.saev import save_saev
 D_MODEL, D_SAE, TOP_K, N_PATCHES = 64, 16_384, 128, 1_920
 
 SCRIPT = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 import saev_dist.extract
 from saev_dist.config import Extract
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # not ru_maxrss: that one starts at what the parent had when it forked
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 before = peak()
 shards, sae, out = map(Path, sys.argv[1:])
 saev_dist.extract.run(Extract(shards=shards, sae=sae, out=out, progress=False, max_distribution_samples=10_000))
