@@ -30,7 +30,12 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     is_first = os.environ.get("RANK", "0") == "0"
     try:
-        cfg = parse(argv, quiet=not is_first)
+        try:
+            cfg = parse(argv, quiet=not is_first)
+        except SaevDistError as err:
+            if not is_first:  # every rank reads the same flags
+                raise PeerError(str(err)) from err
+            raise
         job: Callable[[Any], None] = import_module(dict(JOBS.values())[type(cfg)]).run
         job(cfg)
     except PeerError:

@@ -12,6 +12,7 @@ import tyro
 
 from saev_dist.errors import ConfigError
 
+MAX_COUNT = 10**9
 TriState = Annotated[bool | None, tyro.conf.arg(metavar="| --no-pre-bias")]
 
 
@@ -20,7 +21,7 @@ class Extract:
     """Stream stored activations through an SAE once; keep each feature's strongest scores and its statistics.
 
     Run it alone, or on all GPUs of a node with `torchrun --nproc-per-node 8 -m saev_dist extract …`: the artifacts are
-    the same bytes. A finished run in --out is left as it is.
+    the same bytes at the same number of CPU threads (OMP_NUM_THREADS). A finished run in --out is left as it is.
     """
 
     shards: Path
@@ -73,8 +74,8 @@ class Extract:
 
     def __post_init__(self) -> None:
         for name in ("top_k", "max_distribution_samples", "batch_tokens", "read_ahead", "timeout_s"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            if not 1 <= getattr(self, name) <= MAX_COUNT:
+                raise ConfigError(f"{name} must be at least 1 (and at most {MAX_COUNT:,}), got {getattr(self, name)}.")
         if self.n_distributions < 0:
             raise ConfigError(f"n_distributions must not be negative, got {self.n_distributions}.")
         if not 0 <= self.percentile <= 100:

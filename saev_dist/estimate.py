@@ -52,7 +52,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     n_sampled = n_samples(shards.n_tokens, cfg.max_distribution_samples)
     slots = sae.d_sae * cfg.top_k * 12
     state = slots + sae.d_sae * (8 * N_BINS + 24)
-    samples = 4 * cfg.n_distributions * n_sampled
+    samples = 4 * min(cfg.n_distributions, sae.d_sae) * n_sampled
     host = {
         "weights": weights,
         "read buffers": (cfg.read_ahead + 1) * batch_tokens * sae.d_model * 4,
@@ -119,7 +119,10 @@ def _available_host_bytes() -> int:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(used.read_text()))
+        # The page cache counts as used there, but goes when memory is asked for.
+        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        cached = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+        available = min(available, int(text) - int(used.read_text()) + cached)
     return available
 
 

@@ -36,7 +36,7 @@ from saev_dist.plan import Intervals, Plan, complement
 from saev_dist.progress import Progress
 from saev_dist.sae.model import ActivationOverflow, Encoder, Sae
 from saev_dist.sae.saev import load_saev
-from saev_dist.store import Run, Spill, write_csr
+from saev_dist.store import Run, Spill, read_columns, write_csr
 from saev_dist.world import World
 
 # Fields of the config that change no byte of any artifact.
@@ -93,7 +93,11 @@ def run(cfg: Extract) -> None:
             job.shards.check_files()
             store.begin(job.identity)
         world.wait()
-        _extract(job, store, world)
+        try:
+            _extract(job, store, world)
+        except (MemoryError, torch.OutOfMemoryError) as err:
+            first = str(err).splitlines()[0]
+            raise ConfigError(f"out of memory on {job.device} ({first}); lower --batch-tokens or --top-k.") from None
 
 
 def open_job(cfg: Extract, world: World) -> Job:
@@ -240,7 +244,7 @@ def _write(
     artifacts = whole.finalize(shards.n_tokens)
     metrics = artifacts.pop("metrics")
     if saev_percentile is not None:
-        artifacts[f"percentiles_p{cfg.percentile:g}"] = saev_percentile.estimate_s
+        artifacts[f"percentiles_p{cfg.percentile:.10g}"] = saev_percentile.estimate_s
     for stem, content in artifacts.items():
         store.stage_tensors(f"{stem}.pt", content)
     names = [f"{stem}.pt" for stem in artifacts]
@@ -248,11 +252,9 @@ def _write(
     spills = {name: [store.spill(name, rank) for rank in range(world.size)] for name in _spill_names(cfg)}
     n_features = min(cfg.n_distributions, d_sae)
     n_samples = rows.n_samples(shards.n_tokens, cfg.max_distribution_samples)
-    sampled = np.empty((n_samples, n_features), np.float32)
-    chunks = [chunk for spill in spills.get("distributions", []) for chunk in spill.chunks(np.float32)]
-    if chunks:
-        np.concatenate(chunks, out=sampled.reshape(-1))
-    store.stage_tensors("distributions.pt", torch.from_numpy(np.ascontiguousarray(sampled.T)))
+    store.stage_tensors(
+        "distributions.pt", torch.from_numpy(read_columns(spills.get("distributions", []), n_features, n_samples))
+    )
     names.append("distributions.pt")
     if cfg.img_acts:
         with store.stage("img_acts.npz") as file:

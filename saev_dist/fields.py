@@ -1,13 +1,14 @@
 """Typed reading of JSON that other programs wrote: a field is there, of its type and in range, or one line says so."""
 
 import json
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from saev_dist.errors import SaevDistError
 
 T = TypeVar("T")
 
-JSON_NAMES = {int: "an integer", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
+MAX_INTEGER = 2**53
+JSON_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
 
 
 class Fields:
@@ -42,10 +43,11 @@ class Fields:
         return default
 
     def positive(self, *names: str, default: int | None = None) -> int:
-        """An integer of at least 1."""
+        """An integer of at least 1, and at most 2^53."""
         value = self.get(names, int, default)
-        if value < 1:
-            raise self.error(f"{self.where}: field '{' or '.join(names)}' is {value}; it should be at least 1.")
+        if not 1 <= value <= MAX_INTEGER:
+            found = value if value < 1 else f"{float(value) if value < 1e300 else 'huge'}"
+            raise self.error(f"{self.where}: field '{' or '.join(names)}' is {found}; it should be at least 1, and sane.")
         return value
 
     def sub(self, name: str) -> "Fields":
@@ -53,6 +55,8 @@ class Fields:
         return Fields(self.get(name, dict), f"{self.where}, '{name}'", self.error)
 
     def _typed(self, value: Any, kind: type[T], what: str) -> T:
+        if kind is float and type(value) is int:
+            return cast(T, float(value))
         # bool is a subclass of int in Python, not in JSON
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             found = json.dumps(value)

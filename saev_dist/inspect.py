@@ -1,5 +1,6 @@
 """`saev-dist inspect PATH`: what a shards directory, an SAE checkpoint or a run holds, and whether it is sound."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,11 +27,11 @@ def run(cfg: Inspect) -> None:
         SaevDistError: it is none of the three, or not sound; the message names what is wrong.
     """
     for marker, describe in DESCRIBERS.items():
-        if (cfg.path / marker).exists():
+        if os.path.exists(cfg.path / marker):
             print(table(describe(cfg.path)))
             return
-    if not cfg.path.is_file():
-        found = "a directory without" if cfg.path.is_dir() else "nothing there, so no"
+    if not os.path.isfile(cfg.path):
+        found = "a directory without" if os.path.isdir(cfg.path) else "nothing there, so no"
         raise ConfigError(f"{cfg.path}: {found} {' or '.join(DESCRIBERS)}; inspect takes shards, an sae.pt, or a run.")
     print(table(describe_sae(cfg.path)))
 

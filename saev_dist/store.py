@@ -197,13 +197,46 @@ class Spill:
         with writing(self.fpath) if kind is None else suppress(OSError):  # a full disk fails a second time here
             self._file.close()
 
-    def chunks(self, dtype: type[np.generic]) -> Iterator[NDArray[Any]]:
-        """The array, flat, some megabytes at a time. A rank that had nothing to do has no file."""
-        if not self.fpath.exists():
+    @property
+    def n_bytes(self) -> int:
+        """Size so far. A rank that had nothing to do has no file."""
+        return self.fpath.stat().st_size if self.fpath.exists() else 0
+
+    def chunks(self, dtype: type[np.generic], n_columns: int = 1) -> Iterator[NDArray[Any]]:
+        """The array, flat, whole rows of it, some megabytes at a time."""
+        if not self.n_bytes:
             return
+        row_bytes = np.dtype(dtype).itemsize * n_columns
         with open(self.fpath, "rb") as file:
-            while chunk := file.read(COPY_BYTES):
+            while chunk := file.read(max(1, COPY_BYTES // row_bytes) * row_bytes):
                 yield np.frombuffer(chunk, dtype=dtype)
+
+
+def check_size(spills: list[Spill], n_bytes: int) -> None:
+    """Refuse to make an artifact of spill files that do not hold, together, what the plan promises.
+
+    Raises:
+        RunError: bytes are missing or too many: another run wrote here, or the file system is not shared by all ranks.
+    """
+    if (found := sum(spill.n_bytes for spill in spills)) != n_bytes:
+        raise RunError(
+            f"{spills[0].fpath.parent}: the ranks' {spills[0].fpath.name.split('.')[0]} files hold {found:,} bytes; the plan "
+            f"promises {n_bytes:,}. Do all ranks see this directory, and is no other run at work in it? Run again."
+        )
+
+
+def read_columns(spills: list[Spill], n_columns: int, n_rows: int) -> NDArray[np.float32]:
+    """The transpose of the float32 rows in spill files: (n_columns, n_rows)."""
+    out = np.empty((n_columns, n_rows), np.float32)
+    if spills:
+        check_size(spills, out.nbytes)
+    first = 0
+    for spill in spills:
+        for chunk in spill.chunks(np.float32, n_columns):
+            rows = chunk.reshape(-1, n_columns)
+            out[:, first : first + len(rows)] = rows.T
+            first += len(rows)
+    return out
 
 
 def write_csr(file: BinaryIO, shape: tuple[int, int], counts: list[Spill], indices: list[Spill], data: list[Spill]) -> None:
@@ -215,6 +248,9 @@ def write_csr(file: BinaryIO, shape: tuple[int, int], counts: list[Spill], indic
         counts: int64 entries per row. indices: int32 columns. data: float32.
     """
     n_entries = sum(int(chunk.sum()) for spill in counts for chunk in spill.chunks(np.int64))
+    check_size(counts, 8 * shape[0])
+    check_size(indices, 4 * n_entries)
+    check_size(data, 4 * n_entries)
     index_dtype = np.dtype(np.int32 if max(n_entries, *shape) <= np.iinfo(np.int32).max else np.int64)
 
     def pointers() -> Iterator[NDArray[Any]]:

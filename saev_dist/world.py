@@ -10,6 +10,7 @@ Names: `r` rows of a state tensor.
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,6 +28,8 @@ State = dict[str, Tensor]
 
 CHECK_EVERY_S = 1.0
 ACKNOWLEDGE_S = 10.0
+BEAT_S = 2.0
+LOST_AFTER_S = 20.0
 STORE_ERRORS = (dist.DistError, ConnectionError, RuntimeError)  # what a store raises when its host is gone
 
 
@@ -40,12 +43,14 @@ class World:
     def __init__(self, timeout_s: int) -> None:
         self.rank = _env("RANK", 0)
         self.size = _env("WORLD_SIZE", 1)
-        self.local_rank = _env("LOCAL_RANK", 0)
-        self.local_size = _env("LOCAL_WORLD_SIZE", self.size)
+        self.local_rank = _env("LOCAL_RANK", _env("SLURM_LOCALID", 0))
+        self.local_size = _env("LOCAL_WORLD_SIZE", 1)
         self._timeout = timedelta(seconds=timeout_s)
         self._store: dist.Store | None = None
         self._n_phases = 0
         self._checked = time.monotonic()
+        self._left = threading.Event()
+        self._lost = ""
 
     def __enter__(self) -> Self:
         if self.size == 1:
@@ -60,28 +65,33 @@ class World:
             dist.init_process_group(
                 "gloo", store=dist.PrefixStore("gloo", self._store), rank=self.rank, world_size=self.size, timeout=self._timeout
             )
+            self._watcher = threading.Thread(target=self._watch, args=(self._store,), daemon=True, name="watch")
+            self._watcher.start()
         except STORE_ERRORS as err:
             first = str(err).splitlines()[0]
+            limit_s = self._timeout.total_seconds()
             raise RunError(
-                f"rank {self.rank} of {self.size} could not meet the others within {self._timeout.seconds} s: {first}"
+                f"rank {self.rank} of {self.size} could not meet the others within {limit_s:.0f} s: {first}"
             ) from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
         if self._store is None:
             return
+        self._left.set()
+        self._watcher.join(ACKNOWLEDGE_S)
         first = True
         with suppress(*STORE_ERRORS):
             if err is not None and not isinstance(err, PeerError):
                 first = self._store.add("errors", 1) == 1
                 if first:
                     self._store.set("error", f"rank {self.rank}: {err}")
-            if err is not None:
-                self._store.add("acknowledged", 1)
-                # Whoever hosts the store must not take it away before the others have read it.
-                until = time.monotonic() + ACKNOWLEDGE_S
-                while self._store.add("acknowledged", 0) < self.size and time.monotonic() < until:
-                    time.sleep(0.05)
+            # Whoever hosts the store must not take it away before the others have read it.
+            n_gone = self._store.add("gone", 1)
+            until = time.monotonic() + ACKNOWLEDGE_S
+            while n_gone < self.size and time.monotonic() < until and (err is not None or self.rank == 0):
+                time.sleep(0.05)
+                n_gone = self._store.add("gone", 0)
         if err is None:
             dist.destroy_process_group()
         self._store = None
@@ -193,10 +203,28 @@ class World:
                 f"rank {self.rank} lost contact with another rank in the merge: {str(err).splitlines()[0]}"
             ) from None
 
+    def _watch(self, store: dist.Store) -> None:
+        """Give a sign of life, and watch the next rank's: each rank is watched by one, whatever the world size."""
+        watched, last, since = (self.rank + 1) % self.size, b"", time.monotonic()
+        n_beats = 0
+        with suppress(*STORE_ERRORS):
+            while not self._left.wait(BEAT_S):
+                n_beats += 1
+                store.set(f"beat/{self.rank}", str(n_beats))
+                beat = store.get(f"beat/{watched}") if store.check([f"beat/{watched}"]) else b""
+                if beat != last:
+                    last, since = beat, time.monotonic()
+                elif beat != b"left" and time.monotonic() - since > LOST_AFTER_S:
+                    self._lost = f"rank {watched} of {self.size} died or hangs: no sign of life for {LOST_AFTER_S:.0f} s."
+                    return
+            store.set(f"beat/{self.rank}", "left")
+
     def _ask(self, question: Callable[[dist.Store], Any]) -> Any:
         """Put a question to the store, after a look at whether a peer has failed. None in a single process."""
         if self._store is None:
             return None
+        if self._lost:
+            raise RunError(self._lost)
         try:
             if self._store.check(["error"]):
                 raise PeerError(self._store.get("error").decode())

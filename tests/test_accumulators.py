@@ -92,9 +92,15 @@ def test_strangers_are_refused(kind):
         acc.load_state_dict(state | {first: torch.zeros(2, 9, 9, dtype=torch.float16)})
 
 
-def test_buffers_of_other_sizes_are_refused():
+def test_states_of_other_sizes_or_settings_are_refused():
     with pytest.raises(MergeError):
         TopK(D_SAE, 4, N_PATCHES, "patch").merge(TopK(D_SAE, 3, N_PATCHES, "patch"))
+    with pytest.raises(MergeError):
+        TopK(D_SAE, 4, N_PATCHES, "patch").merge(TopK(D_SAE, 4, N_PATCHES, "image"))
+    with pytest.raises(MergeError):
+        TopK(D_SAE, 4, N_PATCHES, "patch").merge(TopK(D_SAE, 4, N_PATCHES + 1, "patch"))
+    with pytest.raises(MergeError):
+        Histogram(D_SAE, 90).merge(Histogram(D_SAE, 99))
 
 
 def as_dense(group: list[Codes]) -> np.ndarray:

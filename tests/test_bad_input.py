@@ -67,6 +67,13 @@ def set_flag(**flags):
     return lambda case: case.flags.update({f"--{name.replace('_', '-')}": value for name, value in flags.items()})
 
 
+def _add_number(case: Case) -> None:
+    line, body = case.sae.read_bytes().split(b"\n", 1)
+    with open(case.sae, "wb") as file:
+        file.write(line + b"\n")
+        torch.save(torch.load(io.BytesIO(body), weights_only=True) | {7: torch.ones(1)}, file)
+
+
 W = make_weights()
 CASES = {
     "shards missing": (lambda c: shutil.rmtree(c.shards), "is not a directory"),
@@ -114,7 +121,13 @@ CASES = {
     "activation NaN": (lambda c: c.poison(float("nan")), "acts000001.bin: image 9 (example 2 of the shard), patch 3, dimension 5 is nan"),
     "activation infinite": (lambda c: c.poison(-float("inf")), "image 9 (example 2 of the shard), patch 3, dimension 5 is -inf"),
     "activation too large": (lambda c: c.poison(3e38), "image 9"),
-    "top_k zero": (set_flag(top_k=0), "top_k must be at least 1, got 0"),
+    "counts absurd": (lambda c: c.edit("metadata.json", n_examples=10**30), "field 'n_examples or n_imgs' is 1e+30"),
+    "shard name unprintable": (lambda c: c.edit("shards.json", name="\ud800"), "plain file name"),
+    "path too long": (set_flag(shards="x" * 300), "is not a directory"),
+    "SAE activation missing": (lambda c: c.header(lambda h: h["cfg"].pop("activation")), "no field 'activation'"),
+    "SAE tensor named by a number": (_add_number, "unknown tensors (7)"),
+    "batch absurd": (set_flag(batch_tokens=10**30), "batch_tokens must be at least 1 (and at most"),
+    "top_k zero": (set_flag(top_k=0), "top_k must be at least 1 (and at most 1,000,000,000), got 0"),
     "percentile out of range": (set_flag(percentile=101), "percentile must lie in 0 to 100"),
     "tf32 on a CPU": (set_flag(precision="tf32", device="cpu"), "--precision tf32 needs a CUDA device"),
     "out below a file": (lambda c: c.flags.update({"--out": c.sae / "run"}), "Not a directory"),

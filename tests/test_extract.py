@@ -8,6 +8,7 @@ import pytest
 import scipy.sparse
 import torch
 
+import saev_dist.extract
 from saev_dist.cli import main
 from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
@@ -330,7 +331,7 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path, capsys):
 
 def test_what_cannot_fit_is_refused_before_the_start(tmp_path, capsys):
     shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
-    args = ["extract", "--shards", str(shards), "--sae", str(sae), "--out", str(tmp_path / "run"), "--top-k", str(10**12)]
+    args = ["extract", "--shards", str(shards), "--sae", str(sae), "--out", str(tmp_path / "run"), "--top-k", str(10**9)]
     with pytest.raises(SystemExit, match="1"):
         main(args)
     assert "of host memory" in capsys.readouterr().err
@@ -361,3 +362,21 @@ def test_the_writer_refuses_a_directory_in_use(tmp_path):
     make_shards(tmp_path / "shards", make_acts())
     with pytest.raises(DataError, match="already holds shards"):
         make_shards(tmp_path / "shards", make_acts())
+
+
+def test_missing_rows_of_a_rank_stop_the_run(tmp_path, monkeypatch, capsys):
+    """As where the ranks do not share a file system, or a second run cleared this one's partials."""
+    shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
+    args = ["extract", "--shards", str(shards), "--sae", str(sae), "--out", str(tmp_path / "run"), "--no-progress"]
+    merge = saev_dist.extract._merge
+    for name in ("img_acts_data", "distributions"):
+
+        def lose(bundle, world, name=name):
+            (tmp_path / f"run/partials/{name}.00000.bin").unlink()
+            return merge(bundle, world)
+
+        monkeypatch.setattr(saev_dist.extract, "_merge", lose)
+        with pytest.raises(SystemExit, match="1"):
+            main(args)
+        assert f"the ranks' {name} files hold 0 bytes; the plan promises" in capsys.readouterr().err
+        assert not list((tmp_path / "run").glob("*.*"))

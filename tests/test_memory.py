@@ -35,9 +35,9 @@ def peaks(tmp_path_factory) -> dict[int, int]:
     dpath: Path = tmp_path_factory.mktemp("memory")
     random = torch.Generator().manual_seed(0)
     w_enc = torch.randn(D_MODEL, D_SAE, generator=random)
-    save_saev(
-        dpath / "sae.pt", w_enc, torch.zeros(D_SAE), w_enc.T, torch.zeros(D_MODEL), {"cls": "TopK", "params": {"top_k": 32}}
-    )
+    b_enc = torch.zeros(D_SAE)
+    b_enc[7] = 1000  # a feature that fires on every token: its candidates must not widen the rows of the others
+    save_saev(dpath / "sae.pt", w_enc, b_enc, w_enc.T, torch.zeros(D_MODEL), {"cls": "TopK", "params": {"top_k": 32}})
     found = {}
     for n_imgs in (20, 200):
         with ShardWriter(

@@ -47,6 +47,8 @@ class Accumulator(ABC):
     """
 
     STATE: ClassVar[tuple[str, ...]]
+    SETTINGS: ClassVar[tuple[str, ...]] = ()
+    """Attributes that operands of a merge must share."""
 
     @abstractmethod
     def update(self, codes: Codes) -> None:
@@ -87,9 +89,14 @@ class Accumulator(ABC):
             setattr(self, name, state[name])
 
     def check_same_kind(self, other: "Accumulator") -> None:
-        """Raise MergeError unless `other` is of this type and its tensors have these shapes."""
+        """Raise MergeError unless `other` is of this type, these settings, and tensors of these shapes."""
         if type(self) is not type(other):
             raise MergeError(f"cannot merge {type(self).__name__} with {type(other).__name__}.")
+        for name in self.SETTINGS:
+            if getattr(self, name) != getattr(other, name):
+                raise MergeError(
+                    f"cannot merge {type(self).__name__} of {name} {getattr(self, name)} with {getattr(other, name)}."
+                )
         mine, theirs = ({k: tuple(v.shape) for k, v in acc.state_dict().items()} for acc in (self, other))
         if mine != theirs:
             raise MergeError(f"cannot merge {type(self).__name__} of shapes {mine} with one of {theirs}.")

@@ -46,6 +46,7 @@ class Histogram(Accumulator):
     """
 
     STATE = ("counts_sh",)
+    SETTINGS = ("percentile",)
 
     def __init__(self, d_sae: int, percentile: float) -> None:
         self.percentile = percentile
@@ -64,7 +65,7 @@ class Histogram(Accumulator):
 
     def finalize(self, n_tokens: int) -> dict[str, Any]:
         return {
-            f"percentiles_p{self.percentile:g}": self.percentiles(n_tokens),
+            f"percentiles_p{self.percentile:.10g}": self.percentiles(n_tokens),
             "histograms": {"counts": self.counts_sh, "edges": edges(), "n_tokens": n_tokens},
         }
 

@@ -32,6 +32,7 @@ class TopK(Accumulator):
     """
 
     STATE = ("values_sk", "places_sk")
+    SETTINGS = ("n_patches", "rank_by")
 
     def __init__(self, d_sae: int, top_k: int, n_patches: int, rank_by: RankBy) -> None:
         self.n_patches, self.rank_by = n_patches, rank_by
@@ -63,17 +64,22 @@ class TopK(Accumulator):
         self._waiting = []
         if not len(feature_n):
             return
-        feature_n, order_n = feature_n.sort(stable=True)
+        top_k = self.values_sk.shape[1]
+        order_n = feature_n.argsort(stable=True)
+        if int(torch.bincount(feature_n).max()) > top_k:  # a dense feature must not widen everybody's row
+            order_n = torch.from_numpy(np.lexsort((place_n.numpy(), -value_n.numpy(), feature_n.numpy())))
+        feature_n, value_n, place_n = feature_n[order_n], value_n[order_n], place_n[order_n]
         rows_r, row_n, count_r = feature_n.unique_consecutive(return_inverse=True, return_counts=True)
         slot_n = torch.arange(len(feature_n)) - (count_r.cumsum(0) - count_r)[row_n]
-        values_rw = torch.full((len(rows_r), int(count_r.max())), -torch.inf)
+        keep_n = slot_n < top_k
+        values_rw = torch.full((len(rows_r), min(top_k, int(count_r.max()))), -torch.inf)
         places_rw = torch.full(values_rw.shape, -1, dtype=torch.int64)
-        values_rw[row_n, slot_n] = value_n[order_n]
-        places_rw[row_n, slot_n] = place_n[order_n]
+        values_rw[row_n[keep_n], slot_n[keep_n]] = value_n[keep_n]
+        places_rw[row_n[keep_n], slot_n[keep_n]] = place_n[keep_n]
         self.values_sk[rows_r], self.places_sk[rows_r] = _strongest(
             torch.cat([self.values_sk[rows_r], values_rw], dim=1),
             torch.cat([self.places_sk[rows_r], places_rw], dim=1),
-            self.values_sk.shape[1],
+            top_k,
         )
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

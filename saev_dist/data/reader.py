@@ -55,17 +55,20 @@ class Reader:
         pending: deque[tuple[Batch, Tensor, Future[None]]] = deque()
         queue = (self.plan[index] for first, stop in self.todo for index in range(first, stop))
         pool = ThreadPoolExecutor(min(self.depth, MAX_THREADS), thread_name_prefix="reader")
+
+        def read_ahead() -> None:
+            while len(pending) < self.depth and (batch := next(queue, None)) is not None:
+                buffer = free.pop()
+                pending.append((batch, buffer, pool.submit(read_batch, self.shards, batch, buffer)))
+
         try:
-            while True:
-                while len(pending) < self.depth and (batch := next(queue, None)) is not None:
-                    buffer = free.pop()
-                    pending.append((batch, buffer, pool.submit(read_batch, self.shards, batch, buffer)))
-                if not pending:
-                    return
+            read_ahead()
+            while pending:
                 batch, buffer, done = pending.popleft()
                 began = time.perf_counter()
                 done.result()
                 self.wait_s += time.perf_counter() - began
+                read_ahead()  # `depth` batches are under way while the consumer works on this one
                 self.n_bytes += batch.n_examples * self.shards.content_bytes
                 n_tokens = batch.n_examples * self.shards.n_patches
                 yield batch, buffer[: n_tokens * self.shards.d_model].view(n_tokens, self.shards.d_model)

@@ -58,7 +58,7 @@ class Shards:
             ConfigError: `layer` is not there, or is needed because there are several.
         """
         fpath = dpath / "metadata.json"
-        if not dpath.is_dir():
+        if not os.path.isdir(dpath):  # unlike Path.is_dir, False also where one may not look
             raise DataError(f"{dpath} is not a directory; --shards takes the folder that holds metadata.json.")
         md = Fields.parse(_read(fpath), str(fpath), DataError)
         protocol = md.get("protocol", str)
@@ -178,7 +178,7 @@ def _read_shard_list(fpath: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
     for i, entry in enumerate(entries):
         fields = Fields(entry, f"{fpath}, entry {i}", DataError)
         name = fields.get("name", str)
-        if name in ("", ".", "..") or any(char in name for char in "/\\\0"):
+        if name in ("", ".", "..") or any(char in name for char in "/\\") or not name.isprintable():
             raise DataError(f"{fpath}, entry {i}: name is {name!r}; it should be a plain file name in this directory.")
         names.append(name)
         examples.append(fields.positive("n_examples", "n_imgs"))

@@ -206,15 +206,16 @@ def _keep_k(token_n: Tensor, feature_n: Tensor, value_n: Tensor, n_tokens: int, 
     keep_n = torch.ones_like(token_n, dtype=torch.bool)
     crowded_n = over_b[token_n].nonzero().squeeze(1)  # only rows with too many candidates need a choice
     if len(crowded_n):
+        row_c = (over_b.cumsum(0) - 1)[token_n[crowded_n]]
+        place_c = crowded_n - start_b[token_n[crowded_n]]
         width = int(count_b.max())
+        padded_bk = torch.full((int(over_b.sum()), width), -torch.inf, device=value_n.device)
         # -0.0 and 0.0 are one value; adding 0.0 turns the former into the latter
-        padded_bk = torch.full((n_tokens, width), -torch.inf, device=value_n.device)
-        place_n = torch.arange(len(token_n), device=value_n.device) - start_b[token_n]
-        padded_bk[token_n, place_n] = value_n + 0.0
+        padded_bk[row_c, place_c] = value_n[crowded_n] + 0.0
         order_bk = padded_bk.argsort(dim=1, descending=True, stable=True)
         rank_bk = torch.empty_like(order_bk).scatter_(
             1, order_bk, torch.arange(width, device=value_n.device).expand_as(order_bk)
         )
-        keep_n = rank_bk[token_n, place_n] < k
+        keep_n[crowded_n] = rank_bk[row_c, place_c] < k
     keep_n &= value_n != 0
     return token_n[keep_n], feature_n[keep_n], value_n[keep_n]

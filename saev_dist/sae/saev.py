@@ -57,7 +57,7 @@ def load_saev(fpath: Path, *, pre_bias: bool | None = None) -> Sae:
     if kind == "BatchTopK":
         shapes["activation.threshold"] = ()
     tensors = {name: _tensor(fpath, state, name, shape) for name, shape in shapes.items()}
-    if strangers := sorted(set(state) - set(shapes)):
+    if strangers := sorted(map(str, set(state) - set(shapes))):
         raise CheckpointError(f"{fpath} holds unknown tensors ({', '.join(strangers)}) for a {kind} SAE; refusing to guess.")
 
     activation: Activation
@@ -121,7 +121,9 @@ def _activation_fields(header: Fields, cfg: Fields, schema: int | None) -> tuple
     if "activation" in cfg.obj:
         activation = cfg.sub("activation")
         return activation.get("cls", str), Fields(activation.get("params", dict, {}), activation.where, CheckpointError)
-    kind = "Relu" if schema is None else header.get("cls", str, "Relu")
+    if schema is not None and schema > 1:
+        raise CheckpointError(f"{cfg.where} has no field 'activation', which schema {schema} must have; refusing to guess.")
+    kind = "Relu" if schema is None else header.get("cls", str)
     # schema 1 named the activation there first, later the config's class
     return ("Relu" if kind == "SparseAutoencoderConfig" else kind), cfg
 

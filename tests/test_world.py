@@ -1,0 +1,105 @@
+"""Ranks that meet without torchrun, end at different times, or die."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from saev_dist.world import World, _slice_sizes
+from tests.ranks import ENV, artifact_hashes, run_cli
+from tests.synthetic import make_acts, make_sae, make_shards
+
+SLOW = """
+import sys, time
+import saev_dist.extract as job
+from saev_dist.cli import main
+rank, delay_s = int(sys.argv[1]), float(sys.argv[2])
+import os
+whole = job._stream
+def stream(*args):
+    if int(os.environ["RANK"]) == rank:
+        print("delayed", flush=True)
+        time.sleep(delay_s)
+    return whole(*args)
+job._stream = stream
+main(sys.argv[3:])
+"""
+
+
+def start_ranks(n_ranks: int, slow_rank: int, delay_s: float, *args: object) -> list[subprocess.Popen[str]]:
+    """Ranks started by hand, as srun does: rank 0 hosts the store. One of them sleeps before it streams."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", SLOW, str(slow_rank), str(delay_s), *map(str, args)]
+    common = ENV | {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(command, env=common | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(n_ranks)
+    ]
+
+
+@pytest.fixture
+def args(tmp_path):
+    shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
+    return ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 10, "--top-k", 4, "--no-progress", "--out"]
+
+
+@pytest.mark.parametrize("slow_rank", [0, 2])
+def test_ranks_that_arrive_late_are_waited_for_without_torchrun(tmp_path, args, slow_rank):
+    ranks = start_ranks(3, slow_rank, 4, *args, tmp_path / "run")
+    results = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0], results
+    assert all(err == "" for _, err in results[1:]), results
+    assert run_cli(*args, tmp_path / "alone").returncode == 0
+    assert artifact_hashes(tmp_path / "run") == artifact_hashes(tmp_path / "alone")
+    again = start_ranks(3, -1, 0, *args, tmp_path / "run")
+    results = [rank.communicate(timeout=60) for rank in again]
+    assert [rank.returncode for rank in again] == [0, 0, 0], results
+    assert "nothing to do" in results[0][0]
+
+
+def test_a_killed_rank_stops_the_others_and_is_named(tmp_path, args):
+    ranks = start_ranks(3, 1, 300, *args, tmp_path / "run")
+    assert ranks[1].stdout.readline() == "delayed\n"
+    time.sleep(2)
+    ranks[1].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    errors = [ranks[rank].communicate(timeout=60)[1] for rank in (0, 2)]
+    assert time.monotonic() - began < 45
+    assert ranks[0].returncode == ranks[2].returncode == 1
+    shown = [line for err in errors for line in err.splitlines() if "error: " in line]
+    assert len(shown) == 1 and "rank 1 of 3 died or hangs" in shown[0], errors
+    assert not list((tmp_path / "run").glob("*.*"))
+    ranks[1].communicate()
+
+
+def test_a_missing_address_is_said(args, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "saev_dist", *map(str, args), tmp_path / "run"],
+        env=ENV | {"WORLD_SIZE": "2", "RANK": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "MASTER_ADDR, MASTER_PORT is not set" in done.stderr
+
+
+def test_a_single_process_has_no_process_group():
+    assert os.environ.get("WORLD_SIZE") is None
+    with World(10) as world:
+        assert not torch.distributed.is_initialized()
+        state = {"a": torch.arange(3)}
+        assert world.exchange(state) == [state]
+        assert world.tell({"x": 1}) == {"x": 1} and world.collect(2) == [2]
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 7, 1024])
+@pytest.mark.parametrize("n_ranks", [1, 2, 5, 64])
+def test_slices_cover_all_rows_evenly(n_rows, n_ranks):
+    sizes = _slice_sizes(n_rows, n_ranks)
+    assert sum(sizes) == n_rows and max(sizes) - min(sizes) <= 1
