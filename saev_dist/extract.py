@@ -31,12 +31,14 @@ from saev_dist.config import Extract
 from saev_dist.data.reader import Reader, find_bad_value
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError
-from saev_dist.estimate import Estimate, check_fits, estimate, free_disk, gb
+from saev_dist.estimate import check_fits, estimate
 from saev_dist.plan import Intervals, Plan, complement
 from saev_dist.progress import Progress
+from saev_dist.report import describe_plan, summary
 from saev_dist.sae.model import ActivationOverflow, Encoder, Sae
 from saev_dist.sae.saev import load_saev
-from saev_dist.store import Run, Spill, read_columns, write_csr
+from saev_dist.spill import Spill, read_columns, write_csr
+from saev_dist.store import Run
 from saev_dist.world import World
 
 # Fields of the config that change no byte of any artifact.
@@ -87,7 +89,7 @@ def run(cfg: Extract) -> None:
         check_fits(need, cfg.out, world, job.device)
         if cfg.dry_run:
             if world.rank == 0:
-                print(_describe_plan(job, need, world))
+                print(describe_plan(cfg, job.shards, job.sae, job.plan, need, world.size))
             return
         if world.rank == 0:
             job.shards.check_files()
@@ -125,7 +127,7 @@ def open_job(cfg: Extract, world: World) -> Job:
         "shards_sha256": shards.fingerprint(),
         "sae_sha256": _sha256(cfg.sae),
     }
-    plan = Plan(shards.examples, max(1, cfg.batch_tokens // shards.n_patches))
+    plan = Plan(shards.examples, min(max(1, cfg.batch_tokens // shards.n_patches), max(shards.examples)))
     return Job(cfg=cfg, shards=shards, sae=sae, plan=plan, device=device, identity=identity)
 
 
@@ -144,7 +146,7 @@ def _extract(job: Job, store: Run, world: World) -> None:
             names, metrics = _write(job, store, world, whole, saev_percentile)
         manifest = _manifest(job, world, reports, clock.seconds, metrics)
         store.publish(names, manifest)
-        print(_summary(cfg.out, manifest))
+        print(summary(cfg.out, manifest))
     world.wait()
 
 
@@ -297,42 +299,6 @@ def _manifest(
         "wall_s": seconds,
         "ranks": reports,
     }
-
-
-def _summary(out_dpath: Path, manifest: dict[str, Any]) -> str:
-    metrics, ranks, wall_s = manifest["metrics"], manifest["ranks"], manifest["wall_s"]
-    n_dead, d_sae = metrics["n_dead"], metrics["d_sae"]
-    rate = metrics["n_tokens"] / max(wall_s["stream"], 1e-9)
-    lines = {
-        "tokens": f"{metrics['n_tokens']:,} of {manifest['shards']['n_examples']:,} images",
-        "L0": f"{metrics['l0']:.1f} of {d_sae:,} features above zero per token",
-        "dead features": f"{n_dead:,} ({n_dead / d_sae:.1%})",
-        "throughput": f"{rate:,.0f} tokens/s, {gb(rate * manifest['shards']['d_model'] * 4)}/s read, {len(ranks)} rank(s)",
-        "wall time": ", ".join(f"{stage} {value:,.1f} s" for stage, value in wall_s.items()),
-        "artifacts": str(out_dpath),
-    }
-    if metrics.get("normalized_mse") is not None:
-        lines["normalized MSE"] = f"{metrics['normalized_mse']:.4f}"
-    width = max(map(len, lines))
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
-
-
-def _describe_plan(job: Job, need: Estimate, world: World) -> str:
-    shards, plan = job.shards, job.plan
-    shares = [sum(stop - first for first, stop in share) for share in plan.deal(complement((), plan.n_batches), world.size)]
-    batch_tokens = plan.examples_per_batch * shards.n_patches
-    lines = {
-        "tokens": f"{shards.n_tokens:,}: {shards.n_examples:,} images × {shards.n_patches:,} patches, layer {shards.layer}",
-        "to read": f"{gb(shards.n_examples * shards.content_bytes)} from {len(shards.names):,} shards",
-        "SAE": f"{job.sae.source}; {job.sae.d_model:,} -> {job.sae.d_sae:,}",
-        "batches": f"{plan.n_batches:,} of {plan.examples_per_batch:,} images ({batch_tokens:,} tokens)",
-        "per rank": f"{min(shares):,} to {max(shares):,} batches on {world.size} rank(s)",
-        "host memory": f"{gb(need.host_total)} per rank: " + ", ".join(f"{k} {gb(v)}" for k, v in need.host.items()),
-        "device": f"{job.device}" + "".join(f", {k} {gb(v)}" for k, v in need.device.items()),
-        "disk": f"{gb(need.artifacts)}, and img_acts.npz up to about {gb(need.img_acts)}; {gb(free_disk(job.cfg.out))} free",
-    }
-    width = max(map(len, lines))
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items()) + "\ndry run: nothing was computed or written."
 
 
 class Clock:

@@ -1,7 +1,7 @@
 """`saev-dist inspect PATH`: what a shards directory, an SAE checkpoint or a run holds, and whether it is sound."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from saev_dist.data.shards import FLOAT_BYTES, Shards, read_layers
 from saev_dist.errors import ConfigError, RunError
 from saev_dist.estimate import gb
 from saev_dist.plan import Plan
+from saev_dist.report import table
 from saev_dist.sae.saev import load_saev
 from saev_dist.store import Run
 
@@ -28,18 +29,12 @@ def run(cfg: Inspect) -> None:
     """
     for marker, describe in DESCRIBERS.items():
         if os.path.exists(cfg.path / marker):
-            print(table(describe(cfg.path)))
+            print(table(dict(describe(cfg.path))))
             return
     if not os.path.isfile(cfg.path):
         found = "a directory without" if os.path.isdir(cfg.path) else "nothing there, so no"
-        raise ConfigError(f"{cfg.path}: {found} {' or '.join(DESCRIBERS)}; inspect takes shards, an sae.pt, or a run.")
-    print(table(describe_sae(cfg.path)))
-
-
-def table(lines: Sequence[tuple[str, str]]) -> str:
-    """Two aligned columns."""
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+        raise ConfigError(f"{cfg.path}: {found} metadata.json or manifest.json; inspect takes shards, an sae.pt, or a run.")
+    print(table(dict(describe_sae(cfg.path))))
 
 
 def describe_shards(dpath: Path) -> list[tuple[str, str]]:

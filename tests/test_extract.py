@@ -324,7 +324,7 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path, capsys):
     )
     text = capsys.readouterr().out
     assert "115: 23 images × 5 patches" in text
-    assert "13 of 2 images (10 tokens)" in text
+    assert "13 of up to 2 images (10 tokens)" in text
     assert "2.8 kB from 4 shards" in text
     assert not (tmp_path / "run").exists()
 

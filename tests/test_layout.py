@@ -10,7 +10,7 @@ LEVELS = [
     {"cli", "__main__"},
     {"demo"},
     {"extract", "inspect"},
-    {"world", "store", "sae", "data", "estimate", "progress"},
+    {"world", "store", "sae", "data", "spill", "estimate", "progress", "report"},
     {"accumulators", "plan", "render", "fields"},
     {"config", "errors"},
 ]

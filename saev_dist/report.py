@@ -1,0 +1,52 @@
+"""What a job tells people on standard output: aligned tables of facts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from saev_dist.config import Extract
+from saev_dist.data.shards import Shards
+from saev_dist.estimate import Estimate, free_disk, gb
+from saev_dist.plan import Plan, complement
+from saev_dist.sae.model import Sae
+
+
+def table(lines: Mapping[str, str]) -> str:
+    """Two aligned columns."""
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def summary(out_dpath: Path, manifest: dict[str, Any]) -> str:
+    """What a finished run prints."""
+    metrics, ranks, wall_s = manifest["metrics"], manifest["ranks"], manifest["wall_s"]
+    n_dead, d_sae = metrics["n_dead"], metrics["d_sae"]
+    rate = metrics["n_tokens"] / max(wall_s["stream"], 1e-9)
+    lines = {
+        "tokens": f"{metrics['n_tokens']:,} of {manifest['shards']['n_examples']:,} images",
+        "L0": f"{metrics['l0']:.1f} of {d_sae:,} features above zero per token",
+        "dead features": f"{n_dead:,} ({n_dead / d_sae:.1%})",
+        "throughput": f"{rate:,.0f} tokens/s, {gb(rate * manifest['shards']['d_model'] * 4)}/s read, {len(ranks)} rank(s)",
+        "wall time": ", ".join(f"{stage} {value:,.1f} s" for stage, value in wall_s.items()),
+        "artifacts": str(out_dpath),
+    }
+    if metrics.get("normalized_mse") is not None:
+        lines["normalized MSE"] = f"{metrics['normalized_mse']:.4f}"
+    return table(lines)
+
+
+def describe_plan(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, need: Estimate, n_ranks: int) -> str:
+    """What --dry-run prints."""
+    shares = [sum(stop - first for first, stop in share) for share in plan.deal(complement((), plan.n_batches), n_ranks)]
+    batch_tokens = plan.examples_per_batch * shards.n_patches
+    lines = {
+        "tokens": f"{shards.n_tokens:,}: {shards.n_examples:,} images × {shards.n_patches:,} patches, layer {shards.layer}",
+        "to read": f"{gb(shards.n_examples * shards.content_bytes)} from {len(shards.names):,} shards",
+        "SAE": f"{sae.source}; {sae.d_model:,} -> {sae.d_sae:,}",
+        "batches": f"{plan.n_batches:,} of up to {plan.examples_per_batch:,} images ({batch_tokens:,} tokens)",
+        "per rank": f"{min(shares):,} to {max(shares):,} batches on {n_ranks} rank(s)",
+        "host memory": f"{gb(need.host_total)} per rank: " + ", ".join(f"{k} {gb(v)}" for k, v in need.host.items()),
+        "device": ", ".join(f"{k} {gb(v)}" for k, v in need.device.items()) or "none: the encoder runs on the CPU",
+        "disk": f"{gb(need.artifacts)}, and img_acts.npz up to about {gb(need.img_acts)}; {gb(free_disk(cfg.out))} free",
+    }
+    return table(lines) + "\ndry run: nothing was computed or written."
