@@ -230,7 +230,7 @@ class World:
                 raise PeerError(self._store.get("error").decode())
             return question(self._store)
         except STORE_ERRORS as err:
-            raise PeerError(f"rank {self.rank} lost contact with rank 0: {str(err).splitlines()[0]}") from None
+            raise RunError(f"rank {self.rank} lost contact with rank 0, which died ({str(err).splitlines()[0]}).") from None
 
 
 def _env(name: str, default: int) -> int:

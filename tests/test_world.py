@@ -1,7 +1,6 @@
 """Ranks that meet without torchrun, end at different times, or die."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -64,19 +63,22 @@ def test_ranks_that_arrive_late_are_waited_for_without_torchrun(tmp_path, args, 
     assert "nothing to do" in results[0][0]
 
 
-def test_a_killed_rank_stops_the_others_and_is_named(tmp_path, args):
-    ranks = start_ranks(3, 1, 300, *args, tmp_path / "run")
-    assert ranks[1].stdout.readline() == "delayed\n"
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_stops_the_others_and_is_named(tmp_path, args, victim):
+    ranks = start_ranks(3, victim, 300, *args, tmp_path / "run")
+    killed = ranks.pop(victim)
+    assert killed.stdout.readline() == "delayed\n"
     time.sleep(2)
-    ranks[1].send_signal(signal.SIGKILL)
+    killed.kill()
     began = time.monotonic()
-    errors = [ranks[rank].communicate(timeout=60)[1] for rank in (0, 2)]
+    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert time.monotonic() - began < 45
-    assert ranks[0].returncode == ranks[2].returncode == 1
-    shown = [line for err in errors for line in err.splitlines() if "error: " in line]
-    assert len(shown) == 1 and "rank 1 of 3 died or hangs" in shown[0], errors
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    shown = [line for err in errors for line in err.splitlines() if "saev-dist: error: " in line]
+    message = "lost contact with rank 0, which died" if victim == 0 else "rank 1 of 3 died or hangs"
+    assert shown and all(message in line for line in shown), errors
     assert not list((tmp_path / "run").glob("*.*"))
-    ranks[1].communicate()
+    killed.communicate()
 
 
 def test_a_missing_address_is_said(args, tmp_path):
