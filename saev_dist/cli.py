@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from saev_dist import __version__
 from saev_dist.config import Demo, Extract, Inspect, toml_flags
 from saev_dist.errors import PeerError, SaevDistError
 
@@ -28,6 +29,9 @@ Then `saev-dist inspect` on your shards and your SAE, and `saev-dist extract`.""
 def main(argv: list[str] | None = None) -> None:
     """Parse, run, and exit: 0 done, 1 an error that the user can mend, 2 wrong usage, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv == ["--version"]:
+        print(f"saev-dist {__version__}")
+        return
     is_first = os.environ.get("RANK", "0") == "0"
     try:
         try:
@@ -75,9 +79,9 @@ def parse(argv: list[str], *, quiet: bool = False) -> Any:
 def _config_path(flags: list[str]) -> Path | None:
     """The value of the last --config."""
     found = None
-    for flag, following in zip(flags, [*flags[1:], None], strict=True):
-        if flag == "--config" and following is not None:
-            found = Path(following)
+    for i, flag in enumerate(flags):
+        if flag == "--config" and i + 1 < len(flags):
+            found = Path(flags[i + 1])
         elif flag.startswith("--config="):
             found = Path(flag.removeprefix("--config="))
     return found

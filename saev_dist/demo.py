@@ -15,6 +15,7 @@ import importlib.util
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +114,9 @@ def _run(cfg: Demo, source_dpath: Path) -> None:
     acts_epd = embed(crops_e)
     write_shards(acts_epd, shards_dpath, images_dpath)
     print(f"3. Train an SAE of {D_SAE} features, {TOP_K} active per patch: {sae_fpath}", flush=True)
+    began = time.monotonic()
     train(acts_epd.flatten(0, 1), sae_fpath, cfg)
+    print(f"   {cfg.n_steps:,} steps in {time.monotonic() - began:.1f} s", flush=True)
 
     job = Extract(
         shards=shards_dpath,

@@ -44,9 +44,13 @@ def describe_plan(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, need: Esti
         "to read": f"{gb(shards.n_examples * shards.content_bytes)} from {len(shards.names):,} shards",
         "SAE": f"{sae.source}; {sae.d_model:,} -> {sae.d_sae:,}",
         "batches": f"{plan.n_batches:,} of up to {plan.examples_per_batch:,} images ({batch_tokens:,} tokens)",
-        "per rank": f"{min(shares):,} to {max(shares):,} batches on {n_ranks} rank(s)",
+        "per rank": f"{_span(min(shares), max(shares))} batches on {n_ranks} rank(s)",
         "host memory": f"{gb(need.host_total)} per rank: " + ", ".join(f"{k} {gb(v)}" for k, v in need.host.items()),
         "device": ", ".join(f"{k} {gb(v)}" for k, v in need.device.items()) or "none: the encoder runs on the CPU",
         "disk": f"{gb(need.artifacts)}, and img_acts.npz up to about {gb(need.img_acts)}; {gb(free_disk(cfg.out))} free",
     }
     return table(lines) + "\ndry run: nothing was computed or written."
+
+
+def _span(low: int, high: int) -> str:
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -67,6 +67,8 @@ class Run:
         Raises:
             RunError: the directory holds another run, finished or not, or artifacts of unknown origin.
         """
+        if os.path.isfile(self.dpath):
+            raise RunError(f"{self.dpath} is a file; --out takes a directory to make, or that of a finished run.")
         if force:
             return False
         finished = self.manifest()

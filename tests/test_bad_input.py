@@ -131,7 +131,7 @@ CASES = {
     "percentile out of range": (set_flag(percentile=101), "percentile must lie in 0 to 100"),
     "tf32 on a CPU": (set_flag(precision="tf32", device="cpu"), "--precision tf32 needs a CUDA device"),
     "out below a file": (lambda c: c.flags.update({"--out": c.sae / "run"}), "Not a directory"),
-    "out a file": (lambda c: c.flags.update({"--out": c.sae}), "Not a directory"),
+    "out a file": (lambda c: c.flags.update({"--out": c.sae}), "sae.pt is a file; --out takes a directory"),
     "TOML missing": (set_flag(config="nowhere.toml"), "nowhere.toml: No such file"),
 }  # fmt: skip
 

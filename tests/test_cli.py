@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from saev_dist.cli import main, parse
-from saev_dist.config import Extract
+from saev_dist.config import Demo, Extract
 
 ROOT = Path(__file__).parent.parent
 NEEDED = ["--shards", "s", "--sae", "a.pt", "--out", "o"]
@@ -48,6 +48,22 @@ def test_help_names_every_flag_without_loading_torch(command):
     assert done.returncode == 0, done.stderr
     expected = {"extract": "--rank-by", "inspect": "PATH", "demo": "--seed"}.get("".join(command), "extract")
     assert expected in done.stdout
+
+
+@pytest.mark.parametrize("argv", [[], ["extract"], ["inspect"]])
+def test_flags_that_are_missing_altogether_are_wrong_usage(argv):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+
+
+def test_the_demo_needs_no_flags():
+    assert parse(["demo"]) == Demo()
+
+
+def test_the_version_is_told(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out.startswith("saev-dist 0.")
 
 
 def test_python_m_is_the_same_program():
