@@ -65,17 +65,18 @@ class TopK(Accumulator):
         if not len(feature_n):
             return
         top_k = self.values_sk.shape[1]
-        order_n = feature_n.argsort(stable=True)
-        if int(torch.bincount(feature_n).max()) > top_k:  # a dense feature must not widen everybody's row
-            order_n = torch.from_numpy(np.lexsort((place_n.numpy(), -value_n.numpy(), feature_n.numpy())))
-        feature_n, value_n, place_n = feature_n[order_n], value_n[order_n], place_n[order_n]
+        crowded_n = torch.bincount(feature_n)[feature_n] > top_k
+        if crowded_n.any():  # a dense feature must not widen everybody's row
+            crowd = _first_of_each(feature_n[crowded_n], value_n[crowded_n], place_n[crowded_n], top_k)
+            rest = (feature_n[~crowded_n], value_n[~crowded_n], place_n[~crowded_n])
+            feature_n, value_n, place_n = (torch.cat(pair) for pair in zip(rest, crowd, strict=True))
+        feature_n, order_n = feature_n.sort(stable=True)
         rows_r, row_n, count_r = feature_n.unique_consecutive(return_inverse=True, return_counts=True)
         slot_n = torch.arange(len(feature_n)) - (count_r.cumsum(0) - count_r)[row_n]
-        keep_n = slot_n < top_k
-        values_rw = torch.full((len(rows_r), min(top_k, int(count_r.max()))), -torch.inf)
+        values_rw = torch.full((len(rows_r), int(count_r.max())), -torch.inf)
         places_rw = torch.full(values_rw.shape, -1, dtype=torch.int64)
-        values_rw[row_n[keep_n], slot_n[keep_n]] = value_n[keep_n]
-        places_rw[row_n[keep_n], slot_n[keep_n]] = place_n[keep_n]
+        values_rw[row_n, slot_n] = value_n[order_n]
+        places_rw[row_n, slot_n] = place_n[order_n]
         self.values_sk[rows_r], self.places_sk[rows_r] = _strongest(
             torch.cat([self.values_sk[rows_r], values_rw], dim=1),
             torch.cat([self.places_sk[rows_r], places_rw], dim=1),
@@ -118,6 +119,15 @@ def _strongest(values_rw: Tensor, places_rw: Tensor, top_k: int) -> tuple[Tensor
         order_rw[wrong_r] = order_xw.gather(1, by_value_xw)
     order_rk = order_rw[:, :top_k]
     return values_rw.gather(1, order_rk), places_rw.gather(1, order_rk)
+
+
+def _first_of_each(feature_n: Tensor, value_n: Tensor, place_n: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The candidates that are among the first `top_k` of their feature in the total order."""
+    order_n = torch.from_numpy(np.lexsort((place_n.numpy(), -value_n.numpy(), feature_n.numpy())))
+    feature_n, value_n, place_n = feature_n[order_n], value_n[order_n], place_n[order_n]
+    count_s = torch.bincount(feature_n)
+    keep_n = torch.arange(len(feature_n)) - (count_s.cumsum(0) - count_s)[feature_n] < top_k
+    return feature_n[keep_n], value_n[keep_n], place_n[keep_n]
 
 
 def _best_of_image(feature_n: Tensor, value_n: Tensor, place_n: Tensor, n_patches: int) -> tuple[Tensor, Tensor, Tensor]:
