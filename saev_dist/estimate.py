@@ -17,7 +17,7 @@ from saev_dist.sae.model import Sae, TopK, block_tokens
 from saev_dist.world import World
 
 CODE_BYTES = 120
-"""A code and the temporaries that order and count it; measured at 16,384 features, top_k 128."""
+"""A code (20 bytes) and the temporaries that order and count it: added up from the code, not measured."""
 ASSUMED_DENSITY = 0.02
 """Share of nonzero codes where the activation does not fix it."""
 

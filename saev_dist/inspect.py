@@ -18,7 +18,7 @@ from saev_dist.sae.saev import load_saev
 from saev_dist.store import Run
 
 N_SAMPLED = 32
-FP32_LIMIT = float("inf")
+NO_LIMIT = float("inf")
 
 
 def run(cfg: Inspect) -> None:
@@ -127,7 +127,7 @@ def _sample(shards: Shards) -> tuple[Tensor, int]:
         read_batch(shards, plan[index], buffer)
         acts_bd = buffer.view(shards.n_patches, shards.d_model)
         if not torch.isfinite(acts_bd).all():
-            raise find_bad_value(acts_bd, plan[index], shards, FP32_LIMIT)
+            raise find_bad_value(acts_bd, plan[index], shards, NO_LIMIT)
         parts.append(acts_bd)
     return torch.cat(parts), len(parts)
 

@@ -149,7 +149,7 @@ class Encoder:
     def _encode_block(self, x_bd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Token (int64, within the block), feature (int64) and value (float32) of each nonzero code."""
         n_tokens, d_sae = len(x_bd), self.sae.d_sae
-        if len(self._block) < n_tokens:  # kept for the whole run: fresh pages cost as much as writing them
+        if len(self._block) < n_tokens:  # kept for the whole run: a fresh array is paged in anew for each block
             self._block = torch.empty(n_tokens, d_sae, device=self.device, dtype=self.dtype)
             self._mask = torch.empty(n_tokens, d_sae, device=self.device, dtype=torch.bool)
         h_bs, mask_bs = self._block[:n_tokens], self._mask[:n_tokens]
