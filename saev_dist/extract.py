@@ -9,7 +9,7 @@ import hashlib
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from saev_dist import __version__
 from saev_dist.accumulators import rows
@@ -32,7 +33,7 @@ from saev_dist.data.reader import Reader, find_bad_value
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError
 from saev_dist.estimate import check_fits, estimate
-from saev_dist.plan import Intervals, Plan, complement
+from saev_dist.plan import Batch, Intervals, Plan, complement
 from saev_dist.progress import Progress
 from saev_dist.report import describe_plan, summary
 from saev_dist.sae.model import ActivationOverflow, Encoder, Sae
@@ -153,7 +154,6 @@ def _extract(job: Job, store: Run, world: World) -> None:
 def _stream(job: Job, store: Run, world: World, todo: Intervals) -> tuple[Bundle, SaevPercentile | None, dict[str, Any]]:
     """Encode this rank's batches; return its state and its report."""
     cfg, shards = job.cfg, job.shards
-    encoder = Encoder(job.sae, job.device, cfg.precision)
     bundle = make_bundle(job)
     saev_percentile = None
     if cfg.percentile_estimator == "saev":
@@ -167,20 +167,17 @@ def _stream(job: Job, store: Run, world: World, todo: Intervals) -> tuple[Bundle
     with ExitStack() as files:
         spills = {name: files.enter_context(store.spill(name, world.rank)) for name in _spill_names(cfg)}
         files.callback(progress.close)
-        for batch, acts_bd in reader:
+        batch_tokens = job.plan.examples_per_batch * shards.n_patches
+        encoder = files.enter_context(Encoder(job.sae, job.device, cfg.precision, batch_tokens))
+        for codes in _encoded(reader, encoder, shards, clock):
             world.check()
-            with clock("encode"):
-                try:
-                    codes = encoder.encode(acts_bd, img_i=batch.img_i, n_patches=shards.n_patches)
-                except ActivationOverflow as err:
-                    raise find_bad_value(acts_bd, batch, shards, err.limit) from None
             with clock("accumulate"):
                 bundle.update(codes)
                 if saev_percentile is not None:
                     saev_percentile.update(codes)
             with clock("rows"):
                 _spill_rows(codes, cfg, job.sae.d_sae, stride, spills)
-            progress.advance(len(acts_bd))
+            progress.advance(codes.n_tokens)
     bundle.flush()
     seconds = max(time.perf_counter() - began, 1e-9)
     report = {
@@ -195,6 +192,26 @@ def _stream(job: Job, store: Run, world: World, todo: Intervals) -> tuple[Bundle
         **{f"{stage}_s": value for stage, value in clock.seconds.items()},
     }
     return bundle, saev_percentile, report
+
+
+def _encoded(reader: Reader, encoder: Encoder, shards: Shards, clock: "Clock") -> Iterator[Codes]:
+    """The codes of each batch. The batch after it is being encoded while the caller works on them."""
+
+    def finish(batch: Batch, acts_bd: Tensor, codes: Callable[[], Codes]) -> Codes:
+        with clock("encode"):
+            try:
+                return codes()
+            except ActivationOverflow as err:
+                raise find_bad_value(acts_bd, batch, shards, err.limit) from None
+
+    ahead: tuple[Batch, Tensor, Callable[[], Codes]] | None = None
+    for batch, acts_bd in reader:
+        task = (batch, acts_bd, encoder.submit(acts_bd, img_i=batch.img_i, n_patches=shards.n_patches))
+        if ahead is not None:
+            yield finish(*ahead)
+        ahead = task
+    if ahead is not None:
+        yield finish(*ahead)
 
 
 def make_bundle(job: Job) -> Bundle:

@@ -1,6 +1,7 @@
 """Job 1 end to end: exact, the same bytes on any number of ranks, and what saev itself computed."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,19 @@ def test_any_number_of_ranks_writes_the_same_bytes(tmp_path, activation, rank_by
         hashes.append(artifact_hashes(out))
     assert len(hashes[0]) == 10
     assert hashes[1:] == hashes[:1] * 3
+
+
+def test_any_number_of_threads_writes_the_same_bytes(tmp_path):
+    acts = np.random.default_rng(6).normal(size=(600, 9, 96)).astype(np.float32)
+    shards = make_shards(tmp_path / "shards", acts, imgs_per_shard=500)
+    sae = make_sae(tmp_path / "sae.pt", TOPK, d_model=96, d_sae=1001)
+    for n_threads in (1, 2):
+        out = tmp_path / str(n_threads)
+        args = ("extract", "--shards", shards, "--sae", sae, "--out", out, "--metrics", "--pre-bias")
+        done = run_cli(*args, n_threads=n_threads)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((out / "manifest.json").read_text())["machine"]["n_threads"] == min(n_threads, os.cpu_count() or 1)
+    assert artifact_hashes(tmp_path / "1") == artifact_hashes(tmp_path / "2")
 
 
 def test_more_ranks_than_batches_work(tmp_path):

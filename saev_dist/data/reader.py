@@ -27,8 +27,9 @@ MAX_THREADS = 4
 class Reader:
     """Iterate over the batches of some intervals as `(batch, acts_bd)`.
 
-    `acts_bd` is float32 (batch tokens, d_model) and is overwritten after the next step of the iteration.
-    Memory: `depth + 1` buffers of one batch each, whatever the number of shards.
+    `acts_bd` is float32 (batch tokens, d_model); it stays as it is for one more step of the iteration, so that the
+    consumer may hold two batches, and is overwritten after that.
+    Memory: `depth + 2` buffers of one batch each, whatever the number of shards.
 
     Args:
         shards: layer to read.
@@ -51,7 +52,8 @@ class Reader:
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
         n_floats = self.plan.examples_per_batch * self.shards.n_patches * self.shards.d_model
         n_batches = sum(stop - first for first, stop in self.todo)
-        free = [torch.empty(n_floats, pin_memory=self.pin) for _ in range(min(self.depth, n_batches) + 1)]
+        free = [torch.empty(n_floats, pin_memory=self.pin) for _ in range(min(self.depth + 2, n_batches))]
+        held: Tensor | None = None
         pending: deque[tuple[Batch, Tensor, Future[None]]] = deque()
         queue = (self.plan[index] for first, stop in self.todo for index in range(first, stop))
         pool = ThreadPoolExecutor(min(self.depth, MAX_THREADS), thread_name_prefix="reader")
@@ -72,7 +74,9 @@ class Reader:
                 self.n_bytes += batch.n_examples * self.shards.content_bytes
                 n_tokens = batch.n_examples * self.shards.n_patches
                 yield batch, buffer[: n_tokens * self.shards.d_model].view(n_tokens, self.shards.d_model)
-                free.append(buffer)
+                if held is not None:
+                    free.append(held)
+                held = buffer
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

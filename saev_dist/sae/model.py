@@ -1,12 +1,19 @@
 """A sparse autoencoder in memory, and its encoder: activations in, sparse codes out.
 
-The encoder works through a batch in blocks of rows. A block's dense codes are the only dense array there is.
+The encoder cuts a batch into blocks of rows. On the CPU each block is the work of one thread, from the product to the
+codes, so no thread waits for another, and a code does not depend on the number of threads. The blocks' dense codes,
+one per thread, are the only dense arrays there are.
 
 Names: `b` tokens of a batch or block, `d` model width, `s` features, `g` groups of features, `n` codes.
 """
 
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from types import TracebackType
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -16,7 +23,8 @@ from saev_dist.accumulators.base import Codes
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
-CPU_BLOCK_CODES = 2**25  # 134 MB: fewer rows slow the product, more fall out of the cache before they are used
+CPU_BLOCK_CODES = 2**24  # 67 MB: fewer rows slow the product
+CPU_BLOCK_TOKENS = 2048  # with few features: blocks enough for all threads
 GROUPS_PER_K = 4
 FP32_MAX = float(np.finfo(np.float32).max)
 
@@ -85,75 +93,98 @@ class ActivationOverflow(Exception):
 
 
 class Encoder:
-    """An SAE's encoder on one device.
+    """An SAE's encoder on one device. A context manager: its threads end with it.
+
+    Inside, torch uses one thread for each operation of this process: the threads work on blocks side by side.
 
     Args:
         sae: weights and rules.
         device: where the product runs.
         precision: fp32; tf32 (CUDA only); bf16, whose product is rounded to 8 bits and so has many ties.
+        batch_tokens: tokens of the largest batch.
 
-    Device memory: the weights, and one block of (block_tokens, d_sae) floats with its mask.
+    Device memory: the weights, and for each thread (on CUDA: one) a block of (block_tokens, d_sae) floats with its
+    mask. Never more blocks than one batch has.
     """
 
-    def __init__(self, sae: Sae, device: torch.device, precision: Precision) -> None:
+    def __init__(self, sae: Sae, device: torch.device, precision: Precision, batch_tokens: int) -> None:
         # Process-wide switches of torch: TF32 only where asked for.
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         self.sae, self.device = sae, device
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self._n_threads = n_threads(batch_tokens, sae.d_sae, device)
         bias_s = sae.b_enc_s.double()
         if sae.pre_bias:  # (x - b_dec) @ W + b = x @ W + (b - b_dec @ W), folded once in float64
-            bias_s = bias_s - sae.b_dec_d.double() @ sae.w_enc_ds.double()
+            with _one_thread():
+                bias_s = bias_s - sae.b_dec_d.double() @ sae.w_enc_ds.double()
         # |h| <= max|x| * gain + max|bias|, so one look at x rules out overflow in the whole product.
         gain = float(sae.w_enc_ds.abs().sum(dim=0, dtype=torch.float64).max())
         self._limit = min(FP32_MAX, (FP32_MAX - float(bias_s.abs().max())) / max(gain, 1e-300))
         self._w_ds = sae.w_enc_ds.to(device, self.dtype)
         self._b_s = bias_s.to(device, self.dtype)
-        self._block = torch.empty(0, device=device, dtype=self.dtype)
-        self._mask = torch.empty(0, device=device, dtype=torch.bool)
+        self._local = threading.local()
+
+    def __enter__(self) -> Self:
+        self._stack = ExitStack()
+        self._stack.enter_context(_one_thread())
+        # torch's setting is each thread's own for MKL, hence the initializer
+        self._pool = ThreadPoolExecutor(
+            self._n_threads, thread_name_prefix="encoder", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self._stack.callback(self._pool.shutdown, wait=True, cancel_futures=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
 
     def encode(self, acts_bd: Tensor, *, img_i: int, n_patches: int) -> Codes:
-        """The nonzero codes of whole examples.
+        """The nonzero codes of whole examples: `submit` and wait."""
+        return self.submit(acts_bd, img_i=img_i, n_patches=n_patches)()
+
+    def submit(self, acts_bd: Tensor, *, img_i: int, n_patches: int) -> Callable[[], Codes]:
+        """Begin to encode whole examples.
 
         Args:
-            acts_bd: float32 (tokens, d_model) on the CPU; the content tokens of consecutive examples.
+            acts_bd: float32 (tokens, d_model) on the CPU; the content tokens of consecutive examples. It must not
+                change before the codes are used.
             img_i: global index of the first example.
             n_patches: tokens per example.
 
         Returns:
-            Codes on the CPU, ordered by token.
-
-        Raises:
-            ActivationOverflow: a value is NaN, infinite, or too large for a float32 product.
+            A function that waits for the codes; they are on the CPU, ordered by token. It raises ActivationOverflow
+            where a value is NaN, infinite, or too large for a float32 product.
         """
+        n_tokens = len(acts_bd)
+        block = block_tokens(n_tokens, self.sae.d_sae, self.device)
+        starts = range(0, n_tokens, block)
+        blocks = [self._pool.submit(self._encode_block, acts_bd[first : first + block]) for first in starts]
+
+        def codes() -> Codes:
+            parts = []
+            for first, done in zip(starts, blocks, strict=True):
+                token_n, feature_n, value_n = done.result()
+                parts.append((token_n + first, feature_n, value_n))
+            token_n, feature_n, value_n = (torch.cat(part) for part in zip(*parts, strict=True))
+            return Codes(
+                token_n=token_n,
+                feature_n=feature_n,
+                value_n=value_n,
+                img_i=img_i,
+                n_imgs=n_tokens // n_patches,
+                n_patches=n_patches,
+                acts_bd=acts_bd,
+            )
+
+        return codes
+
+    def _encode_block(self, acts_bd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Token (int64, within the block), feature (int64) and value (float32) of each nonzero code, on the CPU."""
         low, high = torch.aminmax(acts_bd)
         if not max(-float(low), float(high)) < self._limit:  # NaN and infinity travel through aminmax
             raise ActivationOverflow(self._limit)
-        n_tokens = len(acts_bd)
-        x_bd = acts_bd.to(self.device, non_blocking=True)
-        block = block_tokens(n_tokens, self.sae.d_sae, self.device)
-        parts = []
-        for first in range(0, n_tokens, block):
-            token_n, feature_n, value_n = self._encode_block(x_bd[first : first + block].to(self.dtype))
-            parts.append((token_n + first, feature_n, value_n))
-        token_n, feature_n, value_n = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-        return Codes(
-            token_n=token_n,
-            feature_n=feature_n,
-            value_n=value_n,
-            img_i=img_i,
-            n_imgs=n_tokens // n_patches,
-            n_patches=n_patches,
-            acts_bd=acts_bd,
-        )
-
-    def _encode_block(self, x_bd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Token (int64, within the block), feature (int64) and value (float32) of each nonzero code."""
-        n_tokens, d_sae = len(x_bd), self.sae.d_sae
-        if len(self._block) < n_tokens:  # kept for the whole run: a fresh array is paged in anew for each block
-            self._block = torch.empty(n_tokens, d_sae, device=self.device, dtype=self.dtype)
-            self._mask = torch.empty(n_tokens, d_sae, device=self.device, dtype=torch.bool)
-        h_bs, mask_bs = self._block[:n_tokens], self._mask[:n_tokens]
-        torch.addmm(self._b_s, x_bd, self._w_ds, out=h_bs)
+        n_tokens, d_sae = len(acts_bd), self.sae.d_sae
+        h_bs, mask_bs = self._dense(n_tokens)
+        torch.addmm(self._b_s, acts_bd.to(self.device, self.dtype, non_blocking=True), self._w_ds, out=h_bs)
         match self.sae.activation:
             case TopK(k):
                 torch.ge(h_bs, _kth_bound(h_bs, min(k, d_sae)), out=mask_bs)
@@ -167,15 +198,44 @@ class Encoder:
         feature_n = flat_n - token_n * d_sae
         if isinstance(self.sae.activation, TopK):
             token_n, feature_n, value_n = _keep_k(token_n, feature_n, value_n, n_tokens, min(self.sae.activation.k, d_sae))
-        return token_n, feature_n, value_n
+        return token_n.cpu(), feature_n.cpu(), value_n.cpu()
+
+    def _dense(self, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """This thread's block and mask, kept for the whole run: a fresh array is paged in anew for each block."""
+        kept = getattr(self._local, "dense", None)
+        if kept is None or len(kept[0]) < n_tokens:
+            shape = (n_tokens, self.sae.d_sae)
+            kept = self._local.dense = (
+                torch.empty(shape, device=self.device, dtype=self.dtype),
+                torch.empty(shape, device=self.device, dtype=torch.bool),
+            )
+        return kept[0][:n_tokens], kept[1][:n_tokens]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for each operation of torch: results do not depend on the machine, and our threads have the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def block_tokens(n_tokens: int, d_sae: int, device: torch.device) -> int:
-    """Rows of a batch encoded at a time: a function of the shapes and the kind of device, never of the rank."""
+    """Rows of a batch encoded at a time: a function of the shapes and the kind of device, never of rank or threads."""
     if device.type != "cpu":
         return n_tokens
-    n_blocks = -(-n_tokens * d_sae // CPU_BLOCK_CODES)
+    n_blocks = max(-(-n_tokens * d_sae // CPU_BLOCK_CODES), -(-n_tokens // CPU_BLOCK_TOKENS))
     return -(-n_tokens // n_blocks)
+
+
+def n_threads(batch_tokens: int, d_sae: int, device: torch.device) -> int:
+    """Threads that encode: torch's own number on the CPU, but no more than a batch has blocks."""
+    if device.type != "cpu":
+        return 1
+    return min(torch.get_num_threads(), -(-batch_tokens // block_tokens(batch_tokens, d_sae, device)))
 
 
 def _kth_bound(h_bs: Tensor, k: int) -> Tensor:
