@@ -42,7 +42,9 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
 def to_float(limbs: Tensor) -> Tensor:
     """Nearest float64 (up to one rounding of each limb) of limbs int64 (..., 2)."""
-    return limbs[..., 0].double() + limbs[..., 1].double() / LIMIT
+    # Below zero the limbs are brought to one sign: -1 + (1 - tiny) would round away most of tiny.
+    borrow = ((limbs[..., 0] < 0) & (limbs[..., 1] > 0)).long()
+    return (limbs[..., 0] + borrow).double() + (limbs[..., 1] - borrow * LIMIT).double() / LIMIT
 
 
 def to_fractions(limbs: Tensor) -> list[Fraction]:

@@ -1,14 +1,89 @@
-"""Where the picture of an image index is: folders of images, in the order their activations were written."""
+"""The picture of an image index: folders of images, or a Hugging Face data set, in the order of the activations.
 
+    ImageFolder   class folders, as torchvision reads them       root/<class>/…/<file>
+    flat folder   files sorted by name                           root/<file>
+    data set      what `datasets.save_to_disk` wrote             needs the extra `hf`
+
+Nothing here imports torch: the processes that draw start in a fraction of a second.
+"""
+
+import functools
+import importlib.util
 import os
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from saev_dist.errors import DataError
+from PIL import Image, UnidentifiedImageError
+
+from saev_dist.errors import ConfigError, DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-def list_images(root: Path) -> list[Path]:
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """A source of pictures: item `img_i` is the picture whose activations are example `img_i`."""
+
+    root: Path
+    kind: str
+    """What the source is, in words."""
+    names: tuple[str, ...] | None
+    """Paths below `root`; None for a data set, whose pictures have indices only."""
+    n: int
+
+    def name(self, img_i: int) -> str:
+        """Path below the root, or the index in a data set."""
+        return str(img_i) if self.names is None else self.names[img_i]
+
+    def label(self, img_i: int) -> str:
+        """The class folder; the name of the class in a data set that has a column "label"; otherwise ""."""
+        if self.names is not None:
+            return self.names[img_i].split(os.sep, 1)[0] if os.sep in self.names[img_i] else ""
+        rows = _data_set(self.root)
+        if "label" not in rows.features:
+            return ""
+        label = rows.select_columns(["label"])[img_i]["label"]
+        return str(rows.features["label"].int2str(label) if hasattr(rows.features["label"], "int2str") else label)
+
+
+def open_pictures(root: Path, n_examples: int) -> Pictures:
+    """Find out which kind of source `root` is, and check that it has a picture for every example.
+
+    Raises:
+        DataError: it is none of the kinds, cannot be read, or holds another number of pictures.
+        ConfigError: it is a Hugging Face data set and `datasets` is not installed.
+    """
+    if not os.path.isdir(root):
+        found = "a file" if os.path.exists(root) else "nothing"
+        raise DataError(f"{root}: found {found}, expected a folder of pictures; set --images, or --no-pictures.")
+    if (root / "state.json").exists() and (root / "dataset_info.json").exists():
+        rows = _data_set(root)
+        if "image" not in rows.features:
+            raise DataError(f"{root} is a data set with columns {', '.join(rows.features)}; expected one named image.")
+        candidates = [Pictures(root=root, kind="data set", names=None, n=len(rows))]
+    elif (root / "dataset_dict.json").exists():
+        raise DataError(f"{root} holds several splits; --images takes one of its folders, such as {root / 'train'}.")
+    else:
+        nested = tuple(str(fpath.relative_to(root)) for fpath in list_images(root, allow_none=True))
+        flat = tuple(_flat(root))
+        candidates = [
+            Pictures(root=root, kind=kind, names=names, n=len(names))
+            for kind, names in (("class folders", nested), ("flat folder", flat))
+            if names
+        ]
+    for pictures in candidates:
+        if pictures.n == n_examples:
+            return pictures
+    found = " and ".join(f"{pictures.n:,} ({pictures.kind})" for pictures in candidates) or "none"
+    raise DataError(
+        f"{root}: found {found} pictures; the shards have {n_examples:,} examples, and each needs its own. "
+        "Set --images to what the activations were computed from, or --no-pictures for heatmaps alone."
+    )
+
+
+def list_images(root: Path, *, allow_none: bool = False) -> list[Path]:
     """Return the images under `root` so that item `img_i` is the image whose activations are example `img_i`.
 
     The order is that of torchvision's `ImageFolder` (torchvision/datasets/folder.py, `find_classes` and
@@ -24,6 +99,7 @@ def list_images(root: Path) -> list[Path]:
 
     Args:
         root: folder whose folders are the classes.
+        allow_none: return an empty list where no class has an image.
 
     Returns:
         Paths that start with `root`.
@@ -46,11 +122,55 @@ def list_images(root: Path) -> list[Path]:
                 fpaths += [Path(dpath, name) for name in sorted(names) if name.lower().endswith(EXTENSIONS)]
     except OSError as error:
         raise DataError(f"{error.filename or root}: cannot list the images ({error.strerror})") from error
-
-    if not fpaths:
+    if not fpaths and not allow_none:
         loose = sum(path.name.lower().endswith(EXTENSIONS) for path in root.iterdir())
         raise DataError(
             f"{root}: found {len(class_dpaths)} class folders and no image in them ({loose} images beside them), "
             f"expected {root.name}/<class>/<image> with an extension out of {' '.join(EXTENSIONS)}"
         )
     return fpaths
+
+
+def load_picture(root: Path, name: str, *, in_data_set: bool) -> Image.Image:
+    """Decode one picture, as RGB.
+
+    Args:
+        root, name: as in `Pictures`.
+        in_data_set: `name` is an index.
+
+    Raises:
+        DataError: it is missing, unreadable, truncated, no image, or so large that decoding it is an attack.
+    """
+    where = f"{root}, picture {name}" if in_data_set else str(root / name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = _data_set(root)[int(name)]["image"] if in_data_set else Image.open(root / name)
+            return picture.convert("RGB")  # type: ignore[no-any-return]
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        limit = Image.MAX_IMAGE_PIXELS or 0
+        raise DataError(f"{where} would decode to more than {limit:,} pixels; expected a picture. Make it smaller.") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{where} is not a picture that Pillow can read. Replace it, or use --no-pictures.") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as err:  # what Pillow's decoders raise on damaged files
+        reason = getattr(err, "strerror", None) or str(err)
+        raise DataError(f"{where} cannot be read: {reason}. Replace it, or use --no-pictures.") from None
+
+
+def _flat(root: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(root) if entry.name.lower().endswith(EXTENSIONS) and entry.is_file())
+    except OSError as error:
+        raise DataError(f"{error.filename or root}: cannot list the images ({error.strerror})") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _data_set(root: Path) -> Any:
+    """A data set saved on disk; its Arrow files are mapped into memory, not read."""
+    if importlib.util.find_spec("datasets") is None:
+        raise ConfigError(f"{root} is a Hugging Face data set; to read it: pip install 'saev-dist[hf]'.")
+    datasets = importlib.import_module("datasets")
+    try:
+        return datasets.load_from_disk(str(root))
+    except (OSError, ValueError, KeyError) as err:
+        raise DataError(f"{root} is no data set that `datasets` can read: {str(err).splitlines()[0]}.") from None

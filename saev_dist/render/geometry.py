@@ -1,0 +1,144 @@
+"""PURE. Where a picture's patches are: how it was prepared for the model, and the grid that the tokens form.
+
+Tokens are a row-major grid that no file stores; it follows from the picture. Two ways to prepare pictures are known,
+as saev's writers had them (saev/data/transforms.py, and its gallery of 2025):
+
+- grid: resize to `(columns * patch, rows * patch)`, where `columns * rows` is the number of patches and `columns / rows`
+  the ratio nearest to the picture's own;
+- crop: resize to a fixed size, whatever the aspect, then cut the middle out. Patches start at the upper left corner;
+  what is left at the right and below when the patch does not divide the crop belongs to no patch.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from saev_dist.errors import ConfigError
+
+CROPPED_FAMILIES = ("clip", "siglip")
+Fit = Literal["grid", "crop"]
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """One picture's preparation. All sizes are (width, height) in px, scaled by `img_scale`."""
+
+    resize: Size
+    crop: tuple[int, int, int, int] | None
+    """Left, top, right, bottom in the resized picture."""
+    n_cols: int
+    n_rows: int
+    patch: float
+    """Edge of a patch. Patch i covers (i % n_cols, i // n_cols) times this, from the upper left corner."""
+
+    @property
+    def size(self) -> Size:
+        """Of what is shown."""
+        if self.crop is None:
+            return self.resize
+        left, top, right, bottom = self.crop
+        return right - left, bottom - top
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """How all pictures of a data set were prepared.
+
+    Args:
+        fit: grid or crop.
+        n_patches: content tokens per image.
+        patch_size: px. None: 16 for grid; for crop the largest that gives `n_patches`.
+        grid: columns and rows of every picture. None: the factors of `n_patches` nearest to each picture's aspect.
+        resize, crop: width and height, for fit crop.
+        img_scale: shown pixels per pixel that the model saw.
+
+    Raises:
+        ConfigError: the numbers do not give `n_patches`; the message lists those that do.
+    """
+
+    fit: Fit
+    n_patches: int
+    patch_size: int | None = None
+    grid: Size | None = None
+    resize: Size = (256, 256)
+    crop: Size = (224, 224)
+    img_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.fit == "grid":
+            if self.grid is not None and self.grid[0] * self.grid[1] != self.n_patches:
+                raise ConfigError(
+                    f"--grid {self.grid[0]} {self.grid[1]} has {self.grid[0] * self.grid[1]:,} patches; the shards have "
+                    f"{self.n_patches:,} per image. These fit: {_listed(_factors(self.n_patches))}."
+                )
+            return
+        if self.grid is not None:
+            raise ConfigError("--grid belongs to --fit grid; with --fit crop the grid follows from --crop and --patch-size.")
+        if self.crop[0] > self.resize[0] or self.crop[1] > self.resize[1]:
+            raise ConfigError(f"--crop {_px(self.crop)} is larger than --resize {_px(self.resize)}.")
+        fitting = _patch_sizes(self.crop, self.n_patches)
+        if not fitting:
+            raise ConfigError(
+                f"no patch size cuts --crop {_px(self.crop)} into {self.n_patches:,} patches. Set --crop, or use --fit grid, "
+                f"where these columns and rows fit: {_listed(_factors(self.n_patches))}."
+            )
+        if self.patch_size is not None and self.patch_size not in fitting:
+            columns, rows = self.crop[0] // self.patch_size, self.crop[1] // self.patch_size
+            raise ConfigError(
+                f"--patch-size {self.patch_size} cuts --crop {_px(self.crop)} into {columns} x {rows} = {columns * rows:,} "
+                f"patches; the shards have {self.n_patches:,} per image. These sizes fit: {', '.join(map(str, fitting))}."
+            )
+
+    def place(self, width: int, height: int) -> Placement:
+        """Prepare a picture of this size."""
+        scale = self.img_scale
+        if self.fit == "grid":
+            patch = self.patch_size or 16
+            n_cols, n_rows = self.grid or nearest_grid(self.n_patches, width / height)
+            size = max(1, round(n_cols * patch * scale)), max(1, round(n_rows * patch * scale))
+            return Placement(resize=size, crop=None, n_cols=n_cols, n_rows=n_rows, patch=patch * scale)
+        patch = self.patch_size or _patch_sizes(self.crop, self.n_patches)[0]
+        resize, crop = ((max(1, round(w * scale)), max(1, round(h * scale))) for w, h in (self.resize, self.crop))
+        left, top = (resize[0] - crop[0]) // 2, (resize[1] - crop[1]) // 2
+        return Placement(
+            resize=resize,
+            crop=(left, top, left + crop[0], top + crop[1]),
+            n_cols=self.crop[0] // patch,
+            n_rows=self.crop[1] // patch,
+            patch=patch * scale,
+        )
+
+
+def default_fit(family: str) -> Fit:
+    """How the model family's pictures are prepared unless a user says otherwise."""
+    return "crop" if family in CROPPED_FAMILIES else "grid"
+
+
+def nearest_grid(n_patches: int, aspect: float) -> Size:
+    """Columns and rows whose product is `n_patches` and whose ratio is nearest to `aspect` (width / height).
+
+    Of two equally near the one with the more lopsided factors wins, then the upright one, as in saev's
+    `resize_to_patch_grid`, which tries the divisors in that order.
+    """
+    return min(_factors(n_patches), key=lambda size: abs(size[0] / size[1] - aspect))
+
+
+def _factors(n_patches: int) -> list[Size]:
+    """All (columns, rows) of that product, the most lopsided first, the upright one of a pair before the flat one."""
+    low = [i for i in range(1, int(n_patches**0.5) + 1) if n_patches % i == 0]
+    return [size for i in low for size in ((i, n_patches // i), (n_patches // i, i))]
+
+
+def _patch_sizes(crop: Size, n_patches: int) -> list[int]:
+    """Patch sizes that cut the crop into that many patches, largest first."""
+    return [size for size in range(min(crop), 0, -1) if (crop[0] // size) * (crop[1] // size) == n_patches]
+
+
+def _listed(sizes: list[Size]) -> str:
+    distinct = list(dict.fromkeys(reversed(sizes)))  # the squarest first
+    more = f" and {len(distinct) - 8} more" if len(distinct) > 8 else ""
+    return ", ".join(f"{columns} {rows}" for columns, rows in distinct[:8]) + more
+
+
+def _px(size: Size) -> str:
+    return f"{size[0]} {size[1]}"
