@@ -25,6 +25,7 @@ check: install
 
 bench: install
 	$(BIN)/python -m tests.bench.extract
+	$(BIN)/python -m tests.bench.replay
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

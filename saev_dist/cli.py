@@ -10,12 +10,14 @@ from typing import Any
 import tyro
 
 from saev_dist import __version__
-from saev_dist.config import Demo, Extract, Inspect, toml_flags
+from saev_dist.config import Demo, Extract, Inspect, Replay, Verify, toml_flags
 from saev_dist.errors import PeerError, SaevDistError
 
 # The modules are imported on use: `--help` should not wait for torch.
 JOBS: dict[str, tuple[type, str]] = {
     "extract": (Extract, "saev_dist.extract"),
+    "replay": (Replay, "saev_dist.replay"),
+    "verify": (Verify, "saev_dist.verify"),
     "inspect": (Inspect, "saev_dist.inspect"),
     "demo": (Demo, "saev_dist.demo"),
 }

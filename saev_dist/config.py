@@ -13,6 +13,7 @@ import tyro
 from saev_dist.errors import ConfigError
 
 MAX_COUNT = 10**9
+RunPath = Annotated[Path, tyro.conf.arg(aliases=("--run-dir",))]
 TriState = Annotated[bool | None, tyro.conf.arg(metavar="| --no-pre-bias")]
 
 
@@ -21,7 +22,7 @@ class Extract:
     """Stream stored activations through an SAE once; keep each feature's strongest scores and its statistics.
 
     Run it alone, or on all GPUs of a node with `torchrun --nproc-per-node 8 -m saev_dist extract …`: the artifacts are
-    the same bytes at the same number of CPU threads (OMP_NUM_THREADS). A finished run in --out is left as it is.
+    the same bytes. A finished run in --out is left as it is.
     """
 
     shards: Path
@@ -73,13 +74,128 @@ class Extract:
     """Show progress: a bar on a terminal, a line every 30 s elsewhere."""
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "max_distribution_samples", "batch_tokens", "read_ahead", "timeout_s"):
-            if not 1 <= getattr(self, name) <= MAX_COUNT:
-                raise ConfigError(f"{name} must be at least 1 (and at most {MAX_COUNT:,}), got {getattr(self, name)}.")
+        _check_counts(self, "top_k", "max_distribution_samples", "batch_tokens", "read_ahead", "timeout_s")
         if self.n_distributions < 0:
             raise ConfigError(f"n_distributions must not be negative, got {self.n_distributions}.")
         if not 0 <= self.percentile <= 100:
             raise ConfigError(f"percentile must lie in 0 to 100, got {self.percentile:g}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """Draw what features mean: encode the images that won slots again, check their scores, and write a gallery.
+
+    Opens in a browser from the disk: <run>/visuals/index.html. Run it alone or under torchrun; the files are the same.
+    Killed and started again it goes on with the pictures that are missing.
+    """
+
+    run: RunPath
+    """Run directory of a finished `extract`. Under torchrun write --run-dir: torchrun takes --run for an option of its own."""
+    shards: Path | None = None
+    """Where the run's shards are now, if they have moved."""
+    sae: Path | None = None
+    """Where the run's SAE is now, if it has moved."""
+    images: Path | None = None
+    """Pictures: class folders as torchvision's ImageFolder reads them, a flat folder (sorted by name), or a Hugging Face data set saved to disk. Default: the dataset path in the shards' metadata, if it exists."""
+    pictures: bool = True
+    """Draw on the pictures. --no-pictures draws heatmaps on a plain ground."""
+    config: Path | None = None
+    """TOML file of defaults for these flags."""
+
+    features: tuple[int, ...] = ()
+    """Features that are shown whatever the other rules say."""
+    n_features: int = 400
+    """How many of the features in the ranges below to show besides."""
+    sort: Literal["random", "freq", "mean", "max"] = "random"
+    """Which of them: a seeded random sample, or the first by frequency, mean or largest score."""
+    all: bool = False
+    """Show every feature that ever fired, whatever the ranges."""
+    log_freq_range: tuple[float, float] = (-6.0, 1.0)
+    """Range of log10 of the share of tokens on which a feature fires."""
+    log_value_range: tuple[float, float] = (-3.0, 3.0)
+    """Range of log10 of a feature's mean over those tokens."""
+    seed: int = 0
+    """Seed of the random sample."""
+    n_images: int = 12
+    """Strongest distinct images per feature."""
+
+    fit: Literal["auto", "grid", "crop"] = "auto"
+    """How pictures were prepared for the model. grid: resized to whole patches at about their own aspect. crop: resized to --resize, then the middle --crop. auto: crop for clip and siglip, grid for others."""
+    patch_size: int | None = None
+    """Edge of a patch in px. Default: 16 for grid; for crop what gives the shards' number of patches."""
+    grid: tuple[int, int] | None = None
+    """Columns and rows of patches, for --fit grid, where the aspect of the pictures does not tell."""
+    resize: tuple[int, int] = (256, 256)
+    """Width and height before the crop, px."""
+    crop: tuple[int, int] = (224, 224)
+    """Width and height of the crop, px."""
+    img_scale: float = 1.0
+    """Pixels shown per pixel that the model saw: 2 shows sharper pictures."""
+    image_format: Literal["webp", "png"] = "webp"
+    """webp: small. png: exact."""
+    quality: int = 80
+    """Of WebP, 0 to 100."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the encoder runs. auto: a GPU if there is one."""
+    workers: int | None = None
+    """Processes that draw, per rank. Default: half of the rank's cores."""
+    read_ahead: int = 16
+    """Images read ahead of the encoder."""
+    timeout_s: int = 600
+    """Longest that a rank waits for the others inside one collective operation."""
+    force: bool = False
+    """Draw again what is there already."""
+    progress: bool = True
+    """Show progress: a bar on a terminal, a line every 30 s elsewhere."""
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "n_images", "read_ahead", "timeout_s")
+        for name in ("patch_size", "workers"):
+            if getattr(self, name) is not None:
+                _check_counts(self, name)
+        if self.n_features < 0:
+            raise ConfigError(f"n_features must not be negative, got {self.n_features}.")
+        for name in ("resize", "crop", "grid"):
+            if min(getattr(self, name) or (1,)) < 1:
+                raise ConfigError(f"{name} must be two numbers of at least 1, got {getattr(self, name)}.")
+        if not 0 < self.img_scale <= 64:
+            raise ConfigError(f"img_scale must be above 0 and at most 64, got {self.img_scale:g}.")
+        if not 0 <= self.quality <= 100:
+            raise ConfigError(f"quality must lie in 0 to 100, got {self.quality}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Encode the images that won slots again, and compare every stored score of a sample of features. Exit code 1 on a mismatch."""
+
+    run: RunPath
+    """Run directory of a finished `extract`. Under torchrun write --run-dir: torchrun takes --run for an option of its own."""
+    shards: Path | None = None
+    """Where the run's shards are now, if they have moved."""
+    sae: Path | None = None
+    """Where the run's SAE is now, if it has moved."""
+    features: tuple[int, ...] = ()
+    """Features that are checked in any case."""
+    n_features: int = 100
+    """How many others, a seeded random sample of those that fired."""
+    all: bool = False
+    """Check every feature that fired."""
+    seed: int = 0
+    """Seed of the sample."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the encoder runs. auto: a GPU if there is one."""
+    read_ahead: int = 16
+    """Images read ahead of the encoder."""
+    timeout_s: int = 600
+    """Longest that a rank waits for the others inside one collective operation."""
+    progress: bool = True
+    """Show progress: a bar on a terminal, a line every 30 s elsewhere."""
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "read_ahead", "timeout_s")
+        if self.n_features < 0:
+            raise ConfigError(f"n_features must not be negative, got {self.n_features}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +208,10 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """The whole pipeline in about a minute, with no download: photographs, activations, a small SAE, extract, a picture."""
+    """The whole pipeline in about a minute, with no download: photographs, activations, a small SAE, extract, replay, a gallery."""
 
     out: Path = Path("saev-demo")
-    """Directory to make: images/, shards/, sae.pt, run/ and the contact sheet."""
+    """Directory to make: images/, shards/, sae.pt, run/ with the gallery in run/visuals/, and a contact sheet."""
     seed: int = 0
     """Seed of the SAE's training."""
     n_steps: int = 1000
@@ -108,6 +224,12 @@ class Demo:
     def __post_init__(self) -> None:
         if self.n_steps < 1:
             raise ConfigError(f"n_steps must be at least 1, got {self.n_steps}.")
+
+
+def _check_counts(config: object, *names: str) -> None:
+    for name in names:
+        if not 1 <= getattr(config, name) <= MAX_COUNT:
+            raise ConfigError(f"{name} must be at least 1 (and at most {MAX_COUNT:,}), got {getattr(config, name)}.")
 
 
 def toml_flags(fpath: Path, command: type) -> list[str]:
@@ -139,6 +261,8 @@ def toml_flags(fpath: Path, command: type) -> list[str]:
                 flags.append(f"--{flag}" if value else f"--no-{flag}")
             case str() | int() | float():
                 flags += [f"--{flag}", str(value)]
+            case list() if value and all(type(item) in (str, int, float) for item in value):
+                flags += [f"--{flag}", *map(str, value)]
             case _:
-                raise ConfigError(f"{fpath}: {name} is {value!r}; expected a string, a number or true/false.")
+                raise ConfigError(f"{fpath}: {name} is {value!r}; expected a string, a number, true/false or a list of numbers.")
     return flags

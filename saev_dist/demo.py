@@ -1,8 +1,8 @@
 """The whole pipeline on real photographs, with no download: `saev-dist demo`.
 
-    photographs ──cut──▶ images/ ──embed──▶ shards/ ──train──▶ sae.pt ──extract──▶ run/ ──draw──▶ contact-sheet.png
+    photographs ──cut──▶ images/ ──embed──▶ shards/ ──train──▶ sae.pt ──extract──▶ run/ ──replay──▶ gallery
 
-Only `extract` is the tool; what comes before it makes, in small, what a user already has. The photographs are
+Only `extract` and `replay` are the tool; what comes before makes, in small, what a user already has. The photographs are
 those in scikit-image's wheel. Their "model" is one fixed linear layer: local patches of colour, whitened. Sparse
 codes of such patches are known to be oriented edges and colours (Olshausen & Field, Nature 381, 1996), so a
 stranger can tell from the picture whether the numbers are right.
@@ -26,8 +26,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import trange
 
-from saev_dist import extract
-from saev_dist.config import Demo, Extract
+from saev_dist import extract, replay
+from saev_dist.config import Demo, Extract, Replay
 from saev_dist.data.images import list_images
 from saev_dist.data.shards import ShardWriter
 from saev_dist.errors import ConfigError, RunError
@@ -61,7 +61,7 @@ MARGIN_PX = (CONTEXT_PX - PATCH_PX) // 2
 D_MODEL, D_SAE, TOP_K = 64, 512, 4
 BATCH_TOKENS, LEARNING_RATE = 1024, 1.5e-3
 DEAD_AFTER_TOKENS, N_REVIVED, REVIVE_WEIGHT = 30_000, 32, 1 / 4
-N_SLOTS, N_ROWS, N_SHOWN = 32, 12, 8
+N_SLOTS, N_ROWS, N_SHOWN, N_IN_GALLERY = 32, 12, 8, 88
 MAX_PER_PHOTOGRAPH, MAX_COSINE = 4, 0.15
 
 
@@ -92,7 +92,7 @@ def _run(cfg: Demo, source_dpath: Path) -> None:
                 "Choose another --out, or use --force."
             )
         if sheet_fpath.exists() and not cfg.force:
-            print(f"{cfg.out} holds this demo, finished: look at {sheet_fpath}. (--force makes it again.)")
+            print(f"{cfg.out} holds this demo, finished: open {cfg.out / 'run' / 'visuals' / 'index.html'}. (--force makes it again.)")
             return
         # The writer refuses to replace shards. Everything else is overwritten in place: nothing of a user's is removed.
         (cfg.out / "shards" / "metadata.json").unlink(missing_ok=True)
@@ -133,14 +133,31 @@ def _run(cfg: Demo, source_dpath: Path) -> None:
     print(f"   $ {command} --top-k {job.top_k} --rank-by {job.rank_by} --metrics --force", flush=True)
     extract.run(job)
 
-    rows = choose_rows(job.out, fpaths, crops_e)
+    chosen, rows = choose_rows(job.out, fpaths, crops_e)
     header = (
         f"{len(rows)} of {D_SAE} features of a sparse autoencoder, and the {N_SHOWN} images that drive each one hardest",
         "Each pair shows the winning patch with its surroundings, enlarged, and the image it lies in. A feature is one row:",
         "what its patches share (an edge at one angle, a colour on one side, a texture) is what the feature means.",
     )
-    Image.fromarray(contact_sheet(rows, header)).save(sheet_fpath)
-    print(f"5. Look at {sheet_fpath}: a row is a feature, its strongest images side by side.")
+    gallery = Replay(
+        run=job.out,
+        images=images_dpath,
+        features=tuple(chosen),
+        n_features=N_IN_GALLERY,
+        n_images=N_SHOWN,
+        patch_size=PATCH_PX,
+        img_scale=2,
+        force=True,
+        progress=cfg.progress,
+    )
+    print("5. Replay: encode the winning images again, check their scores, draw heatmaps:")
+    command = f"saev-dist replay --run {gallery.run} --images {images_dpath} --n-features {gallery.n_features}"
+    command += f" --n-images {gallery.n_images} --patch-size {gallery.patch_size} --img-scale {gallery.img_scale:g} --force"
+    print(f"   $ {command} --features {' '.join(map(str, chosen))}", flush=True)
+    replay.run(gallery)
+    Image.fromarray(contact_sheet(rows, header)).save(sheet_fpath)  # last: it marks the demo as finished
+    print(f"6. Open {gallery.run / 'visuals' / 'index.html'} in a browser: the gallery of features.")
+    print(f"   Or look at {sheet_fpath}: a row is a feature, its strongest images side by side.")
 
 
 def photographs_dpath() -> Path:
@@ -246,8 +263,8 @@ def train(acts_bd: Tensor, sae_fpath: Path, cfg: Demo) -> None:
     save_saev(sae_fpath, w_enc, b_enc, w_dec, b_dec, {"cls": "TopK", "params": {"top_k": TOP_K}})
 
 
-def choose_rows(run_dpath: Path, fpaths: list[Path], crops_e: NDArray[np.uint8]) -> list[Row]:
-    """A dozen features for the sheet, from the artifacts alone.
+def choose_rows(run_dpath: Path, fpaths: list[Path], crops_e: NDArray[np.uint8]) -> tuple[list[int], list[Row]]:
+    """A dozen features for the sheet, from the artifacts alone: their numbers, and their rows.
 
     Strongest eighth score first; of those that fire on 0.05 to 5 % of patches, whose top images come at most
     MAX_PER_PHOTOGRAPH from one photograph and share at most two with a feature chosen before, and whose decoder
@@ -271,7 +288,7 @@ def choose_rows(run_dpath: Path, fpaths: list[Path], crops_e: NDArray[np.uint8])
             continue
         if all(len(np.intersect1d(images, imgs_sk[other, :N_SHOWN])) <= 2 for other in chosen):
             chosen.append(s)
-    return [
+    return chosen, [
         Row(
             title=f"feature {s}",
             lines=(

@@ -13,7 +13,7 @@ from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError
 from saev_dist.plan import Plan
-from saev_dist.sae.model import Sae, TopK, block_tokens, n_threads
+from saev_dist.sae.model import Sae, TopK, batch_threads, block_tokens
 from saev_dist.world import World
 
 CODE_BYTES = 120
@@ -48,7 +48,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     per_token = sae.activation.k if isinstance(sae.activation, TopK) else round(ASSUMED_DENSITY * sae.d_sae) + 1
     weights = 4 * (2 * sae.d_model * sae.d_sae + sae.d_sae + sae.d_model)
     block = block_tokens(batch_tokens, sae.d_sae, device)
-    dense = n_threads(batch_tokens, sae.d_sae, device) * block * sae.d_sae * (5 if cfg.precision != "bf16" else 3)
+    dense = batch_threads(batch_tokens, sae.d_sae, device) * block * sae.d_sae * (5 if cfg.precision != "bf16" else 3)
     n_sampled = n_samples(shards.n_tokens, cfg.max_distribution_samples)
     slots = sae.d_sae * cfg.top_k * 12
     state = slots + sae.d_sae * (8 * N_BINS + 24)

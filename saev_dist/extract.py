@@ -36,7 +36,7 @@ from saev_dist.estimate import check_fits, estimate
 from saev_dist.plan import Batch, Intervals, Plan, complement
 from saev_dist.progress import Progress
 from saev_dist.report import describe_plan, summary
-from saev_dist.sae.model import ActivationOverflow, Encoder, Sae
+from saev_dist.sae.model import ActivationOverflow, Encoder, Sae, batch_threads
 from saev_dist.sae.saev import load_saev
 from saev_dist.spill import Spill, read_columns, write_csr
 from saev_dist.store import Run
@@ -161,14 +161,14 @@ def _stream(job: Job, store: Run, world: World, todo: Intervals) -> tuple[Bundle
     stride = rows.sample_stride(shards.n_tokens, cfg.max_distribution_samples)
     reader = Reader(shards, job.plan, todo, depth=cfg.read_ahead, pin=job.device.type == "cuda")
     n_tokens = job.plan.n_examples_in(todo) * shards.n_patches
-    progress = Progress(n_tokens, shards.d_model * 4, rank=world.rank, size=world.size, enabled=cfg.progress)
+    progress = Progress("extract", n_tokens, shards.d_model * 4, rank=world.rank, size=world.size, enabled=cfg.progress)
     clock = Clock()
     began = time.perf_counter()
     with ExitStack() as files:
         spills = {name: files.enter_context(store.spill(name, world.rank)) for name in _spill_names(cfg)}
         files.callback(progress.close)
-        batch_tokens = job.plan.examples_per_batch * shards.n_patches
-        encoder = files.enter_context(Encoder(job.sae, job.device, cfg.precision, batch_tokens))
+        n_threads = batch_threads(job.plan.examples_per_batch * shards.n_patches, job.sae.d_sae, job.device)
+        encoder = files.enter_context(Encoder(job.sae, job.device, cfg.precision, n_threads))
         for codes in _encoded(reader, encoder, shards, clock):
             world.check()
             with clock("accumulate"):

@@ -61,6 +61,12 @@ class Plan:
         n_examples = min(self.examples_per_batch, int(self._examples[shard_i + 1]) - img_i)
         return Batch(index, shard_i, example_i, n_examples, img_i)
 
+    def find(self, img_i: int) -> Batch:
+        """The batch that holds an example."""
+        assert 0 <= img_i < self.n_examples
+        shard_i = int(np.searchsorted(self._examples, img_i, side="right")) - 1
+        return self[int(self._batches[shard_i]) + (img_i - int(self._examples[shard_i])) // self.examples_per_batch]
+
     def examples_before(self, index: int) -> int:
         """Examples in the batches 0 … index-1."""
         return self.n_examples if index == self.n_batches else self[index].img_i

@@ -16,13 +16,15 @@ class Progress:
     """Tokens done, tokens/s, read MB/s and time left, on standard error.
 
     Args:
+        job: name of what is going on.
         n_tokens: tokens that this rank has to do.
         bytes_per_token: read for each.
         rank, size: shown where there are several ranks; on a terminal only rank 0 draws its bar.
         enabled: False shows nothing.
     """
 
-    def __init__(self, n_tokens: int, bytes_per_token: int, *, rank: int, size: int, enabled: bool) -> None:
+    def __init__(self, job: str, n_tokens: int, bytes_per_token: int, *, rank: int, size: int, enabled: bool) -> None:
+        self._job = job
         self._n_tokens, self._bytes_per_token = n_tokens, bytes_per_token
         self._prefix = f"[rank {rank}/{size}] " if size > 1 else ""
         self._began = self._logged = time.monotonic()
@@ -31,7 +33,7 @@ class Progress:
         self._logs = enabled and not on_terminal
         self._bar = tqdm(
             total=n_tokens,
-            desc=f"{self._prefix}extract",
+            desc=f"{self._prefix}{job}",
             unit="tok",
             unit_scale=True,
             disable=not (enabled and on_terminal and rank == 0),
@@ -47,7 +49,7 @@ class Progress:
             self._logged = time.monotonic()
             left = timedelta(seconds=round((self._n_tokens - self._done) / rate))
             print(
-                f"{self._prefix}extract {self._done / self._n_tokens:6.1%}  {self._done:,}/{self._n_tokens:,} tokens  "
+                f"{self._prefix}{self._job} {self._done / self._n_tokens:6.1%}  {self._done:,}/{self._n_tokens:,} tokens  "
                 f"{rate:,.0f} tok/s  read {rate * self._bytes_per_token / 1e6:,.0f} MB/s  ETA {left}",
                 file=sys.stderr,
                 flush=True,

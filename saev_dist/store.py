@@ -150,16 +150,31 @@ class Run:
             RunError: it is missing, damaged, or of another shape.
         """
         fpath = self.dpath / name
-        try:
-            tensor = torch.load(fpath, weights_only=True)
-        except FileNotFoundError:
-            raise RunError(f"{fpath} is missing; run extract again with --force.") from None
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
-            raise RunError(f"{fpath} is damaged; run extract again with --force.") from None
+        tensor = self._load(fpath)
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
             found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise RunError(f"{fpath} holds {found}; the manifest promises a tensor {shape}. Run extract again with --force.")
         return tensor
+
+    def load_tensors(self, name: str, keys: tuple[str, ...]) -> dict[str, Tensor]:
+        """Members of an artifact that is a dictionary of tensors.
+
+        Raises:
+            RunError: it is missing or damaged, or lacks one of them.
+        """
+        fpath = self.dpath / name
+        content = self._load(fpath)
+        if not isinstance(content, dict) or any(not isinstance(content.get(key), Tensor) for key in keys):
+            raise RunError(f"{fpath} should hold the tensors {', '.join(keys)}. Run extract again with --force.")
+        return {key: content[key] for key in keys}
+
+    def _load(self, fpath: Path) -> Any:
+        try:
+            return torch.load(fpath, weights_only=True)
+        except FileNotFoundError:
+            raise RunError(f"{fpath} is missing; run extract again with --force.") from None
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+            raise RunError(f"{fpath} is damaged; run extract again with --force.") from None
 
     def spill(self, name: str, rank: int) -> Spill:
         return Spill(self.partials_dpath / f"{name}.{rank:05d}.bin")

@@ -27,23 +27,23 @@ MAX_THREADS = 4
 class Reader:
     """Iterate over the batches of some intervals as `(batch, acts_bd)`.
 
-    `acts_bd` is float32 (batch tokens, d_model); it stays as it is for one more step of the iteration, so that the
-    consumer may hold two batches, and is overwritten after that.
-    Memory: `depth + 2` buffers of one batch each, whatever the number of shards.
+    `acts_bd` is float32 (batch tokens, d_model); it stays as it is for `hold` more steps of the iteration, and is
+    overwritten after that. Memory: `depth + hold + 1` buffers of one batch each, whatever the number of shards.
 
     Args:
         shards: layer to read.
         plan: plan of the run.
         todo: batches to read, in this order.
         depth: batches read ahead.
+        hold: batches that the consumer still works on when it asks for the next.
         pin: use page-locked buffers, for asynchronous copies to a GPU.
 
     Raises:
         DataError: while iterating, a shard is missing, unreadable or too short.
     """
 
-    def __init__(self, shards: Shards, plan: Plan, todo: Intervals, *, depth: int, pin: bool = False) -> None:
-        self.shards, self.plan, self.todo, self.depth, self.pin = shards, plan, todo, depth, pin
+    def __init__(self, shards: Shards, plan: Plan, todo: Intervals, *, depth: int, hold: int = 1, pin: bool = False) -> None:
+        self.shards, self.plan, self.todo, self.depth, self.hold, self.pin = shards, plan, todo, depth, hold, pin
         self.n_bytes = 0
         """Content bytes delivered so far."""
         self.wait_s = 0.0
@@ -52,8 +52,8 @@ class Reader:
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
         n_floats = self.plan.examples_per_batch * self.shards.n_patches * self.shards.d_model
         n_batches = sum(stop - first for first, stop in self.todo)
-        free = [torch.empty(n_floats, pin_memory=self.pin) for _ in range(min(self.depth + 2, n_batches))]
-        held: Tensor | None = None
+        free = [torch.empty(n_floats, pin_memory=self.pin) for _ in range(min(self.depth + self.hold + 1, n_batches))]
+        held: deque[Tensor] = deque()
         pending: deque[tuple[Batch, Tensor, Future[None]]] = deque()
         queue = (self.plan[index] for first, stop in self.todo for index in range(first, stop))
         pool = ThreadPoolExecutor(min(self.depth, MAX_THREADS), thread_name_prefix="reader")
@@ -74,9 +74,9 @@ class Reader:
                 self.n_bytes += batch.n_examples * self.shards.content_bytes
                 n_tokens = batch.n_examples * self.shards.n_patches
                 yield batch, buffer[: n_tokens * self.shards.d_model].view(n_tokens, self.shards.d_model)
-                if held is not None:
-                    free.append(held)
-                held = buffer
+                held.append(buffer)
+                if len(held) > self.hold:
+                    free.append(held.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -101,18 +101,17 @@ class Encoder:
         sae: weights and rules.
         device: where the product runs.
         precision: fp32; tf32 (CUDA only); bf16, whose product is rounded to 8 bits and so has many ties.
-        batch_tokens: tokens of the largest batch.
+        n_threads: blocks that are encoded at a time.
 
-    Device memory: the weights, and for each thread (on CUDA: one) a block of (block_tokens, d_sae) floats with its
-    mask. Never more blocks than one batch has.
+    Device memory: the weights, and for each thread a block of (block_tokens, d_sae) floats with its mask.
     """
 
-    def __init__(self, sae: Sae, device: torch.device, precision: Precision, batch_tokens: int) -> None:
+    def __init__(self, sae: Sae, device: torch.device, precision: Precision, n_threads: int) -> None:
         # Process-wide switches of torch: TF32 only where asked for.
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         self.sae, self.device = sae, device
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self._n_threads = n_threads(batch_tokens, sae.d_sae, device)
+        self.n_threads = n_threads
         bias_s = sae.b_enc_s.double()
         if sae.pre_bias:  # (x - b_dec) @ W + b = x @ W + (b - b_dec @ W), folded once in float64
             with _one_thread():
@@ -129,7 +128,7 @@ class Encoder:
         self._stack.enter_context(_one_thread())
         # torch's setting is each thread's own for MKL, hence the initializer
         self._pool = ThreadPoolExecutor(
-            self._n_threads, thread_name_prefix="encoder", initializer=torch.set_num_threads, initargs=(1,)
+            self.n_threads, thread_name_prefix="encoder", initializer=torch.set_num_threads, initargs=(1,)
         )
         self._stack.callback(self._pool.shutdown, wait=True, cancel_futures=True)
         return self
@@ -141,7 +140,7 @@ class Encoder:
         """The nonzero codes of whole examples: `submit` and wait."""
         return self.submit(acts_bd, img_i=img_i, n_patches=n_patches)()
 
-    def submit(self, acts_bd: Tensor, *, img_i: int, n_patches: int) -> Callable[[], Codes]:
+    def submit(self, acts_bd: Tensor, *, img_i: int, n_patches: int, only: Tensor | None = None) -> Callable[[], Codes]:
         """Begin to encode whole examples.
 
         Args:
@@ -149,6 +148,8 @@ class Encoder:
                 change before the codes are used.
             img_i: global index of the first example.
             n_patches: tokens per example.
+            only: features whose codes are wanted, int64, on the encoder's device; None: all. The others do not leave
+                the device.
 
         Returns:
             A function that waits for the codes; they are on the CPU, ordered by token. It raises ActivationOverflow
@@ -157,7 +158,7 @@ class Encoder:
         n_tokens = len(acts_bd)
         block = block_tokens(n_tokens, self.sae.d_sae, self.device)
         starts = range(0, n_tokens, block)
-        blocks = [self._pool.submit(self._encode_block, acts_bd[first : first + block]) for first in starts]
+        blocks = [self._pool.submit(self._encode_block, acts_bd[first : first + block], only) for first in starts]
 
         def codes() -> Codes:
             parts = []
@@ -177,7 +178,22 @@ class Encoder:
 
         return codes
 
-    def _encode_block(self, acts_bd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def magnitude(self, acts_nd: Tensor, feature_n: Tensor) -> Tensor:
+        """What the rounding error of a score is relative to: the sum of the magnitudes of its terms.
+
+        Args:
+            acts_nd: float32 (n, d_model), on the CPU.
+            feature_n: int64 (n,).
+
+        Returns:
+            float32 (n,), on the CPU.
+        """
+        sae = self.sae
+        if sae.pre_bias:
+            acts_nd = acts_nd.abs() + sae.b_dec_d.abs()
+        return (acts_nd.abs() * sae.w_enc_ds[:, feature_n].T.abs()).sum(dim=1) + sae.b_enc_s[feature_n].abs()
+
+    def _encode_block(self, acts_bd: Tensor, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Token (int64, within the block), feature (int64) and value (float32) of each nonzero code, on the CPU."""
         low, high = torch.aminmax(acts_bd)
         if not max(-float(low), float(high)) < self._limit:  # NaN and infinity travel through aminmax
@@ -198,6 +214,9 @@ class Encoder:
         feature_n = flat_n - token_n * d_sae
         if isinstance(self.sae.activation, TopK):
             token_n, feature_n, value_n = _keep_k(token_n, feature_n, value_n, n_tokens, min(self.sae.activation.k, d_sae))
+        if only is not None:
+            wanted_n = torch.isin(feature_n, only)
+            token_n, feature_n, value_n = token_n[wanted_n], feature_n[wanted_n], value_n[wanted_n]
         return token_n.cpu(), feature_n.cpu(), value_n.cpu()
 
     def _dense(self, n_tokens: int) -> tuple[Tensor, Tensor]:
@@ -231,8 +250,16 @@ def block_tokens(n_tokens: int, d_sae: int, device: torch.device) -> int:
     return -(-n_tokens // n_blocks)
 
 
-def n_threads(batch_tokens: int, d_sae: int, device: torch.device) -> int:
-    """Threads that encode: torch's own number on the CPU, but no more than a batch has blocks."""
+def usable_precision(wanted: Precision, device: torch.device) -> Precision:
+    """The precision that a run had, or fp32 where this device lacks it."""
+    return "fp32" if wanted == "tf32" and device.type != "cuda" else wanted
+
+
+def batch_threads(batch_tokens: int, d_sae: int, device: torch.device) -> int:
+    """Threads that encode batches: torch's own number on the CPU, but no more than a batch has blocks; 1 elsewhere.
+
+    So the blocks together are never larger than one dense array of a batch.
+    """
     if device.type != "cpu":
         return 1
     return min(torch.get_num_threads(), -(-batch_tokens // block_tokens(batch_tokens, d_sae, device)))

@@ -1,0 +1,135 @@
+"""A finished run, opened again: what it was made from, its slots and its statistics.
+
+Names: `s` features, `k` slots, `h` bins.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saev_dist.data.shards import Shards
+from saev_dist.errors import RunError
+from saev_dist.fields import Fields
+from saev_dist.plan import Plan
+from saev_dist.sae.model import Precision, Sae
+from saev_dist.sae.saev import load_saev
+from saev_dist.store import Run
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FinishedRun:
+    """One run of `extract`, with the shards and the SAE that it was made from."""
+
+    dpath: Path
+    manifest: Fields
+    shards: Shards
+    sae: Sae
+    sae_fpath: Path
+    plan: Plan
+    """The batches as `extract` encoded them."""
+    precision: Precision
+    values_sk: NDArray[np.float32]
+    imgs_sk: NDArray[np.int64]
+    patches_sk: NDArray[np.int64]
+
+    @classmethod
+    def open(cls, dpath: Path, *, shards: Path | None = None, sae: Path | None = None) -> "FinishedRun":
+        """Read a run's manifest and slots, and open its inputs.
+
+        Args:
+            dpath: run directory.
+            shards, sae: where the inputs are now, if they have moved.
+
+        Raises:
+            RunError: it is no finished run, is damaged, or the inputs are not those that it was made from.
+            DataError, CheckpointError: the inputs cannot be read.
+        """
+        store = Run(dpath)
+        manifest = store.manifest() if dpath.is_dir() else None
+        if manifest is None:
+            if store.partials_dpath.is_dir():
+                raise RunError(f"{dpath} is an unfinished run: it has no manifest.json yet. Finish `saev-dist extract` first.")
+            raise RunError(f"{dpath} is not a run: it holds no manifest.json. --run takes the --out of `saev-dist extract`.")
+        identity, made_from = manifest.sub("identity"), manifest.sub("shards")
+        shards_dpath = shards or Path(made_from.get("path", str))
+        sae_fpath = sae or Path(manifest.sub("sae").get("path", str))
+        for path, flag in ((shards_dpath, "--shards"), (sae_fpath, "--sae")):
+            if not path.exists():
+                raise RunError(f"{path}, which {dpath} was made from, is not there; say with {flag} where it is now.")
+        opened = Shards.open(shards_dpath, identity.get("layer", int))
+        _same(opened.fingerprint(), identity.get("shards_sha256", str), shards_dpath, dpath, "shards")
+        with open(sae_fpath, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        _same(digest, identity.get("sae_sha256", str), sae_fpath, dpath, "sae")
+        weights = load_saev(sae_fpath, pre_bias=identity.get("pre_bias", bool))
+        shape = (weights.d_sae, identity.positive("top_k"))
+        values, imgs, patches = (
+            store.load_tensor(f"{stem}.pt", shape).numpy() for stem in ("top_values", "top_img_i", "top_patch_i")
+        )
+        if imgs.max(initial=-1) >= opened.n_examples or patches.max(initial=-1) >= opened.n_patches:
+            raise RunError(
+                f"{dpath}: a slot names an image or a patch that the shards do not have. Run extract again with --force."
+            )
+        precision: Precision = identity.get("precision", str)  # type: ignore[assignment]
+        return cls(
+            dpath=dpath,
+            manifest=manifest,
+            shards=opened,
+            sae=weights,
+            sae_fpath=sae_fpath,
+            plan=Plan(opened.examples, manifest.sub("plan").positive("images_per_batch")),
+            precision=precision,
+            values_sk=values,
+            imgs_sk=imgs,
+            patches_sk=patches,
+        )
+
+    def statistics(self) -> "Statistics":
+        """The figures of all features.
+
+        Raises:
+            RunError: an artifact is missing or damaged.
+        """
+        store, d_sae = Run(self.dpath), self.sae.d_sae
+        percentile = self.manifest.sub("identity").get("percentile", float)
+        histograms = store.load_tensors("histograms.pt", ("counts", "edges"))
+        with np.errstate(divide="ignore"):
+            return Statistics(
+                log10_freq_s=np.log10(store.load_tensor("sparsity.pt", (d_sae,)).double().numpy()),
+                log10_mean_s=np.log10(store.load_tensor("mean_values.pt", (d_sae,)).double().numpy()),
+                max_s=self.values_sk[:, 0],
+                percentile=percentile,
+                percentile_s=store.load_tensor(f"percentiles_p{percentile:.10g}.pt", (d_sae,)).numpy(),
+                n_active_s=histograms["counts"].sum(dim=1).numpy(),
+                counts_sh=histograms["counts"].numpy(),
+                edges_h=histograms["edges"].numpy(),
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Statistics:
+    """Figures of all features."""
+
+    log10_freq_s: NDArray[np.float64]
+    """Of the share of tokens on which the feature is above zero; -inf for one that never is."""
+    log10_mean_s: NDArray[np.float64]
+    """Of its mean on those tokens; NaN for one that never fired."""
+    max_s: NDArray[np.float32]
+    """Largest score; -inf for one that never fired."""
+    percentile: float
+    percentile_s: NDArray[np.float32]
+    n_active_s: NDArray[np.int64]
+    """Tokens on which it is above zero."""
+    counts_sh: NDArray[np.int64]
+    edges_h: NDArray[np.float32]
+
+
+def _same(found: str, expected: str, path: Path, dpath: Path, what: str) -> None:
+    if found != expected:
+        raise RunError(
+            f"{path} is not what {dpath} was made from: its fingerprint is {found[:12]}…, the manifest has {expected[:12]}…. "
+            f"Name the right one with --{what}, or extract again."
+        )

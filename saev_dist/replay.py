@@ -1,0 +1,411 @@
+"""Job 2: choose features, encode the images that won their slots again, draw heatmaps, write the gallery.
+
+    slots -> choose features -> deal to ranks: read -> encode -> verify -> draw (worker processes) -> put together -> swap in
+
+Everything is made in `<run>/visuals.partial/` and takes the name `visuals` when it is whole:
+
+    replay.json              what is being made; another replay's leftovers do not match it, and go
+    records.<rank>.bin       a fixed-size record for each drawn picture, appended once its files are in place: the scores of
+                             all patches, for the page, and the list of what need not be drawn again after a kill
+    features/<i>/            pictures, and data.js with the feature's scores
+    index.html, data.js, features.parquet, features.csv, images.parquet, density.png, distributions.png
+
+Run by `saev-dist replay`; see `config.Replay` for what a user can set.
+
+Names: `s` features, `m` features of one image, `p` patches, `n` slots.
+"""
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import time
+from collections import deque
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from saev_dist import __version__, draw
+from saev_dist.choose import Slots, choose_features, choose_slots, deal
+from saev_dist.config import Replay
+from saev_dist.data.images import Pictures, open_pictures
+from saev_dist.errors import ConfigError, RunError
+from saev_dist.finished import FinishedRun, Statistics
+from saev_dist.progress import Progress
+from saev_dist.reencode import Check, Image, reencode
+from saev_dist.render import gallery, plots, tables
+from saev_dist.render.geometry import Geometry, Placement, default_fit
+from saev_dist.report import table
+from saev_dist.sae.model import Encoder, usable_precision
+from saev_dist.spill import writing
+from saev_dist.store import Run
+from saev_dist.world import World
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """What a replay works on."""
+
+    cfg: Replay
+    finished: FinishedRun
+    statistics: Statistics
+    pictures: Pictures | None
+    geometry: Geometry
+    features: list[int]
+    slots: Slots
+    """The slots to draw, of all ranks."""
+    identity: dict[str, Any]
+    """What the gallery's bytes depend on; JSON."""
+
+    @property
+    def visuals_dpath(self) -> Path:
+        return self.cfg.run / "visuals"
+
+    @property
+    def partial_dpath(self) -> Path:
+        return self.cfg.run / "visuals.partial"
+
+    @property
+    def record(self) -> np.dtype[Any]:
+        """What is known of one drawn picture."""
+        numbers = [(name, "<i8") for name in ("img_i", "feature", "place", "patch_i", "n_cols", "n_rows", "width", "height")]
+        return np.dtype([*numbers, ("patch", "<f8"), ("score", "<f8"), ("values", "<f4", (self.finished.shards.n_patches,))])
+
+
+def run(cfg: Replay) -> None:
+    """Do the job in this process, as one rank of its world.
+
+    Raises:
+        SaevDistError: anything a user can mend; on every rank of the world.
+    """
+    with World(cfg.timeout_s) as world:
+        job = open_job(cfg)
+        device = world.device(cfg.device)
+        if world.tell(world.rank == 0 and _is_done(job)):
+            if world.rank == 0:
+                print(f"{job.visuals_dpath / 'index.html'} is this gallery, finished: open it. (--force draws it again.)")
+            return
+        if world.rank == 0:
+            _begin(job)
+        world.wait()
+        todo = _without(job.slots, _records(job))
+        world.wait()  # nobody appends before all have read
+        report = _draw(job, world, device, deal(todo, world.size)[world.rank])
+        reports = world.collect(report)
+        _write_features(job, job.features[world.rank :: world.size])
+        world.wait()
+        if world.rank == 0:
+            with writing(job.partial_dpath):
+                _write_page(job)
+                _publish(job)
+            print(_summary(job, reports))
+        world.wait()
+
+
+def open_job(cfg: Replay) -> Job:
+    """Open and check what the config names, and choose."""
+    finished = FinishedRun.open(cfg.run, shards=cfg.shards, sae=cfg.sae)
+    shards = finished.shards
+    statistics = finished.statistics()
+    features = choose_features(
+        statistics.log10_freq_s,
+        statistics.log10_mean_s,
+        statistics.max_s,
+        always=cfg.features,
+        n_features=cfg.n_features,
+        sort=cfg.sort,
+        every=cfg.all,
+        log_freq_range=cfg.log_freq_range,
+        log_value_range=cfg.log_value_range,
+        seed=cfg.seed,
+    )
+    geometry = Geometry(
+        fit=default_fit(shards.family) if cfg.fit == "auto" else cfg.fit,
+        n_patches=shards.n_patches,
+        patch_size=cfg.patch_size,
+        grid=cfg.grid,
+        resize=cfg.resize,
+        crop=cfg.crop,
+        img_scale=cfg.img_scale,
+    )
+    pictures = None
+    if cfg.pictures:
+        root = cfg.images or (Path(shards.dataset) if shards.dataset and os.path.isdir(shards.dataset) else None)
+        pictures = open_pictures(root, shards.n_examples) if root else None
+    identity = {
+        "manifest_sha256": hashlib.sha256(Run(cfg.run).manifest_fpath.read_bytes()).hexdigest(),
+        "images": [str(pictures.root.absolute()), pictures.kind] if pictures else None,
+        "geometry": asdict(geometry),
+        "features": features,
+        "n_images": cfg.n_images,
+        "format": [cfg.image_format, cfg.quality],
+        "version": __version__,
+    }
+    slots = choose_slots(features, finished.values_sk, finished.imgs_sk, finished.patches_sk, cfg.n_images)
+    return Job(
+        cfg=cfg,
+        finished=finished,
+        statistics=statistics,
+        pictures=pictures,
+        geometry=geometry,
+        features=features,
+        slots=slots,
+        identity=json.loads(json.dumps(identity)),
+    )
+
+
+def _is_done(job: Job) -> bool:
+    fpath = job.visuals_dpath / "replay.json"
+    return not job.cfg.force and fpath.exists() and json.loads(fpath.read_bytes()) == job.identity
+
+
+def _begin(job: Job) -> None:
+    """Make `visuals.partial/`, or find it as an earlier attempt at the same gallery left it."""
+    marker_fpath = job.partial_dpath / "replay.json"
+    with writing(job.partial_dpath):
+        if job.partial_dpath.exists():
+            same = marker_fpath.exists() and marker_fpath.read_bytes() == _json(job.identity)
+            if same and not job.cfg.force:
+                return
+            shutil.rmtree(job.partial_dpath)
+        job.partial_dpath.mkdir()
+        temporary = marker_fpath.with_suffix(".tmp")
+        temporary.write_bytes(_json(job.identity))
+        os.replace(temporary, marker_fpath)
+
+
+def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[str, Any]:
+    """Encode and draw this rank's images; return its report."""
+    cfg, shards = job.cfg, job.finished.shards
+    check = Check()
+    n_threads = torch.get_num_threads() if device.type == "cpu" else 1
+    n_workers = cfg.workers or max(1, (os.cpu_count() or 1) // world.local_size // 2)
+    n_images, n_pictures = len(np.unique(slots["img_i"])), 0
+    began = time.perf_counter()
+    progress = Progress(
+        "replay", n_images * shards.n_patches, shards.d_model * 4, rank=world.rank, size=world.size, enabled=cfg.progress
+    )
+    drawing = draw.Drawing(
+        out_dpath=job.partial_dpath,
+        root=job.pictures.root if job.pictures else None,
+        in_data_set=job.pictures is not None and job.pictures.names is None,
+        geometry=job.geometry,
+        format=cfg.image_format,
+        quality=cfg.quality,
+    )
+    pending: deque[tuple[Image, Future[Placement]]] = deque()
+    with ExitStack() as stack:
+        stack.callback(progress.close)
+        records = stack.enter_context(_appending(job, world.rank))
+        precision = usable_precision(job.finished.precision, device)
+        encoder = stack.enter_context(Encoder(job.finished.sae, device, precision, n_threads))
+        # Not fork: torch's threads would not survive it. No processes at all where there is nothing to draw.
+        pool = ProcessPoolExecutor(
+            n_workers, mp_context=multiprocessing.get_context("spawn"), initializer=draw.start, initargs=(drawing,)
+        )
+        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+
+        def finish_oldest() -> int:
+            image, future = pending.popleft()
+            try:
+                place = future.result()
+            except BrokenProcessPool:
+                raise RunError("a drawing process died, perhaps for want of memory; lower --workers, then run again.") from None
+            rows = _make_records(job, image, place)
+            with writing(job.partial_dpath):
+                records.write(rows.tobytes())
+            progress.advance(shards.n_patches)
+            return len(rows)
+
+        for image in reencode(job.finished, slots, encoder, check, read_ahead=cfg.read_ahead):
+            world.check()
+            pending.append((image, pool.submit(draw.draw, _task(job, image))))
+            if len(pending) > 2 * n_workers + 2:  # the bound on what waits to be drawn
+                n_pictures += finish_oldest()
+        while pending:
+            n_pictures += finish_oldest()
+    return {
+        "n_images": n_images,
+        "n_pictures": n_pictures,
+        "n_slots": check.n_slots,
+        "n_on_edge": check.n_on_edge,
+        "largest": check.largest,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _task(job: Job, image: Image) -> draw.Task:
+    best = _best(image)
+    return draw.Task(
+        img_i=image.img_i,
+        name=job.pictures.name(image.img_i) if job.pictures else "",
+        features=image.feature_m.tolist(),
+        places=best["place"].tolist(),
+        uppers=[float(job.statistics.max_s[feature]) for feature in image.feature_m],
+        values_mp=image.values_mp,
+    )
+
+
+def _best(image: Image) -> Slots:
+    """Of each feature's slots in the image the strongest, in the order of `feature_m`."""
+    return image.slots_n[np.unique(image.slots_n["feature"], return_index=True)[1]]
+
+
+def _make_records(job: Job, image: Image, place: Placement) -> NDArray[np.void]:
+    best = _best(image)
+    rows = np.zeros(len(best), job.record)
+    for name in ("img_i", "feature", "place", "patch_i", "score"):
+        rows[name] = best[name]
+    rows["n_cols"], rows["n_rows"] = place.n_cols, place.n_rows
+    rows["width"], rows["height"] = place.size
+    rows["patch"], rows["values"] = place.patch, image.values_mp
+    return rows
+
+
+def _appending(job: Job, rank: int) -> BinaryIO:
+    """This rank's file of records, cut back to whole records."""
+    fpath = job.partial_dpath / f"records.{rank:05d}.bin"
+    with writing(fpath):
+        file = open(fpath, "ab", buffering=0)
+        file.truncate(file.tell() // job.record.itemsize * job.record.itemsize)
+    return file
+
+
+def _records(job: Job) -> list[NDArray[np.void]]:
+    """All ranks' records, mapped, not read."""
+    found = []
+    for fpath in sorted(job.partial_dpath.glob("records.*.bin")):
+        n_records = fpath.stat().st_size // job.record.itemsize
+        if n_records:
+            found.append(np.memmap(fpath, job.record, "r", shape=(n_records,)))
+    return found
+
+
+def _without(slots: Slots, records: list[NDArray[np.void]]) -> Slots:
+    """The slots whose picture is not drawn yet."""
+    if not records:
+        return slots
+    n_features = int(slots["feature"].max(initial=0)) + 1
+    done = np.concatenate([part["img_i"] * n_features + part["feature"] for part in records])
+    return slots[~np.isin(slots["img_i"] * n_features + slots["feature"], done)]
+
+
+def _write_features(job: Job, features: list[int]) -> None:
+    """Write data.js of each feature, out of the records of all ranks."""
+    records = _records(job)
+    by_feature: dict[int, list[tuple[int, int]]] = {feature: [] for feature in features}
+    for part_i, part in enumerate(records):
+        for i, feature in enumerate(part["feature"].tolist()):
+            if feature in by_feature:
+                by_feature[feature].append((part_i, i))
+    for feature in features:
+        rows = sorted((records[part_i][i] for part_i, i in by_feature[feature]), key=lambda row: int(row["place"]))
+        view = gallery.FeatureView(
+            feature=feature,
+            upper=max(0.0, float(job.statistics.max_s[feature])),
+            edges_h=job.statistics.edges_h,
+            counts_h=job.statistics.counts_sh[feature],
+            images=[_top_image(job, row) for row in rows],
+        )
+        fpath = job.partial_dpath / "features" / str(feature) / "data.js"
+        with writing(fpath):
+            fpath.parent.mkdir(parents=True, exist_ok=True)
+            fpath.write_text(gallery.feature_js(view), encoding="utf-8")
+
+
+def _top_image(job: Job, row: Any) -> gallery.TopImage:
+    img_i = int(row["img_i"])
+    picture, heatmap = draw.file_names(int(row["place"]), img_i, job.cfg.image_format)
+    patch = float(row["patch"])
+    return gallery.TopImage(
+        img_i=img_i,
+        score=float(row["score"]),
+        patch_i=int(row["patch_i"]),
+        label=job.pictures.label(img_i) if job.pictures else "",
+        path=job.pictures.name(img_i) if job.pictures else "",
+        picture=picture,
+        heatmap=heatmap,
+        width=int(row["width"]),
+        height=int(row["height"]),
+        n_cols=int(row["n_cols"]),
+        n_rows=int(row["n_rows"]),
+        box=(0.0, 0.0, patch * int(row["n_cols"]), patch * int(row["n_rows"])),
+        values_p=row["values"],
+    )
+
+
+def _write_page(job: Job) -> None:
+    """Write what is not a feature's own: the page, the tables and the plots."""
+    finished, statistics, dpath = job.finished, job.statistics, job.partial_dpath
+    metrics, identity = finished.manifest.sub("metrics"), finished.manifest.sub("identity")
+    facts = gallery.Facts(
+        sae=f"{finished.sae.source}, {finished.sae_fpath}",
+        shards=str(finished.shards.dpath),
+        dataset=str(job.pictures.root) if job.pictures else "",
+        family=finished.shards.family,
+        ckpt=finished.shards.ckpt,
+        layer=finished.shards.layer,
+        n_imgs=finished.shards.n_examples,
+        n_patches=finished.shards.n_patches,
+        n_tokens=metrics.get("n_tokens", int),
+        d_sae=finished.sae.d_sae,
+        l0=metrics.get("l0", float),
+        n_dead=metrics.get("n_dead", int),
+        normalized_mse=metrics.obj.get("normalized_mse"),
+        rank_by=identity.get("rank_by", str),
+        top_k=identity.get("top_k", int),
+        percentile=statistics.percentile,
+        precision=finished.precision,
+        version=__version__,
+    )
+    features = gallery.FeatureTable(
+        log10_freq_s=statistics.log10_freq_s,
+        log10_mean_s=statistics.log10_mean_s,
+        max_s=statistics.max_s,
+        percentile_s=statistics.percentile_s,
+        n_active_s=statistics.n_active_s,
+    )
+    (dpath / "index.html").write_text(gallery.index_html(facts), encoding="utf-8")
+
+
+def _publish(job: Job) -> None:
+    """Give the whole gallery its name."""
+    for fpath in job.partial_dpath.glob("records.*.bin"):
+        fpath.unlink()
+    former_dpath = job.cfg.run / "visuals.former"
+    if former_dpath.exists():  # of a replay that died between the next two renames
+        shutil.rmtree(former_dpath)
+    if job.visuals_dpath.exists():
+        os.replace(job.visuals_dpath, former_dpath)
+    os.replace(job.partial_dpath, job.visuals_dpath)
+    if former_dpath.exists():
+        shutil.rmtree(former_dpath)
+
+
+def _summary(job: Job, reports: list[dict[str, Any]]) -> str:
+    total = {key: sum(report[key] for report in reports) for key in ("n_images", "n_pictures", "n_slots", "n_on_edge")}
+    seconds = max(report["seconds"] for report in reports)
+    n_fired = sum(math.isfinite(job.statistics.log10_freq_s[feature]) for feature in job.features)
+    ground = f"{job.pictures.root} ({job.pictures.kind})" if job.pictures else "none found: heatmaps on a plain ground (--images)"
+    lines = {
+        "features": f"{len(job.features):,} shown, {n_fired:,} of them fired, of {job.finished.sae.d_sae:,}",
+        "images": f"{total['n_images']:,} encoded again in {seconds:,.1f} s",
+        "verified": f"{total['n_slots']:,} scores equal the stored ones ({total['n_on_edge']} on the edge of their token's code)",
+        "drawn": f"{total['n_pictures']:,} heatmaps, {total['n_pictures'] / max(seconds, 1e-9):,.0f} per second",
+        "pictures": ground,
+        "gallery": f"{job.visuals_dpath / 'index.html'}: open it in a browser",
+    }
+    return table(lines)
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -1,0 +1,70 @@
+"""`saev-dist verify`: encode winning images again and compare every stored score of a sample of features."""
+
+import numpy as np
+import torch
+
+from saev_dist.choose import choose_features, choose_slots, deal
+from saev_dist.config import Verify
+from saev_dist.finished import FinishedRun
+from saev_dist.progress import Progress
+from saev_dist.reencode import TOLERANCE, Check, reencode
+from saev_dist.report import table
+from saev_dist.sae.model import Encoder, usable_precision
+from saev_dist.world import World
+
+
+def run(cfg: Verify) -> None:
+    """Compare, and print a table.
+
+    Raises:
+        RunError: a stored score is not what the SAE gives, or `cfg.run` is no finished run.
+    """
+    with World(cfg.timeout_s) as world:
+        finished = FinishedRun.open(cfg.run, shards=cfg.shards, sae=cfg.sae)
+        device = world.device(cfg.device)
+        statistics = finished.statistics()
+        features = choose_features(
+            statistics.log10_freq_s,
+            statistics.log10_mean_s,
+            statistics.max_s,
+            always=cfg.features,
+            n_features=cfg.n_features,
+            sort="random",
+            every=cfg.all,
+            log_freq_range=(-np.inf, np.inf),
+            log_value_range=(-np.inf, np.inf),
+            seed=cfg.seed,
+        )
+        slots = choose_slots(features, finished.values_sk, finished.imgs_sk, finished.patches_sk, n_images=None)
+        own = deal(slots, world.size)[world.rank]
+        check = Check()
+        n_images = len(np.unique(own["img_i"]))
+        n_patches = finished.shards.n_patches
+        progress = Progress(
+            "verify", n_images * n_patches, finished.shards.d_model * 4, rank=world.rank, size=world.size, enabled=cfg.progress
+        )
+        n_threads = torch.get_num_threads() if device.type == "cpu" else 1
+        precision = usable_precision(finished.precision, device)
+        with Encoder(finished.sae, device, precision, n_threads) as encoder:
+            for _ in reencode(finished, own, encoder, check, read_ahead=cfg.read_ahead):
+                world.check()
+                progress.advance(n_patches)
+        progress.close()
+        reports = world.collect([n_images, check.n_slots, check.n_on_edge, check.largest])
+        if world.rank == 0:
+            images, n_slots, on_edge, largest = zip(*reports, strict=True)
+            print(
+                table(
+                    {
+                        "run": str(cfg.run),
+                        "features": f"{len(features):,} of {finished.sae.d_sae:,}",
+                        "images": f"{sum(images):,} encoded again",
+                        "scores": f"{sum(n_slots):,} equal to the stored ones",
+                        "largest difference": f"{max(largest):.1%} of the tolerance for {finished.precision} "
+                        f"(2^{np.log2(TOLERANCE[finished.precision]):.0f} of the sum of a score's terms)",
+                        "on the edge": f"{sum(on_edge):,} scores needed the batch as it was extracted",
+                        "verdict": "verified",
+                    }
+                )
+            )
+        world.wait()

@@ -1,0 +1,138 @@
+"""Replay over its ceilings: `python -m tests.bench.replay`.
+
+    encode   images per second of `reencode` (read, encode, verify) over the bare matrix product of the same tokens
+    draw     heatmaps per second of one drawing process over bare Pillow: decode, resize, and encode the same files
+    memory   peak resident memory of `saev-dist replay` above the imports, by number of features
+
+The scores are verified by `reencode` itself, the pictures are counted. One JSON line on stdout.
+"""
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from PIL import Image
+
+from saev_dist import draw, extract
+from saev_dist.choose import choose_slots, deal
+from saev_dist.config import Extract
+from saev_dist.finished import FinishedRun
+from saev_dist.reencode import Check, reencode
+from saev_dist.render.geometry import Geometry
+from saev_dist.sae.model import Encoder
+from tests.bench.extract import bare_product_s, cpu_model, make_inputs, read_all
+
+MEMORY = """
+import json, sys
+from pathlib import Path
+import saev_dist.replay
+from saev_dist.config import Replay
+def peak():
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+before = peak()
+run, images, n = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+saev_dist.replay.run(Replay(run=run, images=images, n_features=n, n_images=8, progress=False, force=True))
+print(json.dumps(peak() - before))
+"""
+
+
+def make_pictures(dpath: Path, n: int) -> Path:
+    """Smooth noise, JPEG, 500 x 375: decodes and compresses like a photograph."""
+    dpath.mkdir()
+    for i in range(n):
+        small = np.random.default_rng(i).integers(0, 255, (24, 32, 3)).astype(np.uint8)
+        Image.fromarray(small).resize((500, 375), Image.Resampling.BICUBIC).save(dpath / f"{i:05d}.jpg")
+    return dpath
+
+
+def encode_shares(run: FinishedRun, shards: Path, rounds: int) -> list[float]:
+    """Seconds of the bare product over those of `reencode`, for all images."""
+    slots = choose_slots(range(run.sae.d_sae), run.values_sk, run.imgs_sk, run.patches_sk, None)
+    slots = deal(slots, 1)[0]
+    images = np.unique(slots["img_i"])
+    acts_td = torch.from_numpy(read_all(shards)).view(run.shards.n_examples, -1)[torch.from_numpy(images)].view(-1, run.sae.d_model)
+    shares = []
+    for _ in range(rounds):
+        ceiling_s = bare_product_s(acts_td, run.sae.w_enc_ds, run.sae.b_enc_s, 16_384)
+        check, began = Check(), time.perf_counter()
+        with Encoder(run.sae, torch.device("cpu"), "fp32", torch.get_num_threads()) as encoder:
+            n_images = sum(1 for _ in reencode(run, slots, encoder, check, read_ahead=16))
+        shares.append(ceiling_s / (time.perf_counter() - began))
+        assert n_images == len(images) and check.n_slots == len(slots)
+    return shares
+
+
+def draw_shares(images: Path, n: int, rounds: int) -> tuple[list[float], float]:
+    """Seconds of bare Pillow over those of `draw.draw`, and heatmaps per second of the latter."""
+    shares, per_s = [], 0.0
+    names = sorted(path.name for path in images.iterdir())[:n]
+    values_mp = np.random.default_rng(0).random((2, 196)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as name:
+        geometry = Geometry(fit="crop", n_patches=196)
+        draw.start(
+            draw.Drawing(out_dpath=Path(name), root=images, in_data_set=False, geometry=geometry, format="webp", quality=80)
+        )
+        for _ in range(rounds):
+            began = time.perf_counter()
+            for fname in names:
+                picture = Image.open(images / fname).convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)
+                for _ in range(1 + len(values_mp)):
+                    picture.crop((16, 16, 240, 240)).save(io.BytesIO(), "WEBP", quality=80, method=2)
+            ceiling_s = time.perf_counter() - began
+            began = time.perf_counter()
+            for i, fname in enumerate(names):
+                task = draw.Task(img_i=i, name=fname, features=[0, 1], places=[i, i], uppers=[1.0, 1.0], values_mp=values_mp)
+                draw.draw(task)
+            seconds = time.perf_counter() - began
+            shares.append(ceiling_s / seconds)
+            per_s = max(per_s, len(values_mp) * len(names) / seconds)
+        assert len(list(Path(name).rglob("*-heatmap.webp"))) == 2 * len(names)
+    return shares, per_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n-imgs", type=int, default=332)
+    parser.add_argument("--n-patches", type=int, default=196)
+    parser.add_argument("--d-model", type=int, default=768)
+    parser.add_argument("--d-sae", type=int, default=12_288)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        dpath = Path(name)
+        shards, sae = make_inputs(dpath, args.n_imgs, args.n_patches, args.d_model, args.d_sae, args.k)
+        images = make_pictures(dpath / "images", args.n_imgs)
+        extract.run(Extract(shards=shards, sae=sae, out=dpath / "run", top_k=16, device="cpu", progress=False))
+        encode = encode_shares(FinishedRun.open(dpath / "run"), shards, args.rounds)
+        drawn, heatmaps_per_s = draw_shares(images, 60, args.rounds)
+        peaks = {}
+        for n_features in (50, 400, 1600):
+            command = [sys.executable, "-c", MEMORY, dpath / "run", images, str(n_features)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            peaks[n_features] = json.loads(done.stdout.splitlines()[-1])
+    result = {
+        "bench": "replay",
+        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "machine": f"{cpu_model()}, {torch.get_num_threads()} threads",
+        "shapes": vars(args),
+        "encode_share_of_product": round(median(encode), 3),
+        "encode_shares": [round(share, 3) for share in encode],
+        "draw_share_of_pillow": round(median(drawn), 3),
+        "draw_shares": [round(share, 3) for share in drawn],
+        "heatmaps_per_s_and_process": round(heatmaps_per_s),
+        "peak_mb_above_imports_by_n_features": {n: round(peak / 1e6) for n, peak in peaks.items()},
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

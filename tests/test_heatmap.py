@@ -1,0 +1,110 @@
+"""Heatmaps: saev's own picture, and grids drawn on gradients, where a shift or a transposition shows."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from saev_dist.errors import ConfigError
+from saev_dist.render.geometry import Geometry, default_fit, nearest_grid
+from saev_dist.render.heatmap import highlight, plain, plasma
+
+FIXTURE = Path(__file__).parent / "data" / "heatmap"
+
+
+def test_the_picture_equals_saevs():
+    params = json.loads((FIXTURE / "params.json").read_text())
+    picture = Image.open(FIXTURE / "image.png").convert("RGB")
+    place = Geometry(fit="grid", n_patches=70, patch_size=params["patch_size"]).place(*picture.size)
+    assert (place.n_cols, place.n_rows, place.resize) == (10, 7, picture.size)
+    drawn = highlight(np.asarray(picture), np.load(FIXTURE / "patches.npy"), params["upper"], place)
+    expected = np.asarray(Image.open(FIXTURE / "expected.png").convert("RGB"))
+    assert np.abs(drawn.astype(int) - expected).max() <= 1
+
+
+def gradient(width: int, height: int) -> np.ndarray:
+    """Every pixel tells where it is."""
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    return np.stack([x * 255 // width, y * 255 // height, 0 * x], axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(fit="grid", n_patches=15, grid=(5, 3)),
+        Geometry(fit="grid", n_patches=15, grid=(3, 5), patch_size=7, img_scale=1.5),
+        Geometry(fit="crop", n_patches=12, resize=(90, 80), crop=(64, 48), patch_size=16),
+        Geometry(fit="crop", n_patches=12, resize=(90, 80), crop=(70, 50), patch_size=16, img_scale=2),
+    ],
+)
+def test_one_hot_patch_colours_its_own_pixels_and_no_others(geometry):
+    place = geometry.place(50, 30)
+    width, height = place.size
+    picture = gradient(width, height)
+    for patch_i in range(geometry.n_patches):
+        values = np.zeros(geometry.n_patches, np.float32)
+        values[patch_i] = 2.0
+        drawn = highlight(picture, values, 2.0, place)
+        # the oracle: every pixel asks for itself whether its middle lies in the patch
+        column, row = patch_i % place.n_cols, patch_i // place.n_cols
+        left, top = column * place.patch, row * place.patch
+        for y in range(0, height, 3):
+            for x in range(0, width, 3):
+                inside = left <= x + 0.5 < left + place.patch and top <= y + 0.5 < top + place.patch
+                expected = picture[y, x]
+                if inside:
+                    alpha = int(0.9 * 255) / 255
+                    expected = picture[y, x] * (1 - alpha) + (plasma()[255] * 255).astype(np.uint8) * alpha
+                assert np.abs(drawn[y, x].astype(float) - expected).max() <= 1, (patch_i, x, y)
+
+
+def test_scores_below_zero_leave_the_picture_alone():
+    place = Geometry(fit="grid", n_patches=4, patch_size=4).place(8, 8)
+    picture = gradient(8, 8)
+    assert (highlight(picture, np.array([-3, 0, -1, -0.5], np.float32), 1.0, place) == picture).all()
+    assert plain(place).shape == (8, 8, 3)
+
+
+@given(st.integers(1, 5000), st.floats(0.1, 10))
+def test_the_grid_is_the_factorisation_nearest_to_the_aspect(n_patches, aspect):
+    n_cols, n_rows = nearest_grid(n_patches, aspect)
+    assert n_cols * n_rows == n_patches
+    best = min(abs(c / (n_patches // c) - aspect) for c in range(1, n_patches + 1) if n_patches % c == 0)
+    assert abs(n_cols / n_rows - aspect) == best
+
+
+def test_clip_and_siglip_are_cropped_and_others_fit_a_grid():
+    assert [default_fit(family) for family in ("clip", "siglip", "dinov3", "pe", "demo")] == [
+        "crop",
+        "crop",
+        "grid",
+        "grid",
+        "grid",
+    ]
+    place = Geometry(fit="crop", n_patches=196).place(640, 480)
+    assert (place.resize, place.crop, place.n_cols, place.n_rows, place.patch) == ((256, 256), (16, 16, 240, 240), 14, 14, 16)
+    scaled = Geometry(fit="crop", n_patches=196, img_scale=2).place(640, 480)
+    assert (scaled.resize, scaled.size, scaled.patch) == ((512, 512), (448, 448), 32)
+    assert Geometry(fit="grid", n_patches=1920).place(640, 480).size == (48 * 16, 40 * 16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"fit": "grid", "n_patches": 12, "grid": (5, 2)}, ["has 10 patches", "have 12", "4 3, 3 4"]),
+        ({"fit": "crop", "n_patches": 196, "patch_size": 14}, ["16 x 16 = 256 patches", "have 196", "These sizes fit: 16"]),
+        ({"fit": "crop", "n_patches": 7}, ["no patch size cuts --crop 224 224 into 7", "7 1, 1 7"]),
+        ({"fit": "crop", "n_patches": 196, "crop": (300, 224)}, ["larger than --resize 256 256"]),
+        ({"fit": "crop", "n_patches": 196, "grid": (14, 14)}, ["--grid belongs to --fit grid"]),
+    ],
+)
+def test_a_geometry_that_does_not_fit_names_those_that_would(settings, words):
+    with pytest.raises(ConfigError) as caught:
+        Geometry(**settings)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)

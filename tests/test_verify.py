@@ -1,0 +1,148 @@
+"""`verify`: passes on sound runs, and says why it fails on every kind of swap."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from saev_dist import extract, verify
+from saev_dist.choose import choose_slots
+from saev_dist.cli import main
+from saev_dist.config import Extract, Verify
+from saev_dist.finished import FinishedRun
+from saev_dist.reencode import Check, reencode
+from saev_dist.sae.model import Encoder
+from saev_dist.sae.saev import save_saev
+from tests.ranks import run_cli
+from tests.synthetic import BATCH_TOPK, RELU, TOPK, dense_codes, make_acts, make_sae, make_shards, make_weights
+
+DATA = Path(__file__).parent / "data"
+FIXTURES = {"saev-1.1/relu": 7, "saev-1.1/topk": 0, "saev-2.1/topk": 11, "saev-2.1/relu": 3, "saev-2.1/btopk": 1}
+
+
+def make_run(tmp_path, activation=RELU, **settings):
+    shards = make_shards(tmp_path / "shards", make_acts(), layers=(2, 4), cls_token=True)
+    sae = make_sae(tmp_path / "sae.pt", activation)
+    out = tmp_path / "run"
+    extract.run(Extract(shards=shards, sae=sae, out=out, layer=4, top_k=9, progress=False, **settings))
+    return out
+
+
+def fails(capsys, *args) -> str:
+    """The one line that the program ends with."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(arg) for arg in args])
+    assert caught.value.code == 1
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("saev-dist: error: ") and "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_every_fixture_run_verifies(tmp_path, name, capsys):
+    source = DATA / name
+    extract.run(
+        Extract(shards=source / "shards", sae=source / "sae.pt", out=tmp_path / "run", layer=FIXTURES[name], progress=False)
+    )
+    capsys.readouterr()
+    verify.run(Verify(run=tmp_path / "run", all=True, progress=False))
+    said = capsys.readouterr().out
+    values = torch.load(tmp_path / "run/top_values.pt", weights_only=True)
+    assert f"{int((values > 0).sum()):,} equal to the stored ones" in said and said.strip().endswith("verified")
+
+
+@pytest.mark.parametrize("activation", [RELU, TOPK, BATCH_TOPK], ids=lambda activation: activation["cls"])
+@pytest.mark.parametrize("rank_by", ["patch", "image"])
+def test_an_image_encoded_again_equals_brute_force(tmp_path, activation, rank_by):
+    run = FinishedRun.open(make_run(tmp_path, activation, rank_by=rank_by))
+    dense = dense_codes(make_acts(), make_weights(), activation)
+    slots = choose_slots(range(0, run.sae.d_sae, 3), run.values_sk, run.imgs_sk, run.patches_sk, None)
+    slots = slots[np.lexsort((slots["feature"], slots["img_i"]))]
+    seen, check = [], Check()
+    with Encoder(run.sae, torch.device("cpu"), "fp32", 2) as encoder:
+        for image in reencode(run, slots, encoder, check, read_ahead=2):
+            np.testing.assert_array_equal(image.values_mp, dense[image.img_i][:, image.feature_m].T)
+            seen.append(image.img_i)
+    assert seen == np.unique(slots["img_i"]).tolist()
+    assert check.n_slots == len(slots) > 0 and check.n_on_edge == 0
+
+
+def test_ranks_check_the_same_scores(tmp_path):
+    out = make_run(tmp_path)
+    tables = [run_cli("verify", "--run-dir", out, "--all", n_ranks=n_ranks) for n_ranks in (1, 3)]
+    assert [done.returncode for done in tables] == [0, 0], tables
+    lines = [next(line for line in done.stdout.splitlines() if line.startswith("scores")) for done in tables]
+    assert lines[0] == lines[1]
+
+
+def test_one_altered_score_is_found_and_named(tmp_path, capsys):
+    out = make_run(tmp_path)
+    values = torch.load(out / "top_values.pt", weights_only=True)
+    places = [torch.load(out / f"top_{name}.pt", weights_only=True) for name in ("img_i", "patch_i")]
+    feature = int((values > 0).sum(dim=1).argmax())
+    values[feature, 2] += 0.5
+    torch.save(values, out / "top_values.pt")
+    line = fails(capsys, "verify", "--run", out, "--all")
+    img_i, patch_i = (int(place[feature, 2]) for place in places)
+    assert f"feature {feature}, slot 2 (image {img_i}, patch {patch_i}) is stored as {values[feature, 2]:.7g}" in line
+    assert f"encoded again it is {values[feature, 2] - 0.5:.7g}" in line
+
+
+def test_a_swapped_sae_and_swapped_shards_are_refused_by_their_fingerprints(tmp_path, capsys):
+    out = make_run(tmp_path)
+    other_sae = make_sae(tmp_path / "other.pt", TOPK)
+    assert "is not what" in fails(capsys, "verify", "--run", out, "--sae", other_sae)
+    other_shards = make_shards(tmp_path / "other", make_acts(seed=5), layers=(2, 4), cls_token=True)
+    assert "is not what" in fails(capsys, "verify", "--run", out, "--shards", other_shards)
+    shutil.move(tmp_path / "shards", tmp_path / "moved")
+    assert "say with --shards where it is now" in fails(capsys, "verify", "--run", out)
+    verify.run(Verify(run=out, shards=tmp_path / "moved", progress=False))
+
+
+def test_content_that_changed_behind_the_fingerprint_is_found(tmp_path, capsys):
+    """The fingerprint looks at the first bytes of a shard; the scores look at all that won."""
+    acts = np.random.default_rng(0).integers(-2, 3, (23, 5, 600)).astype(np.float32)  # more than the 4 KiB that are probed
+    shards = make_shards(tmp_path / "shards", acts, layers=(4,), imgs_per_shard=23)
+    sae = make_sae(tmp_path / "sae.pt", d_model=600)
+    extract.run(Extract(shards=shards, sae=sae, out=tmp_path / "run", progress=False))
+    fpath = shards / "acts000000.bin"
+    stored = np.fromfile(fpath, np.float32)
+    stored[2000:] = stored[2000:][::-1]
+    stored.tofile(fpath)
+    line = fails(capsys, "verify", "--run", tmp_path / "run", "--all")
+    assert "is stored as" in line and "the shards' content changed since" in line
+
+
+def test_a_swapped_layer_is_found(tmp_path, capsys):
+    out = make_run(tmp_path)
+    manifest = (out / "manifest.json").read_text()
+    assert '"layer": 4' in manifest
+    (out / "manifest.json").write_text(manifest.replace('"layer": 4', '"layer": 2'))
+    assert "is not what" in fails(capsys, "verify", "--run", out)
+
+
+def test_what_is_no_finished_run_is_refused(tmp_path, capsys):
+    assert "is not a run" in fails(capsys, "verify", "--run", tmp_path / "nothing")
+    (tmp_path / "half/partials").mkdir(parents=True)
+    assert "unfinished run" in fails(capsys, "verify", "--run", tmp_path / "half")
+    out = make_run(tmp_path)
+    (out / "top_patch_i.pt").write_bytes(b"")
+    assert "is damaged" in fails(capsys, "verify", "--run", out)
+
+
+def test_a_score_on_the_edge_of_its_token_is_settled_by_the_batch_as_extracted(tmp_path):
+    """TopK keeps one of two features that all but tie; encoded in another shape the other one may win."""
+    random = torch.Generator().manual_seed(0)
+    d_model, d_sae, n_patches = 48, 512, 7
+    w_enc = torch.randn(d_model, d_sae, generator=random)
+    w_enc[:, 256:] = w_enc[:, :256]  # every feature has a twin: a token's codes end between twins all the time
+    w_enc[0, 256:] += 1e-7
+    save_saev(
+        tmp_path / "sae.pt", w_enc, torch.zeros(d_sae), w_enc.T, torch.zeros(d_model), {"cls": "TopK", "params": {"top_k": 5}}
+    )
+    acts = np.random.default_rng(1).normal(size=(200, n_patches, d_model)).astype(np.float32)
+    shards = make_shards(tmp_path / "shards", acts, imgs_per_shard=150)
+    extract.run(Extract(shards=shards, sae=tmp_path / "sae.pt", out=tmp_path / "run", progress=False))
+    verify.run(Verify(run=tmp_path / "run", all=True, progress=False))
