@@ -5,7 +5,7 @@ Names: `s` features, `k` slots, `n` chosen slots.
 
 import heapq
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,10 +62,13 @@ def choose_features(
             f"mean in {_span(log_value_range)}; {_found(log10_freq_s, log10_mean_s, fired_s)}. Widen --log-freq-range or "
             "--log-value-range, or name --features."
         )
+    if not n_features and not always:
+        raise ConfigError("nothing to show: --n-features is 0 and no --features are named. Set one of them, or --all.")
     if sort == "random":
         order = np.random.default_rng(seed).permutation(candidates)
     else:
-        figure_s = {"freq": log10_freq_s, "mean": log10_mean_s, "max": max_s}[sort]
+        figures: dict[str, NDArray[Any]] = {"freq": log10_freq_s, "mean": log10_mean_s, "max": max_s}
+        figure_s = figures[sort]
         order = candidates[np.argsort(-figure_s[candidates], kind="stable")]
     return sorted({*always, *order[:n_features].tolist()})
 

@@ -264,5 +264,7 @@ def toml_flags(fpath: Path, command: type) -> list[str]:
             case list() if value and all(type(item) in (str, int, float) for item in value):
                 flags += [f"--{flag}", *map(str, value)]
             case _:
-                raise ConfigError(f"{fpath}: {name} is {value!r}; expected a string, a number, true/false or a list of numbers.")
+                raise ConfigError(
+                    f"{fpath}: {name} is {value!r}; expected a string, a number, true/false or a list of numbers."
+                )
     return flags

@@ -92,7 +92,8 @@ def _run(cfg: Demo, source_dpath: Path) -> None:
                 "Choose another --out, or use --force."
             )
         if sheet_fpath.exists() and not cfg.force:
-            print(f"{cfg.out} holds this demo, finished: open {cfg.out / 'run' / 'visuals' / 'index.html'}. (--force makes it again.)")
+            page_fpath = cfg.out / "run" / "visuals" / "index.html"
+            print(f"{cfg.out} holds this demo, finished: open {page_fpath}. (--force makes it again.)")
             return
         # The writer refuses to replace shards. Everything else is overwritten in place: nothing of a user's is removed.
         (cfg.out / "shards" / "metadata.json").unlink(missing_ok=True)

@@ -4,7 +4,10 @@ They import no torch, and get everything through `Drawing` (once, when they star
 """
 
 import io
+import multiprocessing
 import os
+import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,6 +61,16 @@ def start(drawing: Drawing) -> None:
     """Prepare this process."""
     global _drawing
     _drawing = drawing
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the pool
+    threading.Thread(target=_leave_with_parent, daemon=True, name="parent").start()
+
+
+def _leave_with_parent() -> None:
+    """A killed parent leaves its pool waiting for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def draw(task: Task) -> Placement:

@@ -6,6 +6,7 @@ Names: `s` features, `k` slots, `h` bins.
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +74,6 @@ class FinishedRun:
             raise RunError(
                 f"{dpath}: a slot names an image or a patch that the shards do not have. Run extract again with --force."
             )
-        precision: Precision = identity.get("precision", str)  # type: ignore[assignment]
         return cls(
             dpath=dpath,
             manifest=manifest,
@@ -81,7 +81,7 @@ class FinishedRun:
             sae=weights,
             sae_fpath=sae_fpath,
             plan=Plan(opened.examples, manifest.sub("plan").positive("images_per_batch")),
-            precision=precision,
+            precision=_precision(identity),
             values_sk=values,
             imgs_sk=imgs,
             patches_sk=patches,
@@ -125,6 +125,14 @@ class Statistics:
     """Tokens on which it is above zero."""
     counts_sh: NDArray[np.int64]
     edges_h: NDArray[np.float32]
+
+
+def _precision(identity: Fields) -> Precision:
+    name = identity.get("precision", str)
+    for precision in get_args(Precision):
+        if name == precision:
+            return precision  # type: ignore[no-any-return]
+    raise RunError(f"{identity.where}: precision is {name!r}; expected one of {', '.join(get_args(Precision))}.")
 
 
 def _same(found: str, expected: str, path: Path, dpath: Path, what: str) -> None:

@@ -68,9 +68,7 @@ def reencode(run: FinishedRun, slots: Slots, encoder: Encoder, check: Check, *, 
     groups = iter(np.split(slots, starts[1:]) if len(img_i) else [])
     by_image = Plan(run.shards.examples, 1)
     ahead = 2 * encoder.n_threads
-    reader = Reader(
-        run.shards, by_image, _intervals(img_i), depth=read_ahead, hold=ahead, pin=encoder.device.type == "cuda"
-    )
+    reader = Reader(run.shards, by_image, _intervals(img_i), depth=read_ahead, hold=ahead, pin=encoder.device.type == "cuda")
     waiting: deque[tuple[Slots, NDArray[np.int64], Tensor, Callable[[], Codes]]] = deque()
     for batch, acts_pd in chain(reader, [(None, None)] * ahead):
         if batch is not None and acts_pd is not None:
@@ -115,9 +113,10 @@ def _checked(
     if len(bad_n):
         slot = slots_n[bad_n[0]]
         found = values_mp[row_n[bad_n[0]], slot["patch_i"]]
+        where = f"feature {slot['feature']}, slot {slot['slot']} (image {img_i}, patch {slot['patch_i']})"
         raise RunError(
-            f"{run.dpath}: feature {slot['feature']}, slot {slot['slot']} (image {img_i}, patch {slot['patch_i']}) is stored as "
-            f"{slot['score']:.7g}; encoded again it is {found:.7g}, further off than the tolerance {allowed_n[bad_n[0]]:.2g}. "
+            f"{run.dpath}: {where} is stored as {slot['score']:.7g}; encoded again it is {found:.7g}, "
+            f"further off than the tolerance {allowed_n[bad_n[0]]:.2g}. "
             "The SAE's rules (--pre-bias), the layer or the shards' content changed since, or the run was on another kind of "
             "device where a TopK all but tied, or its files were altered. Extract again with --force."
         )

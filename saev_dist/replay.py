@@ -38,11 +38,11 @@ from saev_dist import __version__, draw
 from saev_dist.choose import Slots, choose_features, choose_slots, deal
 from saev_dist.config import Replay
 from saev_dist.data.images import Pictures, open_pictures
-from saev_dist.errors import ConfigError, RunError
+from saev_dist.errors import RunError
 from saev_dist.finished import FinishedRun, Statistics
 from saev_dist.progress import Progress
 from saev_dist.reencode import Check, Image, reencode
-from saev_dist.render import gallery, plots, tables
+from saev_dist.render import gallery
 from saev_dist.render.geometry import Geometry, Placement, default_fit
 from saev_dist.report import table
 from saev_dist.sae.model import Encoder, usable_precision
@@ -165,7 +165,7 @@ def open_job(cfg: Replay) -> Job:
 
 def _is_done(job: Job) -> bool:
     fpath = job.visuals_dpath / "replay.json"
-    return not job.cfg.force and fpath.exists() and json.loads(fpath.read_bytes()) == job.identity
+    return not job.cfg.force and fpath.is_file() and fpath.read_bytes() == _json(job.identity)
 
 
 def _begin(job: Job) -> None:
@@ -282,7 +282,7 @@ def _appending(job: Job, rank: int) -> BinaryIO:
 
 def _records(job: Job) -> list[NDArray[np.void]]:
     """All ranks' records, mapped, not read."""
-    found = []
+    found: list[NDArray[np.void]] = []
     for fpath in sorted(job.partial_dpath.glob("records.*.bin")):
         n_records = fpath.stat().st_size // job.record.itemsize
         if n_records:
@@ -375,6 +375,22 @@ def _write_page(job: Job) -> None:
         n_active_s=statistics.n_active_s,
     )
     (dpath / "index.html").write_text(gallery.index_html(facts), encoding="utf-8")
+    (dpath / "data.js").write_text(gallery.data_js(facts, features, _cards(job)), encoding="utf-8")
+
+
+def _cards(job: Job) -> list[gallery.Card]:
+    """What the grid shows of each chosen feature."""
+    names: dict[int, dict[int, int]] = {feature: {} for feature in job.features}
+    for slot in job.slots[job.slots["place"] < gallery.CARD_IMAGES]:
+        names[int(slot["feature"])][int(slot["place"])] = int(slot["img_i"])
+    return [
+        gallery.Card(
+            feature=feature,
+            heatmaps=tuple(draw.file_names(place, img_i, job.cfg.image_format)[1] for place, img_i in sorted(images.items())),
+            labels=tuple(job.pictures.label(img_i) if job.pictures else "" for _, img_i in sorted(images.items())),
+        )
+        for feature, images in names.items()
+    ]
 
 
 def _publish(job: Job) -> None:
@@ -395,11 +411,13 @@ def _summary(job: Job, reports: list[dict[str, Any]]) -> str:
     total = {key: sum(report[key] for report in reports) for key in ("n_images", "n_pictures", "n_slots", "n_on_edge")}
     seconds = max(report["seconds"] for report in reports)
     n_fired = sum(math.isfinite(job.statistics.log10_freq_s[feature]) for feature in job.features)
-    ground = f"{job.pictures.root} ({job.pictures.kind})" if job.pictures else "none found: heatmaps on a plain ground (--images)"
+    ground = (
+        f"{job.pictures.root} ({job.pictures.kind})" if job.pictures else "none found: heatmaps on a plain ground (--images)"
+    )
     lines = {
         "features": f"{len(job.features):,} shown, {n_fired:,} of them fired, of {job.finished.sae.d_sae:,}",
         "images": f"{total['n_images']:,} encoded again in {seconds:,.1f} s",
-        "verified": f"{total['n_slots']:,} scores equal the stored ones ({total['n_on_edge']} on the edge of their token's code)",
+        "verified": f"{total['n_slots']:,} scores equal the stored ones, {total['n_on_edge']} on the edge of their token",
         "drawn": f"{total['n_pictures']:,} heatmaps, {total['n_pictures'] / max(seconds, 1e-9):,.0f} per second",
         "pictures": ground,
         "gallery": f"{job.visuals_dpath / 'index.html'}: open it in a browser",

@@ -4,6 +4,9 @@ import csv
 import hashlib
 import json
 import struct
+import subprocess
+import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -69,7 +72,9 @@ def test_pictures_equal_brute_force(tmp_path, activation, rank_by):
         best = dense[:, :, feature].max(axis=1)
         strongest = sorted((img for img in range(N_IMGS) if best[img] > 0), key=lambda img: (-best[img], img))
         if rank_by == "patch":  # nine slots may hold fewer images: those of the nine strongest patches
-            ranked = sorted((-dense[e, p, feature], e, p) for e in range(N_IMGS) for p in range(N_PATCHES) if dense[e, p, feature] > 0)
+            ranked = sorted(
+                (-dense[e, p, feature], e, p) for e in range(N_IMGS) for p in range(N_PATCHES) if dense[e, p, feature] > 0
+            )
             strongest = list(dict.fromkeys(e for _, e, _ in ranked[:9]))
         for order, img in enumerate(strongest[:3]):
             picture = Image.open(fpaths[img]).resize(place.resize, Image.Resampling.LANCZOS)
@@ -86,13 +91,23 @@ def test_three_ranks_write_the_files_of_one(tmp_path):
     run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
     trees = []
     for n_ranks in (1, 3):
-        done = run_cli("replay", "--run-dir", run, "--images", images, "--n-features", 9, "--n-images", 4, "--force", n_ranks=n_ranks)
+        done = run_cli(
+            "replay", "--run-dir", run, "--images", images, "--n-features", 9, "--n-images", 4, "--force", n_ranks=n_ranks
+        )
         assert done.returncode == 0, done.stderr
         trees.append(tree(run / "visuals"))
         assert not (run / "visuals.partial").exists()
     assert trees[0] == trees[1]
     names = {Path(name).name for name in trees[0]}
-    assert {"index.html", "data.js", "features.parquet", "features.csv", "images.parquet", "density.png", "distributions.png"} <= names
+    assert {
+        "index.html",
+        "data.js",
+        "features.parquet",
+        "features.csv",
+        "images.parquet",
+        "density.png",
+        "distributions.png",
+    } <= names
 
 
 def test_a_replay_that_died_draws_only_what_is_missing(tmp_path, monkeypatch):
@@ -152,8 +167,9 @@ def test_without_pictures_heatmaps_lie_on_a_plain_ground(tmp_path, capsys):
     run = make_run(tmp_path)
     replay.run(make_replay(run, grid=(2, 3)))
     assert "plain ground" in capsys.readouterr().out
-    heatmap = np.asarray(Image.open(next((run / "visuals/features").rglob("*-heatmap.png"))))
-    assert heatmap.shape == (48, 32, 3) and len(np.unique(heatmap.reshape(-1, 3), axis=0)) > 1
+    heatmaps = [np.asarray(Image.open(fpath)) for fpath in (run / "visuals/features").rglob("*-heatmap.png")]
+    assert {heatmap.shape for heatmap in heatmaps} == {(48, 32, 3)}
+    assert max(len(np.unique(heatmap.reshape(-1, 3), axis=0)) for heatmap in heatmaps) > 2
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -239,11 +255,31 @@ def test_flat_folders_and_data_sets_are_picture_sources(tmp_path):
     assert found[0] == found[1] == found[2] and found[0]
 
 
+def test_drawing_processes_leave_when_their_parent_is_killed(tmp_path):
+    script = """
+import sys, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from saev_dist.draw import start
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=start, initargs=(None,))
+    import os
+    print(*{pool.submit(os.getpid).result() for _ in range(9)}, flush=True)
+    time.sleep(60)
+"""
+    (tmp_path / "parent.py").write_text(script)
+    with subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True) as parent:
+        pids = [int(word) for word in parent.stdout.readline().split()]
+        assert pids
+        parent.kill()
+    until = time.monotonic() + 10
+    while (alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive
+
+
 def test_drawing_processes_import_no_torch():
     code = "import sys, saev_dist.draw; print('torch' in sys.modules)"
-    import subprocess
-    import sys
-
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
     assert draw.file_names(3, 17, "webp") == ("003-17.webp", "003-17-heatmap.webp")

@@ -145,8 +145,8 @@ def load_picture(root: Path, name: str, *, in_data_set: bool) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = _data_set(root)[int(name)]["image"] if in_data_set else Image.open(root / name)
-            return picture.convert("RGB")  # type: ignore[no-any-return]
+            picture: Image.Image = _data_set(root)[int(name)]["image"] if in_data_set else Image.open(root / name)
+            return picture.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = Image.MAX_IMAGE_PIXELS or 0
         raise DataError(f"{where} would decode to more than {limit:,} pixels; expected a picture. Make it smaller.") from None

@@ -87,7 +87,7 @@ class Shards:
             d_model=md.positive("d_model", "d_vit"),
             names=names,
             examples=examples,
-            dataset=md.get("dataset", str, "") or None,
+            dataset=_dataset(md),
         )
 
     @property
@@ -143,6 +143,13 @@ class Shards:
         for name in self.names[::step]:
             digest.update(_read(self.dpath / name, PROBE_BYTES))
         return digest.hexdigest()
+
+
+def _dataset(md: Fields) -> str | None:
+    """Where the pictures were: `dataset` (2.1), or the root that plain JSON in `data` names (1.x, and our writer)."""
+    data = md.obj.get("data")
+    root = data.get("root") if isinstance(data, dict) else None
+    return md.get("dataset", str, "") or (root if isinstance(root, str) and root else None)
 
 
 def read_layers(dpath: Path) -> list[int]:

@@ -44,7 +44,7 @@ def highlight(
     alpha_hw[:, col_w >= place.n_cols] = 0
     colour_hwc = colour_rc3[np.ix_(np.minimum(row_h, place.n_rows - 1), np.minimum(col_w, place.n_cols - 1))].astype(np.int64)
     alpha_hw1 = alpha_hw[:, :, None]
-    mixed_hwc = (picture_hwc.astype(np.int64) * (255 - alpha_hw1) + colour_hwc * alpha_hw1 + 127) // 255
+    mixed_hwc: NDArray[np.int64] = (picture_hwc.astype(np.int64) * (255 - alpha_hw1) + colour_hwc * alpha_hw1 + 127) // 255
     return mixed_hwc.astype(np.uint8)
 
 
@@ -57,7 +57,8 @@ def plain(place: Placement) -> NDArray[np.uint8]:
 @functools.cache
 def plasma() -> NDArray[np.float64]:
     """The colour map as 256 colours, (256, 3), in 0 … 1."""
-    return matplotlib.colormaps["plasma"](np.arange(256))[:, :3]  # type: ignore[no-any-return]
+    colours: NDArray[np.float64] = matplotlib.colormaps["plasma"](np.arange(256))[:, :3]
+    return colours
 
 
 def _cells(n_px: int, patch: float, n_cells: int) -> NDArray[np.int64]:

@@ -58,7 +58,9 @@ def encode_shares(run: FinishedRun, shards: Path, rounds: int) -> list[float]:
     slots = choose_slots(range(run.sae.d_sae), run.values_sk, run.imgs_sk, run.patches_sk, None)
     slots = deal(slots, 1)[0]
     images = np.unique(slots["img_i"])
-    acts_td = torch.from_numpy(read_all(shards)).view(run.shards.n_examples, -1)[torch.from_numpy(images)].view(-1, run.sae.d_model)
+    acts_td = (
+        torch.from_numpy(read_all(shards)).view(run.shards.n_examples, -1)[torch.from_numpy(images)].view(-1, run.sae.d_model)
+    )
     shares = []
     for _ in range(rounds):
         ceiling_s = bare_product_s(acts_td, run.sae.w_enc_ds, run.sae.b_enc_s, 16_384)
