@@ -38,8 +38,8 @@ const count = (n) => n.toLocaleString("en");
 const score = (x) => (x === 0 ? "0" : Math.abs(x) >= 1e5 || Math.abs(x) < 1e-3 ? x.toExponential(2) : x.toPrecision(Math.abs(x) >= 1000 ? 5 : 3));
 function percent(x) {
   const p = 100 * x;
-  if (p === 0 || p >= 10) return `${p.toFixed(p ? 1 : 0)} %`;
-  return p >= 0.001 ? `${p.toPrecision(2)} %` : `${p.toExponential(1)} %`;
+  if (p === 0 || p >= 10) return `${p.toFixed(p ? 1 : 0)}%`;
+  return p >= 0.001 ? `${p.toPrecision(2)}%` : `${p.toExponential(1)}%`;
 }
 
 // ---------------------------------------------------------------- the address
@@ -160,6 +160,16 @@ function listenToControls() {
 
 // ---------------------------------------------------------------- scatter
 
+/** Powers of ten; with 2 and 5 between them where there are few; every k-th where there are many. */
+function ticks({ low, high }) {
+  const span = high - low, found = [], every = Math.ceil(span / 6), steps = span > 2.5 ? [1] : span > 0.8 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9];
+  for (let power = Math.floor(low); power <= high; power++) for (const step of steps) {
+    const at = power + Math.log10(step);
+    if (at >= low && at <= high && (steps.length > 1 || power % every === 0)) found.push({ at, value: Number(`${step}e${power}`) });
+  }
+  return found;
+}
+
 const scatter = (() => {
   const canvas = $("scatter"), context = canvas.getContext("2d");
   const firing = Array.from({ length: N }, (_, s) => s).filter(fires);
@@ -173,16 +183,6 @@ const scatter = (() => {
     if (low > high) [low, high] = [-1, 0];
     const pad = Math.max(0.04 * (high - low), 0.05);
     return { low: low - pad, high: high + pad };
-  }
-
-  /** Powers of ten; with 2 and 5 between them where there are few; every k-th where there are many. */
-  function ticks({ low, high }) {
-    const span = high - low, found = [], every = Math.ceil(span / 6), steps = span > 2.5 ? [1] : span > 0.8 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9];
-    for (let power = Math.floor(low); power <= high; power++) for (const step of steps) {
-      const at = power + Math.log10(step);
-      if (at >= low && at <= high && (steps.length > 1 || power % every === 0)) found.push({ at, value: Number(`${step}e${power}`) });
-    }
-    return found;
   }
 
   const toX = (v) => MARGIN.left + ((v - x.low) / (x.high - x.low)) * (width - MARGIN.left - MARGIN.right);
@@ -216,7 +216,7 @@ const scatter = (() => {
     for (const { at, value } of ticks(x)) {
       context.moveTo(Math.round(toX(at)) + 0.5, MARGIN.top);
       context.lineTo(Math.round(toX(at)) + 0.5, height - MARGIN.bottom);
-      const text = value >= 1e-6 ? `${Number((100 * value).toPrecision(3))} %` : `${(100 * value).toExponential(0)} %`;
+      const text = value >= 1e-6 ? `${Number((100 * value).toPrecision(3))}%` : `${(100 * value).toExponential(0)}%`;
       const half = context.measureText(text).width / 2;
       if (toX(at) - half < free) continue;
       context.fillText(text, Math.min(toX(at), width - half), height - MARGIN.bottom + 12);
@@ -351,7 +351,7 @@ const grid = (() => {
     $("grid").append(...items);
   }
 
-  new IntersectionObserver((entries) => { if (entries.some((entry) => entry.isIntersecting) && made < chosen.length) { more(); } }, { rootMargin: "1200px" }).observe($("more"));
+  new IntersectionObserver((entries) => { if (state.view === "grid" && entries.some((entry) => entry.isIntersecting)) more(); }, { rootMargin: "1200px" }).observe($("more"));
 
   return {
     draw() {
@@ -451,10 +451,8 @@ function renderFeature(s) {
   $("place").textContent = at < 0 ? "" : `${count(at + 1)} of ${count(chosen.length)}`;
   $("previous").disabled = at <= 0;
   $("next").disabled = at < 0 || at === chosen.length - 1;
-  $("f-freq").textContent = fires(s) ? percent(share(s)) : "no patch";
-  const small = document.createElement("small");
-  small.textContent = ` ${count(nActive[s])} of ${count(data.n_tokens)} patches`;
-  $("f-freq").append(small);
+  $("f-freq").textContent = fires(s) ? percent(share(s)) : "never";
+  $("f-active").textContent = `fires on ${count(nActive[s])} of ${count(data.n_tokens)} patches`;
   $("f-mean").textContent = fires(s) ? score(mean(s)) : "–";
   $("f-max").textContent = fires(s) ? score(largest[s]) : "–";
   $("f-percentile").textContent = score(percentile[s]);
@@ -491,26 +489,29 @@ function drawHistogram({ edges, counts }) {
     svg.append(element);
     return element;
   };
-  const LEFT = 48, RIGHT = 552, TOP = 8, BOTTOM = 122, most = Math.max(...counts), width = (RIGHT - LEFT) / counts.length;
-  // About two or three round numbers up the side.
-  const rough = most / 2.5, unit = 10 ** Math.floor(Math.log10(rough)), step = Math.max(1, [1, 2, 5, 10].map((m) => m * unit).filter((m) => m <= rough).at(-1) ?? unit);
-  for (let tick = 0; tick <= most; tick += step) {
-    const y = BOTTOM - (tick / most) * (BOTTOM - TOP);
-    add("line", { x1: LEFT, x2: RIGHT, y1: y, y2: y, class: "grid-line" });
-    add("text", { x: LEFT - 7, y: y + 4, "text-anchor": "end" }, tick >= 1e5 ? tick.toExponential(0) : count(tick));
+  const LEFT = 48, RIGHT = 552, TOP = 8, BOTTOM = 122, most = Math.max(...counts);
+  // The first bin of all starts at 0 and the last ends nowhere: on a logarithmic scale they get an octave.
+  const log2 = edges.map((edge, i) => Math.log2(edge === null ? 2 * edges[i - 1] : edge || edges[i + 1] / 2)), low = log2[0], high = log2.at(-1);
+  const toX = (v) => LEFT + ((v - low) / (high - low)) * (RIGHT - LEFT), toY = (n) => BOTTOM - (n / most) * (BOTTOM - TOP);
+  const rough = most / 2.5, unit = 10 ** Math.floor(Math.log10(rough)); // two to five round numbers up the side
+  const every = Math.max(1, [10, 5, 2, 1].map((m) => m * unit).find((m) => m <= rough) ?? unit);
+  for (let n = 0; n <= most; n += every) {
+    add("line", { x1: LEFT, x2: RIGHT, y1: toY(n), y2: toY(n), class: "grid-line" });
+    add("text", { x: LEFT - 7, y: toY(n) + 4, "text-anchor": "end" }, n >= 1e5 ? n.toExponential(0) : count(n));
   }
-  const name = (edge, bar) => (edge === null ? "more" : edge === 0 && bar === 0 ? "0" : score(edge));
+  const name = (edge, i) => (edge === null ? "more" : edge === 0 && i === 0 ? "0" : score(edge));
   counts.forEach((n, i) => {
-    const height = n ? Math.max(1, (n / most) * (BOTTOM - TOP)) : 0;
-    const bar = add("rect", { x: LEFT + i * width, y: BOTTOM - height, width: Math.max(0.5, width - 1), height, class: "bar-rect" });
+    const from = toX(log2[i]), y = n ? Math.min(toY(n), BOTTOM - 1) : BOTTOM; // a single patch is seen too
+    const bar = add("rect", { x: from, y, width: Math.max(0.5, toX(log2[i + 1]) - from - 1), height: BOTTOM - y, class: "bar-rect" });
     const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
-    title.textContent = `${name(edges[i], i)} to ${name(edges[i + 1], i)}: ${count(n)} patches`;
+    title.textContent = `${name(edges[i], i)} to ${name(edges[i + 1], i + 1)}: ${count(n)} patches`;
     bar.append(title);
   });
-  const every = Math.max(1, Math.ceil(edges.length / 7));
-  edges.forEach((edge, i) => {
-    if (i % every === 0 && i * width < RIGHT - LEFT + 1) add("text", { x: LEFT + i * width, y: BOTTOM + 18, "text-anchor": "middle" }, name(edge, i));
-  });
+  const perTen = Math.log2(10);
+  for (const { at, value } of ticks({ low: low / perTen, high: high / perTen })) {
+    add("line", { x1: toX(at * perTen), x2: toX(at * perTen), y1: BOTTOM, y2: BOTTOM + 4, class: "tick" });
+    add("text", { x: toX(at * perTen), y: BOTTOM + 18, "text-anchor": "middle" }, String(value));
+  }
   const total = counts.reduce((a, b) => a + b, 0);
   svg.setAttribute("aria-label", `Histogram of ${count(total)} scores above zero, from ${name(edges[0], 0)} to ${name(edges.at(-1), 1)}; most of them, ${count(most)}, between ${name(edges[counts.indexOf(most)], 1)} and ${name(edges[counts.indexOf(most) + 1], 1)}.`);
 }
@@ -652,6 +653,7 @@ function render() {
 }
 
 const title = document.title;
+if (matchMedia("(max-width: 900px)").matches) $("side").open = false; // pictures first where there is one column
 listenToControls();
 addEventListener("hashchange", render);
 render();
