@@ -248,12 +248,12 @@ def toml_flags(fpath: Path, command: type) -> list[str]:
         raise ConfigError(f"{fpath}: {err.strerror}; --config takes a TOML file.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise ConfigError(f"{fpath} is not TOML: {err}.") from None
-    known = [field.name for field in fields(command) if field.name != "config"]
+    kinds = {field.name: str(field.type) for field in fields(command) if field.name != "config"}
     flags: list[str] = []
     for name, value in table.items():
-        if name not in known:
+        if name not in kinds:
             raise ConfigError(
-                f"{fpath} sets {name!r}, which {command.__name__.lower()} does not know; it knows {', '.join(known)}."
+                f"{fpath} sets {name!r}, which {command.__name__.lower()} does not know; it knows {', '.join(kinds)}."
             )
         flag = name.replace("_", "-")
         match value:
@@ -261,10 +261,10 @@ def toml_flags(fpath: Path, command: type) -> list[str]:
                 flags.append(f"--{flag}" if value else f"--no-{flag}")
             case str() | int() | float():
                 flags += [f"--{flag}", str(value)]
-            case list() if value and all(type(item) in (str, int, float) for item in value):
+            case list() if value and "tuple" in kinds[name] and all(type(item) in (str, int, float) for item in value):
                 flags += [f"--{flag}", *map(str, value)]
             case _:
                 raise ConfigError(
-                    f"{fpath}: {name} is {value!r}; expected a string, a number, true/false or a list of numbers."
+                    f"{fpath}: {name} is {value!r}; expected a string, a number or true/false, and a list only where the flag takes several numbers."
                 )
     return flags

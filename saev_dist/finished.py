@@ -11,6 +11,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from saev_dist.accumulators.rows import n_samples
 from saev_dist.data.shards import Shards
 from saev_dist.errors import RunError
 from saev_dist.fields import Fields
@@ -107,6 +108,13 @@ class FinishedRun:
                 counts_sh=histograms["counts"].numpy(),
                 edges_h=histograms["edges"].numpy(),
             )
+
+    def distributions(self) -> NDArray[np.float32]:
+        """The first features' scores on sampled tokens, float32 (n_distributions, n_samples)."""
+        identity = self.manifest.sub("identity")
+        n_features = min(identity.get("n_distributions", int), self.sae.d_sae)
+        n = n_samples(self.shards.n_tokens, identity.positive("max_distribution_samples"))
+        return Run(self.dpath).load_tensor("distributions.pt", (n_features, n)).numpy()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

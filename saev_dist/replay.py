@@ -42,7 +42,7 @@ from saev_dist.errors import RunError
 from saev_dist.finished import FinishedRun, Statistics
 from saev_dist.progress import Progress
 from saev_dist.reencode import Check, Image, reencode
-from saev_dist.render import gallery
+from saev_dist.render import gallery, plots, tables
 from saev_dist.render.geometry import Geometry, Placement, default_fit
 from saev_dist.report import table
 from saev_dist.sae.model import Encoder, usable_precision
@@ -376,6 +376,15 @@ def _write_page(job: Job) -> None:
     )
     (dpath / "index.html").write_text(gallery.index_html(facts), encoding="utf-8")
     (dpath / "data.js").write_text(gallery.data_js(facts, features, _cards(job)), encoding="utf-8")
+    with open(dpath / "features.parquet", "wb") as file:
+        tables.write_features_parquet(file, features, finished.imgs_sk)
+    with open(dpath / "features.csv", "wb") as file:
+        tables.write_features_csv(file, features, finished.imgs_sk)
+    if job.pictures:
+        with open(dpath / "images.parquet", "wb") as file:
+            tables.write_images_parquet(file, job.pictures.rows())
+    (dpath / "density.png").write_bytes(plots.density_png(statistics.log10_freq_s, statistics.log10_mean_s))
+    (dpath / "distributions.png").write_bytes(plots.distributions_png(finished.distributions()))
 
 
 def _cards(job: Job) -> list[gallery.Card]:

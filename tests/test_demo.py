@@ -116,7 +116,7 @@ def test_a_finished_demo_is_left_as_it_is(out: Path, capsys: pytest.CaptureFixtu
     before = {fpath: fpath.stat().st_mtime_ns for fpath in out.rglob("*") if fpath.is_file()}
     demo.run(Demo(out=out, n_steps=N_STEPS, progress=False))
     assert {fpath: fpath.stat().st_mtime_ns for fpath in out.rglob("*") if fpath.is_file()} == before
-    assert "contact-sheet.png" in capsys.readouterr().out
+    assert "index.html" in capsys.readouterr().out
 
 
 def test_a_directory_of_the_user_is_refused_untouched(tmp_path: Path) -> None:

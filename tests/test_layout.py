@@ -14,7 +14,7 @@ LEVELS = [
     {"accumulators", "plan", "choose", "render", "fields"},
     {"config", "errors"},
 ]
-IMPURE = {"os", "sys", "logging", "pathlib", "io", "shutil", "tempfile", "time", "subprocess", "torch.distributed"}
+IMPURE = {"os", "sys", "logging", "pathlib", "shutil", "tempfile", "time", "subprocess", "torch.distributed"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -159,7 +160,8 @@ def test_a_feature_that_never_fired_has_no_pictures(tmp_path):
     dead = int((torch.load(run / "sparsity.pt", weights_only=True) == 0).nonzero()[0])
     replay.run(make_replay(run, all=False, features=(dead,), n_features=0))
     assert [path.name for path in (run / f"visuals/features/{dead}").iterdir()] == ["data.js"]
-    rows = {int(row["feature"]): row for row in csv.DictReader((run / "visuals/features.csv").open())}
+    lines = (run / "visuals/features.csv").read_text().splitlines()
+    rows = {int(row["feature"]): row for row in csv.DictReader(lines)}
     assert len(rows) == make_weights()["w_enc_ds"].shape[1] and int(rows[dead]["n_active"]) == 0
 
 
@@ -252,6 +254,9 @@ def test_flat_folders_and_data_sets_are_picture_sources(tmp_path):
     for source in (images, flat, tmp_path / "set"):
         replay.run(make_replay(run, images=source, all=False, n_features=4))
         found.append({name: digest for name, digest in tree(run / "visuals").items() if name.endswith(".png") and "/" in name})
+        labels = pyarrow.parquet.read_table(run / "visuals/images.parquet").column("label").to_pylist()
+        expected = {images: [fpath.parent.name for fpath in fpaths], flat: [""] * N_IMGS}
+        assert labels == expected.get(source, ["abc"[label] for label in rows["label"]])
     assert found[0] == found[1] == found[2] and found[0]
 
 

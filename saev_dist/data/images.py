@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,17 @@ class Pictures:
         """The class folder; the name of the class in a data set that has a column "label"; otherwise ""."""
         if self.names is not None:
             return self.names[img_i].split(os.sep, 1)[0] if os.sep in self.names[img_i] else ""
-        rows = _data_set(self.root)
-        if "label" not in rows.features:
-            return ""
-        label = rows.select_columns(["label"])[img_i]["label"]
-        return str(rows.features["label"].int2str(label) if hasattr(rows.features["label"], "int2str") else label)
+        labels = _labels(self.root)
+        return "" if labels is None else _readable(labels, labels[img_i]["label"])
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Name and label of every picture, in order."""
+        labels = _labels(self.root) if self.names is None else None
+        if labels is None:
+            yield from ((self.name(img_i), self.label(img_i)) for img_i in range(self.n))
+            return
+        values = (value for batch in labels.iter(batch_size=10_000) for value in batch["label"])
+        yield from ((self.name(img_i), _readable(labels, value)) for img_i, value in enumerate(values))
 
 
 def open_pictures(root: Path, n_examples: int) -> Pictures:
@@ -162,6 +169,18 @@ def _flat(root: Path) -> list[str]:
         return sorted(entry.name for entry in os.scandir(root) if entry.name.lower().endswith(EXTENSIONS) and entry.is_file())
     except OSError as error:
         raise DataError(f"{error.filename or root}: cannot list the images ({error.strerror})") from error
+
+
+def _labels(root: Path) -> Any:
+    """The labels alone of a data set, or None if it has none."""
+    rows = _data_set(root)
+    return rows.select_columns(["label"]) if "label" in rows.features else None
+
+
+def _readable(labels: Any, value: Any) -> str:
+    """The name of a class, where the data set knows it."""
+    kind = labels.features["label"]
+    return str(kind.int2str(value) if hasattr(kind, "int2str") else value)
 
 
 @functools.lru_cache(maxsize=1)
