@@ -34,18 +34,14 @@ def highlight(
     """
     height, width = picture_hwc.shape[:2]
     share_rc = np.clip(values_p.reshape(place.n_rows, place.n_cols) / upper, 0, 1)
-    colour_rc3 = (plasma()[np.minimum((share_rc * 256).astype(np.int64), 255)] * 255).astype(np.uint8)
-    alpha_rc = (OPACITY * share_rc * 255).astype(np.int64)
-
-    row_h, col_w = _cells(height, place.patch, place.n_rows), _cells(width, place.patch, place.n_cols)
-    # Pixels right of and below the last patch belong to none; they look up a cell and get alpha 0.
-    alpha_hw = alpha_rc[np.ix_(np.minimum(row_h, place.n_rows - 1), np.minimum(col_w, place.n_cols - 1))]
-    alpha_hw[row_h >= place.n_rows] = 0
-    alpha_hw[:, col_w >= place.n_cols] = 0
-    colour_hwc = colour_rc3[np.ix_(np.minimum(row_h, place.n_rows - 1), np.minimum(col_w, place.n_cols - 1))].astype(np.int64)
-    alpha_hw1 = alpha_hw[:, :, None]
-    mixed_hwc: NDArray[np.int64] = (picture_hwc.astype(np.int64) * (255 - alpha_hw1) + colour_hwc * alpha_hw1 + 127) // 255
-    return mixed_hwc.astype(np.uint8)
+    colour_rc3 = (plasma()[np.minimum((share_rc * 256).astype(np.int64), 255)] * 255).astype(np.uint16)
+    alpha_rc1 = (OPACITY * share_rc * 255).astype(np.uint16)[:, :, None]
+    # A cell more at the right and below, of alpha 0: for pixels behind the last patch, which belong to none.
+    weighted_rc3 = np.pad(colour_rc3 * alpha_rc1, ((0, 1), (0, 1), (0, 0)))
+    left_rc1 = np.pad(255 - alpha_rc1, ((0, 1), (0, 1), (0, 0)), constant_values=255)
+    cells = np.ix_(_cells(height, place.patch, place.n_rows), _cells(width, place.patch, place.n_cols))
+    mixed_hwc = picture_hwc * left_rc1[cells] + weighted_rc3[cells] + np.uint16(127)  # at most 255 * 255 + 127: 16 bits
+    return (mixed_hwc // 255).astype(np.uint8)
 
 
 def plain(place: Placement) -> NDArray[np.uint8]:
