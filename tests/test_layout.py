@@ -14,7 +14,7 @@ LEVELS = [
     {"accumulators", "plan", "choose", "render", "fields"},
     {"config", "errors"},
 ]
-IMPURE = {"os", "sys", "logging", "pathlib", "shutil", "tempfile", "time", "subprocess", "torch.distributed"}
+IMPURE = {"os", "sys", "logging", "pathlib", "io", "shutil", "tempfile", "time", "subprocess", "torch.distributed"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -47,7 +47,9 @@ def test_imports_point_down(fpath):
 def test_pure_modules_touch_nothing_outside(fpath):
     area = fpath.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if area in ("accumulators", "plan", "choose", "render"):
-        assert not imports(fpath) & IMPURE
+        # BytesIO is a file in memory: libraries write pictures to it, and nothing leaves the process.
+        used = imports(fpath) - ({"io"} if "io.BytesIO" in imports(fpath) else set())
+        assert not used & IMPURE
         called = {node.func.id for node in ast.walk(ast.parse(fpath.read_text())) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}  # fmt: skip
         assert not called & {"open", "print", "input"}
         assert (ast.get_docstring(ast.parse(fpath.read_text())) or "").startswith("PURE") or fpath.name == "__init__.py"

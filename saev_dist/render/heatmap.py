@@ -40,7 +40,9 @@ def highlight(
     weighted_rc3 = np.pad(colour_rc3 * alpha_rc1, ((0, 1), (0, 1), (0, 0)))
     left_rc1 = np.pad(255 - alpha_rc1, ((0, 1), (0, 1), (0, 0)), constant_values=255)
     cells = np.ix_(_cells(height, place.patch, place.n_rows), _cells(width, place.patch, place.n_cols))
-    mixed_hwc: NDArray[np.uint16] = picture_hwc * left_rc1[cells] + weighted_rc3[cells] + np.uint16(127)  # at most 255 * 255 + 127: 16 bits
+    mixed_hwc: NDArray[np.uint16] = (
+        picture_hwc * left_rc1[cells] + weighted_rc3[cells] + np.uint16(127)
+    )  # at most 255 * 255 + 127: 16 bits
     return (mixed_hwc // 255).astype(np.uint8)
 
 

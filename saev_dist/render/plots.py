@@ -3,8 +3,8 @@
 Names: `s` features, `t` sampled tokens.
 """
 
-import io
 import math
+from io import BytesIO
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -140,7 +140,7 @@ def _share(power: float) -> str:
 
 
 def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
+    file = BytesIO()
     # matplotlib writes its version into the file otherwise: the same picture would differ between machines.
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()

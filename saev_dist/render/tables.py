@@ -42,8 +42,9 @@ def write_features_csv(file: BinaryIO, table: FeatureTable, top_img_i_sk: NDArra
     Every cell is a number, such ids, or empty: there is no text in it that a spreadsheet could run as a formula.
     """
     schema = _FEATURES.set(_FEATURES.get_field_index("top_images"), pa.field("top_images", pa.string()))
-    # Texts here are digits and spaces: quotes would add nothing but bytes.
-    options = pyarrow.csv.WriteOptions(quoting_style="needed", quoting_header="none")
+    # Texts here are digits and spaces: pyarrow would put quotes around them, and around the names.
+    options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="none")
+    file.write(f"{','.join(schema.names)}\n".encode())
     with pyarrow.csv.CSVWriter(file, schema, write_options=options) as writer:
         for batch in _feature_batches(table, top_img_i_sk):
             lists = batch.column("top_images").to_pylist()

@@ -623,7 +623,7 @@ let drawn = null; // the address of the list on the screen
 
 function render() {
   state = parse(location.hash);
-  const list = address({ ...state, feature: null }), before = opened;
+  const list = address({ ...state, feature: null }), before = opened, first = drawn === null;
   opened = state.feature;
   if (before === null && opened !== null) overviewScroll = scrollY;
   const overview = opened === null;
@@ -644,7 +644,7 @@ function render() {
   if (!overview) {
     renderFeature(opened);
     scrollTo(0, 0);
-    $("feature-title").focus({ preventScroll: true });
+    if (!first) $("feature-title").focus({ preventScroll: true }); // a page just loaded has its focus at the top
   } else if (before !== null) {
     document.title = title;
     scrollTo(0, overviewScroll);
