@@ -359,6 +359,13 @@ def test_a_feature_opens_by_keyboard_and_arrows_escape_and_back_move_on(visit: O
     expect(heading).to_have_text("Feature 2")
 
 
+def test_no_key_press_is_lost_when_they_come_fast(visit: Open, small: Gallery):
+    page = visit(small, "#sort=id&order=asc&feature=4")
+    press = "for (let i = 0; i < 5; i++) document.body.dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowRight', bubbles: true }))"
+    page.evaluate(press)
+    expect(page.locator("#feature-title")).to_have_text(f"Feature {SHOWN[SHOWN.index(4) + 5]}")
+
+
 def test_a_feature_shows_its_numbers_histogram_and_pictures(visit: Open, small: Gallery):
     page = visit(small, "#feature=10")
     view = small.views[10]
@@ -374,6 +381,15 @@ def test_a_feature_shows_its_numbers_histogram_and_pictures(visit: Open, small: 
     page.wait_for_function(f"() => ({loaded})([...document.querySelectorAll('#images img')])")
     counts = [int(text.split(": ")[1].split()[0].replace(",", "")) for text in page.locator("#histogram title").evaluate_all("all => all.map((title) => title.textContent)")]  # fmt: skip
     np.testing.assert_array_equal(counts, coarse(view.edges_h, view.counts_h)[1])
+    for name, expected in (
+        ("x", np.log(coarse(view.edges_h, view.counts_h)[0][:-1])),
+        ("width", np.diff(np.log(coarse(view.edges_h, view.counts_h)[0]))),
+    ):
+        drawn = np.array(
+            page.locator("#histogram rect").evaluate_all(f"all => all.map((rect) => Number(rect.getAttribute('{name}')))")
+        )
+        slope, start = np.polyfit(expected, drawn, 1)
+        assert slope > 0 and np.abs(slope * expected + start - drawn).max() < 0.01, name
     heights = page.locator("#histogram rect").evaluate_all("all => all.map((rect) => Number(rect.getAttribute('height')))")
     assert np.corrcoef(heights, counts)[0, 1] > 0.999
 

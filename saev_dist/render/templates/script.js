@@ -74,9 +74,10 @@ function go(change, { push = false } = {}) {
   const to = address({ ...state, ...change });
   if (push) location.hash = to;
   else location.replace(to);
+  render(); // not only when the browser gets round to its event: the next key press may come first
 }
 
-let state, chosen = [], overviewScroll = 0, opened = null;
+let state, rendered = null, chosen = [], overviewScroll = 0, opened = null;
 
 // ---------------------------------------------------------------- which features
 
@@ -622,6 +623,8 @@ document.addEventListener("keydown", (event) => {
 let drawn = null; // the address of the list on the screen
 
 function render() {
+  if (rendered === location.href) return;
+  rendered = location.href;
   state = parse(location.hash);
   const list = address({ ...state, feature: null }), before = opened, first = drawn === null;
   opened = state.feature;
