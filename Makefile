@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test test-slurm test-slurm-full check bench clean soak
 
 install: .venv/installed
 
@@ -14,8 +14,19 @@ install: .venv/installed
 demo: install
 	$(BIN)/saev-dist demo
 
+# Most tests wait for processes of their own, so a few run side by side; a file stays on one worker.
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n 3 --dist loadfile
+
+# The launcher's tests on a real Slurm of this machine's own; `test` runs them too, where Slurm is installed.
+test-slurm: install
+	.ci/install-slurm
+	$(BIN)/pytest tests/test_slurm.py
+
+# Also what takes minutes: real time limits, preemption, a node that goes down.
+test-slurm-full: install
+	.ci/install-slurm
+	SLURM_FULL=1 $(BIN)/pytest tests/test_slurm.py
 
 check: install
 	$(BIN)/ruff format --check .
@@ -26,6 +37,12 @@ check: install
 bench: install
 	$(BIN)/python -m tests.bench.extract
 	$(BIN)/python -m tests.bench.replay
+	$(BIN)/python -m tests.bench.gallery
+	$(BIN)/python -m tests.bench.snapshot
+
+soak: install
+	$(BIN)/python -m tests.soak 200
+	SOAK=1 $(BIN)/pytest tests/test_resume.py -k every_file_operation
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """PURE. Which features are shown, which of their slots, and which rank works on them.
 
-Names: `s` features, `k` slots, `n` chosen slots.
+Names: `s` features, `k` slots, `m` images of a feature, `n` chosen slots.
 """
 
 import heapq
@@ -52,6 +52,10 @@ def choose_features(
     if unknown := [feature for feature in always if not 0 <= feature < d_sae]:
         raise ConfigError(f"--features {unknown[0]}: there is no such feature; the SAE has 0 to {d_sae - 1:,}.")
     fired_s = np.isfinite(log10_freq_s)
+    if not fired_s.any() and not always:
+        raise ConfigError(
+            "no feature of this run ever fired, so no slot was won. Do the SAE and its rules (--pre-bias) belong to the layer?"
+        )
     if every:
         return sorted({*always, *np.flatnonzero(fired_s).tolist()})
     in_range_s = fired_s & _within(log10_freq_s, log_freq_range) & _within(log10_mean_s, log_value_range)
@@ -63,7 +67,7 @@ def choose_features(
             "--log-value-range, or name --features."
         )
     if not n_features and not always:
-        raise ConfigError("nothing to show: --n-features is 0 and no --features are named. Set one of them, or --all.")
+        raise ConfigError("nothing to do: --n-features is 0 and no --features are named. Set one of them, or --all.")
     if sort == "random":
         order = np.random.default_rng(seed).permutation(candidates)
     else:
@@ -81,15 +85,17 @@ def choose_slots(
     n_images: int | None,
 ) -> Slots:
     """The filled slots of these features in their `n_images` strongest distinct images (None: in all), as SLOT records."""
-    rows = []
+    parts = [np.empty(0, SLOT)]
     for feature in features:
-        filled = int((imgs_sk[feature] >= 0).sum())
-        places: dict[int, int] = {}
-        for slot, img_i in enumerate(imgs_sk[feature, :filled].tolist()):
-            place = places.setdefault(img_i, len(places))
-            if n_images is None or place < n_images:
-                rows.append((img_i, feature, patches_sk[feature, slot], place, slot, values_sk[feature, slot]))
-    return np.array(rows, SLOT)
+        img_k = imgs_sk[feature][imgs_sk[feature] >= 0]  # the filled slots come first
+        _, first_m, image_k = np.unique(img_k, return_index=True, return_inverse=True)
+        place_k = np.argsort(np.argsort(first_m))[image_k]
+        slot_n = np.flatnonzero(place_k < n_images) if n_images is not None else np.arange(len(img_k))
+        part = np.empty(len(slot_n), SLOT)
+        part["img_i"], part["feature"], part["patch_i"] = img_k[slot_n], feature, patches_sk[feature, slot_n]
+        part["place"], part["slot"], part["score"] = place_k[slot_n], slot_n, values_sk[feature, slot_n]
+        parts.append(part)
+    return np.concatenate(parts)
 
 
 def deal(slots: Slots, n_ranks: int) -> list[Slots]:
@@ -104,14 +110,14 @@ def deal(slots: Slots, n_ranks: int) -> list[Slots]:
     by_feature = slots[np.argsort(slots["feature"], kind="stable")]
     features, starts = np.unique(by_feature["feature"], return_index=True)
     groups = np.split(by_feature, starts[1:]) if len(features) else []
-    images = [set(group["img_i"].tolist()) for group in groups]
+    n_images = [len(np.unique(group["img_i"])) for group in groups]
     load: list[tuple[int, int]] = [(0, rank) for rank in range(n_ranks)]
     seen: list[set[int]] = [set() for _ in range(n_ranks)]
     shares: list[list[Slots]] = [[] for _ in range(n_ranks)]
-    for i in sorted(range(len(groups)), key=lambda i: -len(images[i])):
+    for i in sorted(range(len(groups)), key=lambda i: -n_images[i]):
         _, rank = heapq.heappop(load)
         shares[rank].append(groups[i])
-        seen[rank] |= images[i]
+        seen[rank].update(groups[i]["img_i"].tolist())
         heapq.heappush(load, (len(seen[rank]), rank))
     merged = [np.concatenate(share) if share else np.empty(0, SLOT) for share in shares]
     return [share[np.lexsort((share["slot"], share["feature"], share["img_i"]))] for share in merged]
@@ -126,7 +132,5 @@ def _span(bounds: tuple[float, float]) -> str:
 
 
 def _found(freq_s: NDArray[np.float64], mean_s: NDArray[np.float64], fired_s: NDArray[np.bool_]) -> str:
-    if not fired_s.any():
-        return "no feature ever fired"
     freq, mean = freq_s[fired_s], mean_s[fired_s]
     return f"they lie in {freq.min():.2f} to {freq.max():.2f} and {mean.min():.2f} to {mean.max():.2f}"

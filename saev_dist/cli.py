@@ -10,15 +10,20 @@ from typing import Any
 import tyro
 
 from saev_dist import __version__
-from saev_dist.config import Demo, Extract, Inspect, Replay, Verify, toml_flags
-from saev_dist.errors import PeerError, SaevDistError
+from saev_dist.config import Convert, Demo, Extract, Inspect, Merge, Replay, Verify, toml_flags
+from saev_dist.errors import PeerError, Preempted, SaevDistError
+
+# A store whose host dies makes torch print a C++ stack trace beside our one line; it reads this when it is imported.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 # The modules are imported on use: `--help` should not wait for torch.
 JOBS: dict[str, tuple[type, str]] = {
     "extract": (Extract, "saev_dist.extract"),
     "replay": (Replay, "saev_dist.replay"),
     "verify": (Verify, "saev_dist.verify"),
+    "merge": (Merge, "saev_dist.merge"),
     "inspect": (Inspect, "saev_dist.inspect"),
+    "convert": (Convert, "saev_dist.convert"),
     "demo": (Demo, "saev_dist.demo"),
 }
 
@@ -29,7 +34,8 @@ Then `saev-dist inspect` on your shards and your SAE, and `saev-dist extract`.""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, run, and exit: 0 done, 1 an error that the user can mend, 2 wrong usage, 130 interrupted."""
+    """Parse, run, and exit: 0 done, 1 an error that the user can mend, 2 wrong usage, 75 (EX_TEMPFAIL)
+    stopped by a signal and to be run again, 130 interrupted where there was nothing to keep."""
     argv = sys.argv[1:] if argv is None else argv
     if argv == ["--version"]:
         print(f"saev-dist {__version__}")
@@ -44,6 +50,10 @@ def main(argv: list[str] | None = None) -> None:
             raise
         job: Callable[[Any], None] = import_module(dict(JOBS.values())[type(cfg)]).run
         job(cfg)
+    except Preempted as err:
+        if is_first:
+            print(f"saev-dist: {err}", file=sys.stderr, flush=True)
+        sys.exit(os.EX_TEMPFAIL)
     except PeerError:
         sys.exit(1)  # the rank that failed first has said why
     except SaevDistError as err:
@@ -63,16 +73,28 @@ def parse(argv: list[str], *, quiet: bool = False) -> Any:
         quiet: print nothing on wrong usage: rank 0 does.
     """
     if argv and argv[0] in JOBS:
-        command, _ = JOBS[argv[0]]
-        flags = _tri_state(argv[1:])
-        if (fpath := _config_path(flags)) is not None:
-            flags = _tri_state(toml_flags(fpath, command)) + flags
-        argv = [argv[0], *flags]
+        argv = [argv[0], *with_toml(argv[1:], JOBS[argv[0]][0])]
+    return parse_flags(argv, quiet=quiet)
+
+
+def with_toml(flags: list[str], command: type, *, lists: tuple[str, ...] = ()) -> list[str]:
+    """The flags, after those in the TOML file that the last --config among them names.
+
+    Args:
+        lists: fields that may have several values in the file although their flag takes one: a launcher's sweep.
+    """
+    if (fpath := _config_path(flags)) is not None:
+        return toml_flags(fpath, command, lists=lists) + flags
+    return flags
+
+
+def parse_flags(argv: list[str], *, quiet: bool = False, prog: str = "saev-dist") -> Any:
+    """The config that subcommand and flags describe, with no look at a TOML file."""
     return tyro.extras.subcommand_cli_from_dict(
         {name: command for name, (command, _) in JOBS.items()},
-        prog="saev-dist",
+        prog=prog,
         description=DESCRIPTION,
-        args=argv,
+        args=_tri_state(argv),
         console_outputs=not quiet,
         config=(tyro.conf.AvoidSubcommands,),
     )

@@ -3,14 +3,17 @@
 A TOML file named by `--config` holds the same fields (`top_k = 64`); flags override it.
 """
 
+import math
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
 from saev_dist.errors import ConfigError
+
+T = TypeVar("T")
 
 MAX_COUNT = 10**9
 RunPath = Annotated[Path, tyro.conf.arg(aliases=("--run-dir",))]
@@ -18,26 +21,53 @@ TriState = Annotated[bool | None, tyro.conf.arg(metavar="| --no-pre-bias")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extract:
+class SaeRules:
+    """How an SAE is read: what its file says, unless a flag says otherwise."""
+
+    sae_format: Literal["auto", "saev", "plain", "sae_lens", "sparsify", "dictionary_learning"] = "auto"
+    """Format of the SAE. auto: told by its content."""
+    pre_bias: TriState = None
+    """Subtract b_dec from the activations before encoding, or do not. Default: as the checkpoint says (saev: no; its files trained before 2025-07-31 need --pre-bias)."""
+    activation: str | None = None
+    """relu, or topk:K (such as topk:32), in place of what the checkpoint says."""
+    threshold: float | None = None
+    """Threshold of a BatchTopK or JumpReLU SAE, in place of the checkpoint's: features at or below it are 0."""
+    input_norm: Literal["none", "layer_norm", "constant_norm_rescale"] | None = None
+    """Normalisation of each token before encoding, in place of what the checkpoint says."""
+    input_mean: Path | None = None
+    """File with a vector (.npy, .pt, .safetensors) that is subtracted from the activations first: the mean of the SAE's training data."""
+    input_scale: float | None = None
+    """Number that activations, less their mean, are multiplied by. Where training divided by a number, 1 over it."""
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "input_scale"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ConfigError(f"{name} must be finite, got {value}.")
+        if self.input_scale == 0:
+            raise ConfigError("input_scale must not be 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extract(SaeRules):
     """Stream stored activations through an SAE once; keep each feature's strongest scores and its statistics.
 
     Run it alone, or on all GPUs of a node with `torchrun --nproc-per-node 8 -m saev_dist extract …`: the artifacts are
-    the same bytes. A finished run in --out is left as it is.
+    the same bytes. Killed or stopped by a signal (exit code 75), the same command continues, with any number of ranks.
+    A finished run in --out is left as it is.
     """
 
     shards: Path
     """Directory of activation shards: metadata.json, shards.json, acts*.bin."""
     sae: Path
-    """SAE checkpoint: a saev sae.pt."""
+    """SAE checkpoint: a saev sae.pt, a directory of SAELens, sparsify or dictionary_learning, a file of `saev-dist convert`, or hf://owner/repo[/path][@revision]."""
     out: Path
-    """Run directory to make or to find finished. All ranks must see it (a shared file system)."""
+    """Run directory to make, to continue, or to find finished. All ranks must see it (a shared file system)."""
     config: Path | None = None
     """TOML file of defaults for these flags, such as configs/cpu.toml."""
 
     layer: int | None = None
     """Layer, as a value out of the metadata's "layers". Needed only when the shards hold several."""
-    pre_bias: TriState = None
-    """Subtract b_dec from the activations before encoding, or do not. Default: as the checkpoint's format says (saev: no; its files trained before 2025-07-31 need --pre-bias)."""
     top_k: int = 128
     """Slots per feature."""
     rank_by: Literal["patch", "image"] = "patch"
@@ -52,6 +82,8 @@ class Extract:
     """Most tokens in distributions.pt; of more tokens an even stride is taken."""
     img_acts: bool = True
     """Write img_acts.npz (per image and feature). Its size grows with the images: turn it off where only slots are wanted."""
+    self_check: Literal["off", "warn", "strict"] = "warn"
+    """Before the stream, try the SAE on some thousand tokens under other readings too. warn: say so where one of them reconstructs clearly better. strict: stop."""
     metrics: bool = False
     """Also measure the reconstruction error (normalized MSE) over all tokens. Reads one decoder row per code."""
 
@@ -65,18 +97,25 @@ class Extract:
     """Batches read ahead of the encoder, each in its own buffer."""
     timeout_s: int = 600
     """Longest that a rank waits for the others inside one collective operation."""
+    snapshot_every: float = 300.0
+    """Seconds from one snapshot of a rank's work to the next. A kill costs at most the work since the last one."""
+    skip_bad_shards: bool = False
+    """Leave shards out that are missing, too short or cannot be read, instead of stopping; the manifest and every summary list them."""
 
     dry_run: bool = False
     """Print the plan and what it needs (host, device, disk), then stop."""
     force: bool = False
-    """Compute again what --out already holds, or replace another run's artifacts there."""
+    """Start over: compute again what --out already holds, or replace another run there. A restart by torchrun or Slurm continues."""
     progress: bool = True
     """Show progress: a bar on a terminal, a line every 30 s elsewhere."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_counts(self, "top_k", "max_distribution_samples", "batch_tokens", "read_ahead", "timeout_s")
         if self.n_distributions < 0:
             raise ConfigError(f"n_distributions must not be negative, got {self.n_distributions}.")
+        if not self.snapshot_every >= 0:
+            raise ConfigError(f"snapshot_every must not be negative, got {self.snapshot_every:g}.")
         if not 0 <= self.percentile <= 100:
             raise ConfigError(f"percentile must lie in 0 to 100, got {self.percentile:g}.")
 
@@ -199,11 +238,39 @@ class Verify:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspect:
+class Merge:
+    """Make the artifacts of an unfinished `extract` whose batches are all done, in one process, and encode nothing."""
+
+    run: RunPath
+    """Run directory of an `extract` that died after its last batch, or has ended on all ranks but one."""
+    shards: Path | None = None
+    """Where the run's shards are now, if they have moved."""
+    sae: Path | None = None
+    """Where the run's SAE is now, if it has moved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect(SaeRules):
     """Describe a shards directory, an SAE checkpoint or a run directory, and check it: sizes, NaN in a sample, shapes."""
 
     path: Annotated[Path, tyro.conf.Positional]
-    """A shards directory, an SAE checkpoint, or a run directory of `extract`."""
+    """A shards directory, an SAE (as `extract --sae` takes it), or a run directory of `extract`."""
+    shards: Path | None = None
+    """Shards to try an SAE on: how well it gives their activations back, as it is read and under other readings."""
+    layer: int | None = None
+    """Layer of these shards, as for `extract`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(SaeRules):
+    """Write an SAE of any known format, read under these rules, as one safetensors file that says all its rules."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """SAE to read, as `extract --sae` takes it."""
+    target: Annotated[Path, tyro.conf.Positional]
+    """File to write, such as sae.safetensors."""
+    force: bool = False
+    """Replace TARGET."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,18 +293,30 @@ class Demo:
             raise ConfigError(f"n_steps must be at least 1, got {self.n_steps}.")
 
 
+def from_json(command: type[T], content: dict[str, Any]) -> T:
+    """The config that `dataclasses.asdict` and JSON made `content` of, paths as text."""
+    hints = get_type_hints(command)
+    return command(
+        **{
+            name: Path(value) if isinstance(value, str) and hints[name] in (Path, Path | None) else value
+            for name, value in content.items()
+        }
+    )
+
+
 def _check_counts(config: object, *names: str) -> None:
     for name in names:
         if not 1 <= getattr(config, name) <= MAX_COUNT:
             raise ConfigError(f"{name} must be at least 1 (and at most {MAX_COUNT:,}), got {getattr(config, name)}.")
 
 
-def toml_flags(fpath: Path, command: type) -> list[str]:
+def toml_flags(fpath: Path, command: type, *, lists: tuple[str, ...] = ()) -> list[str]:
     """The fields in a TOML file as command-line flags, to be put before the user's own.
 
     Args:
         fpath: file whose top level holds fields of `command`, by name.
         command: the dataclass.
+        lists: fields that may be lists although their flag takes one value.
 
     Raises:
         ConfigError: the file cannot be read, is not TOML, or holds a field that `command` lacks.
@@ -261,7 +340,9 @@ def toml_flags(fpath: Path, command: type) -> list[str]:
                 flags.append(f"--{flag}" if value else f"--no-{flag}")
             case str() | int() | float():
                 flags += [f"--{flag}", str(value)]
-            case list() if value and "tuple" in kinds[name] and all(type(item) in (str, int, float) for item in value):
+            case list() if (
+                value and ("tuple" in kinds[name] or name in lists) and all(type(item) in (str, int, float) for item in value)
+            ):
                 flags += [f"--{flag}", *map(str, value)]
             case _:
                 raise ConfigError(

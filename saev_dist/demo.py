@@ -31,9 +31,9 @@ from saev_dist.config import Demo, Extract, Replay
 from saev_dist.data.images import list_images
 from saev_dist.data.shards import ShardWriter
 from saev_dist.errors import ConfigError, RunError
+from saev_dist.files import writing
 from saev_dist.render.sheet import Row, Slot, contact_sheet
 from saev_dist.sae.saev import load_saev, save_saev
-from saev_dist.spill import writing
 from saev_dist.store import Run
 
 # Photographs in the wheel, and the scale at which their structure is as large as a patch.

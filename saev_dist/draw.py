@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from saev_dist.data.images import load_picture
+from saev_dist.files import writing
 from saev_dist.render.geometry import Geometry, Placement
 from saev_dist.render.heatmap import highlight, plain
-from saev_dist.spill import writing
+from saev_dist.signals import ASKING
 
 Format = Literal["webp", "png"]
 
@@ -61,7 +62,8 @@ def start(drawing: Drawing) -> None:
     """Prepare this process."""
     global _drawing
     _drawing = drawing
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the pool
+    for number in ASKING:  # they reach the whole group; the parent ends the pool
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True, name="parent").start()
 
 

@@ -7,6 +7,11 @@
 class SaevDistError(Exception):
     """Base of every error that is shown without a traceback."""
 
+    def __str__(self) -> str:
+        """One line of printable text: names of files and fields are others' and may hold line ends and escape sequences."""
+        text = super().__str__()
+        return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
 
 class ConfigError(SaevDistError):
     """Flags, a TOML file or the machine do not allow this run."""
@@ -22,6 +27,14 @@ class CheckpointError(SaevDistError):
 
 class RunError(SaevDistError):
     """A run directory is in the way, or cannot be written or read."""
+
+
+class DamagedError(RunError):
+    """A file of a run under way is not what was written."""
+
+
+class Preempted(SaevDistError):
+    """A signal asked the run to leave. What it has done is kept, and the same command continues; exit code 75."""
 
 
 class MergeError(SaevDistError):

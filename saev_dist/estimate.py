@@ -13,7 +13,7 @@ from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError
 from saev_dist.plan import Plan
-from saev_dist.sae.model import Sae, TopK, batch_threads, block_tokens
+from saev_dist.sae.model import ConstantNorm, GroupMax, LayerNorm, Sae, TopK, batch_threads, block_tokens
 from saev_dist.world import World
 
 CODE_BYTES = 120
@@ -28,6 +28,8 @@ class Estimate:
 
     host: dict[str, int]
     device: dict[str, int]
+    partial: int
+    """A rank's partial on the disk, without its spilled rows, which are as large as the artifacts made of them."""
     artifacts: int
     """All but img_acts.npz."""
     img_acts: int
@@ -45,10 +47,12 @@ class Estimate:
 def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device) -> Estimate:
     """What `cfg` needs on this rank and on the disk."""
     batch_tokens = plan.examples_per_batch * shards.n_patches
-    per_token = sae.activation.k if isinstance(sae.activation, TopK) else round(ASSUMED_DENSITY * sae.d_sae) + 1
+    per_token = sae.activation.k if isinstance(sae.activation, TopK | GroupMax) else round(ASSUMED_DENSITY * sae.d_sae) + 1
     weights = 4 * (2 * sae.d_model * sae.d_sae + sae.d_sae + sae.d_model)
     block = block_tokens(batch_tokens, sae.d_sae, device)
     dense = batch_threads(batch_tokens, sae.d_sae, device) * block * sae.d_sae * (5 if cfg.precision != "bf16" else 3)
+    if isinstance(sae.input_norm, LayerNorm | ConstantNorm):  # float64 copies of the tokens under way
+        dense += 3 * 8 * sae.d_model * block * batch_threads(batch_tokens, sae.d_sae, device)
     n_sampled = n_samples(shards.n_tokens, cfg.max_distribution_samples)
     slots = sae.d_sae * cfg.top_k * 12
     state = slots + sae.d_sae * (8 * N_BINS + 24)
@@ -69,6 +73,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     return Estimate(
         host=host,
         device=on_device,
+        partial=state,
         artifacts=sae.d_sae * (cfg.top_k * 20 + 8 * N_BINS + 12) + samples,
         img_acts=shards.n_examples * (8 * per_image + 8) if cfg.img_acts else 0,
     )
@@ -94,10 +99,11 @@ def check_fits(need: Estimate, out_dpath: Path, world: World, device: torch.devi
                 "Lower --batch-tokens."
             )
     free = free_disk(out_dpath)
-    if need.artifacts > free:
+    partials = 2 * need.partial * world.size
+    if need.artifacts + partials > free:
         raise ConfigError(
-            f"the artifacts need {gb(need.artifacts)} of disk; {gb(free)} are free at {out_dpath}. "
-            "Choose another --out, or lower --top-k or --max-distribution-samples."
+            f"the artifacts need {gb(need.artifacts)} of disk, and snapshots {gb(partials)}; {gb(free)} are free at "
+            f"{out_dpath}. Choose another --out, or lower --top-k or --max-distribution-samples."
         )
 
 

@@ -1,25 +1,26 @@
 """Job 1: stream the activations through the SAE, accumulate, merge, write the artifacts.
 
-    plan -> each rank's share: read -> encode -> accumulate, spill rows -> exchange and merge -> rank 0 writes
+    plan, less what partials cover -> each rank's share: read -> encode -> accumulate, spill rows, snapshot
+                                   -> exchange and merge -> rank 0 writes
 
-Run by `saev-dist extract`; see `config.Extract` for what a user can set.
+Run by `saev-dist extract`; see `config.Extract` for what a user can set, and `partials` for why it may die at any time.
 """
 
-import hashlib
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from saev_dist import __version__
+from saev_dist import __version__, partials
 from saev_dist.accumulators import rows
 from saev_dist.accumulators.base import Codes
 from saev_dist.accumulators.bundle import Bundle
@@ -28,35 +29,43 @@ from saev_dist.accumulators.moments import Moments
 from saev_dist.accumulators.reconstruction import Reconstruction
 from saev_dist.accumulators.saev_percentile import SaevPercentile
 from saev_dist.accumulators.topk import TopK
-from saev_dist.config import Extract
+from saev_dist.config import Extract, SaeRules
 from saev_dist.data.reader import Reader, find_bad_value
 from saev_dist.data.shards import Shards
-from saev_dist.errors import ConfigError
+from saev_dist.errors import ConfigError, DataError, RunError, SaevDistError
 from saev_dist.estimate import check_fits, estimate
-from saev_dist.plan import Batch, Intervals, Plan, complement
+from saev_dist.partials import Keeper, Partial
+from saev_dist.plan import Batch, Intervals, Plan, complement, subtract
 from saev_dist.progress import Progress
 from saev_dist.report import describe_plan, summary
+from saev_dist.sae.hub import is_hub_name
+from saev_dist.sae.load import Loaded, Overrides, load_sae
 from saev_dist.sae.model import ActivationOverflow, Encoder, Sae, batch_threads
-from saev_dist.sae.saev import load_saev
-from saev_dist.spill import Spill, read_columns, write_csr
+from saev_dist.selfcheck import Report, check
+from saev_dist.spill import Rows, Segment, Spill, covered, read_columns, write_csr
 from saev_dist.store import Run
 from saev_dist.world import World
 
-# Fields of the config that change no byte of any artifact.
+# Fields of the config that change no byte of any artifact, or that stand in the identity in another form.
 INERT = {
     "shards",
     "sae",
     "out",
     "config",
     "layer",
-    "pre_bias",
     "device",
     "read_ahead",
     "timeout_s",
+    "snapshot_every",
+    "skip_bad_shards",
     "dry_run",
     "force",
+    "self_check",
     "progress",
-}
+} | {field.name for field in fields(SaeRules)}
+
+SAEV_PERCENTILE = "saev_percentile.estimate_s"
+"""Name of that estimate in a partial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +74,17 @@ class Job:
 
     cfg: Extract
     shards: Shards
-    sae: Sae
+    loaded: Loaded
+    overrides: Overrides
     plan: Plan
     device: torch.device
     identity: dict[str, Any]
     """What the bytes of the artifacts depend on; JSON."""
+    self_check: Report | None = None
+
+    @property
+    def sae(self) -> Sae:
+        return self.loaded.sae
 
 
 def run(cfg: Extract) -> None:
@@ -78,12 +93,17 @@ def run(cfg: Extract) -> None:
     Raises:
         SaevDistError: anything a user can mend; on every rank of the world.
     """
-    with World(cfg.timeout_s) as world:
+    with World(cfg.timeout_s) as world, world.obeying_signals(cfg.out / "partials"):
         job = open_job(cfg, world)
+        if cfg.precision == "tf32" and job.device.type != "cuda":
+            raise ConfigError(f"--precision tf32 needs a CUDA device; this run is on {job.device.type}. Use fp32 or bf16.")
         store = Run(cfg.out)
-        finished = world.tell(world.rank == 0 and store.is_finished(job.identity, force=cfg.force))
+        # Slurm and torchrun give a restarted job the flags of its first start: --force must not undo what that did.
+        force = cfg.force and not (world.restarted and world.rank == 0 and store.is_under_way(job.identity))
+        finished = world.tell(world.rank == 0 and store.is_finished(job.identity, force=force))
         if finished:
             if world.rank == 0:
+                store.tidy()
                 print(f"{cfg.out} holds this run, finished: nothing to do. (--force computes it again.)")
             return
         need = estimate(cfg, job.shards, job.sae, job.plan, job.device)
@@ -92,115 +112,214 @@ def run(cfg: Extract) -> None:
             if world.rank == 0:
                 print(describe_plan(cfg, job.shards, job.sae, job.plan, need, world.size))
             return
-        if world.rank == 0:
+        if world.rank == 0 and not cfg.skip_bad_shards:
             job.shards.check_files()
-            store.begin(job.identity)
-        world.wait()
-        try:
-            _extract(job, store, world)
-        except (MemoryError, torch.OutOfMemoryError) as err:
-            first = str(err).splitlines()[0]
-            raise ConfigError(f"out of memory on {job.device} ({first}); lower --batch-tokens or --top-k.") from None
+        if world.rank == 0:
+            job = replace(job, self_check=check(job.sae, job.shards, job.device, cfg.self_check, skip_bad=cfg.skip_bad_shards))
+        with store.lock() if world.rank == 0 else nullcontext():
+            if world.rank == 0:
+                store.begin(job.identity, _as_json(cfg), job.plan.n_batches, afresh=force)
+            work(job, store, world)
+
+
+def work(job: Job, store: Run, world: World, *, encode: bool = True) -> None:
+    """Do what is left of a run, and write its artifacts. Rank 0 must hold the lock.
+
+    Args:
+        encode: False when all batches should be done already.
+    """
+    try:
+        _extract(job, store, world, encode=encode)
+    except (MemoryError, torch.OutOfMemoryError) as err:
+        first = str(err).splitlines()[0]
+        raise ConfigError(f"out of memory on {job.device} ({first}); lower --batch-tokens or --top-k.") from None
 
 
 def open_job(cfg: Extract, world: World) -> Job:
     """Open and check what the config names."""
     shards = Shards.open(cfg.shards, cfg.layer)
-    sae = load_saev(cfg.sae, pre_bias=cfg.pre_bias)
-    if sae.d_model != shards.d_model:
+    overrides = Overrides.of(cfg)
+    loaded = load_sae(cfg.sae, overrides)
+    sae = loaded.sae
+    loaded.check_width(shards)
+    if cfg.metrics and not sae.reconstructs:
         raise ConfigError(
-            f"{cfg.sae} takes activations of width {sae.d_model}; {cfg.shards} holds width {shards.d_model}. "
-            "Use the SAE that was trained on this model's activations."
+            f"--metrics measures how well an SAE gives its input back; {cfg.sae} ({sae.source}) predicts another one."
         )
     device = world.device(cfg.device)
-    if cfg.precision == "tf32" and device.type != "cuda":
-        raise ConfigError(f"--precision tf32 needs a CUDA device; this run is on {device.type}. Use fp32 or bf16.")
     if cfg.percentile_estimator == "saev" and world.size > 1:
         raise ConfigError(
             f"--percentile-estimator saev depends on the order of all tokens, so it runs in one process; "
             f"there are {world.size}. Use the histogram, which merges."
         )
     settings = {name: value for name, value in asdict(cfg).items() if name not in INERT}
-    identity = settings | {
+    identity = settings | loaded.identity()
+    identity |= {
         "layer": shards.layer,
-        "pre_bias": sae.pre_bias,
         "device": device.type,
-        "shards_sha256": shards.fingerprint(),
-        "sae_sha256": _sha256(cfg.sae),
+        "shards_sha256": shards.fingerprint(skip_bad=cfg.skip_bad_shards),
     }
     plan = Plan(shards.examples, min(max(1, cfg.batch_tokens // shards.n_patches), max(shards.examples)))
-    return Job(cfg=cfg, shards=shards, sae=sae, plan=plan, device=device, identity=identity)
+    return Job(cfg=cfg, shards=shards, loaded=loaded, overrides=overrides, plan=plan, device=device, identity=identity)
 
 
-def _extract(job: Job, store: Run, world: World) -> None:
+def _extract(job: Job, store: Run, world: World, *, encode: bool) -> None:
     cfg = job.cfg
     clock = Clock()
-    todo = job.plan.deal(complement((), job.plan.n_batches), world.size)[world.rank]
+    with clock("resume"):
+        share = _take_share(job, store, world)
+        if not encode and share.todo:
+            missing = ", ".join(f"{first} to {stop - 1}" for first, stop in share.todo)
+            raise RunError(f"{store.dpath}: batches {missing} of {job.plan.n_batches} are not done. Run extract again.")
     with clock("stream"):
-        bundle, saev_percentile, report = _stream(job, store, world, todo)
+        bundle, saev_percentile, report = _stream(job, store, world, share)
         reports = world.collect(report)
     with clock("merge"):
         whole = _merge(bundle, world)
         world.wait()
     if world.rank == 0:
         with clock("write"):
-            names, metrics = _write(job, store, world, whole, saev_percentile)
-        manifest = _manifest(job, world, reports, clock.seconds, metrics)
+            segments = [Segment.from_json(obj) for report in reports for obj in report.pop("segments")]
+            why = {int(batch_i): reason for report in reports for batch_i, reason in report.pop("left_out").items()}
+            left_out = _left_out(job, segments, why)
+            names, metrics = _write(job, store, segments, whole, saev_percentile)
+        manifest = _manifest(job, world, reports, clock.seconds, metrics, left_out)
         store.publish(names, manifest)
         print(summary(cfg.out, manifest))
     world.wait()
 
 
-def _stream(job: Job, store: Run, world: World, todo: Intervals) -> tuple[Bundle, SaevPercentile | None, dict[str, Any]]:
-    """Encode this rank's batches; return its state and its report."""
-    cfg, shards = job.cfg, job.shards
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What a rank starts from, and what it has to do."""
+
+    bundle: Bundle
+    saev_percentile: SaevPercentile | None
+    absorbed: list[Partial]
+    """Partials that the state holds."""
+    todo: Intervals
+    bad: dict[int, str]
+    """Batches of the share whose shard is known to be bad, and why."""
+
+
+def _take_share(job: Job, store: Run, world: World) -> Share:
+    """Look at what earlier attempts did, and deal it and the rest to the ranks."""
+    cfg, dpath, plan = job.cfg, store.partials_dpath, job.plan
+    first_rank = world.rank == 0
+    found = world.tell(partials.names(dpath) if first_rank else None)
+    faults = world.collect({name: what for name in found[world.rank :: world.size] if (what := partials.fault(dpath / name))})
+    live: list[Partial] = []
+    if first_rank:
+        known = {name: what for part in faults for name, what in part.items()}
+        live = partials.settle(dpath, known, partials.fingerprint(job.identity))
+    bad_files = job.shards.bad_files() if first_rank and cfg.skip_bad_shards else {}
+    news = world.tell({"live": [p.name for p in live], "done": _done(live), "bad": list(bad_files.items())})
+
     bundle = make_bundle(job)
+    absorbed: list[Partial] = []
     saev_percentile = None
     if cfg.percentile_estimator == "saev":
-        saev_percentile = SaevPercentile(job.sae.d_sae, cfg.percentile, shards.n_tokens)
+        saev_percentile = SaevPercentile(job.sae.d_sae, cfg.percentile, job.shards.n_tokens)
+    for name in news["live"][world.rank :: world.size]:
+        partial, state = partials.load(dpath / name)
+        if saev_percentile is not None:  # in order and in one process, so there is one partial, and it covers a beginning
+            n_seen = plan.n_examples_in(covered(partial.segments)) * job.shards.n_patches
+            saev_percentile.resume(state.pop(SAEV_PERCENTILE), n_seen)
+        bundle = bundle.merge(bundle.like(state)) if absorbed else bundle.like(state)
+        absorbed.append(partial)
+
+    left = complement(tuple(map(tuple, news["done"])), plan.n_batches)
+    bad_batches = {batch_i: reason for shard_i, reason in news["bad"] for batch_i in range(*plan.shard_batches(shard_i))}
+    bad_intervals = tuple(sorted(plan.shard_batches(shard_i) for shard_i, _ in news["bad"]))
+    return Share(
+        bundle=bundle,
+        saev_percentile=saev_percentile,
+        absorbed=absorbed,
+        todo=plan.deal(subtract(left, bad_intervals), world.size)[world.rank],
+        bad=bad_batches if first_rank else {},
+    )
+
+
+def _done(live: list[Partial]) -> Intervals:
+    return covered(segment for partial in live for segment in partial.segments)
+
+
+def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, SaevPercentile | None, dict[str, Any]]:
+    """Encode this rank's batches; return its state and its report."""
+    cfg, shards, bundle, saev_percentile = job.cfg, job.shards, share.bundle, share.saev_percentile
     stride = rows.sample_stride(shards.n_tokens, cfg.max_distribution_samples)
-    reader = Reader(shards, job.plan, todo, depth=cfg.read_ahead, pin=job.device.type == "cuda")
-    n_tokens = job.plan.n_examples_in(todo) * shards.n_patches
-    progress = Progress("extract", n_tokens, shards.d_model * 4, rank=world.rank, size=world.size, enabled=cfg.progress)
+    pin = job.device.type == "cuda"
+    reader = Reader(shards, job.plan, share.todo, depth=cfg.read_ahead, pin=pin, skip_bad=cfg.skip_bad_shards)
+    n_tokens = job.plan.n_examples_in(share.todo) * shards.n_patches
+    n_before = job.plan.n_examples_in(_done(share.absorbed)) * shards.n_patches
+    progress = Progress(
+        "extract",
+        n_before + n_tokens,
+        shards.d_model * 4,
+        rank=world.rank,
+        size=world.size,
+        enabled=cfg.progress,
+        n_done=n_before,
+    )
     clock = Clock()
     began = time.perf_counter()
-    with ExitStack() as files:
-        spills = {name: files.enter_context(store.spill(name, world.rank)) for name in _spill_names(cfg)}
-        files.callback(progress.close)
+
+    def state() -> dict[str, Tensor]:
+        return bundle.state_dict() | ({SAEV_PERCENTILE: saev_percentile.estimate_s} if saev_percentile else {})
+
+    with ExitStack() as stack:
+        spill = stack.enter_context(Spill(store.partials_dpath, partials.new_owner(world.rank), _row_kinds(cfg)))
+        fingerprint = partials.fingerprint(job.identity)
+        keeper = stack.enter_context(Keeper(spill, fingerprint, share.absorbed, cfg.snapshot_every))
+        stack.callback(progress.close)
         n_threads = batch_threads(job.plan.examples_per_batch * shards.n_patches, job.sae.d_sae, job.device)
-        encoder = files.enter_context(Encoder(job.sae, job.device, cfg.precision, n_threads))
-        for codes in _encoded(reader, encoder, shards, clock):
-            world.check()
+        encoder = stack.enter_context(Encoder(job.sae, job.device, cfg.precision, n_threads))
+        stream = stack.enter_context(closing(_encoded(reader, encoder, shards, clock)))
+        while True:
+            try:
+                world.check()
+                batch, codes = next(stream, (None, None))
+            except SaevDistError:  # here the state covers whole batches, so they need not be done again
+                keeper.save(state())
+                raise
+            if batch is None or codes is None:
+                break
             with clock("accumulate"):
                 bundle.update(codes)
                 if saev_percentile is not None:
                     saev_percentile.update(codes)
             with clock("rows"):
-                _spill_rows(codes, cfg, job.sae.d_sae, stride, spills)
+                spill.append(batch.index, _rows(codes, cfg, job.sae.d_sae, stride))
+            with clock("snapshot"):
+                keeper.save_if_due(state)
             progress.advance(codes.n_tokens)
-    bundle.flush()
+        with clock("snapshot"):
+            keeper.save(state())
     seconds = max(time.perf_counter() - began, 1e-9)
     report = {
         "rank": world.rank,
         "host": platform.node(),
-        "n_batches": sum(stop - first for first, stop in todo),
+        "n_batches": sum(stop - first for first, stop in share.todo),
         "n_tokens": n_tokens,
+        "n_tokens_before": n_before,
         "stream_s": seconds,
         "tokens_per_s": n_tokens / seconds,
         "read_gb_per_s": reader.n_bytes / seconds / 1e9,
         "read_wait_s": reader.wait_s,
         **{f"{stage}_s": value for stage, value in clock.seconds.items()},
+        "segments": [asdict(segment) for segment in keeper.segments],
+        "left_out": share.bad | reader.left_out,
     }
     return bundle, saev_percentile, report
 
 
-def _encoded(reader: Reader, encoder: Encoder, shards: Shards, clock: "Clock") -> Iterator[Codes]:
-    """The codes of each batch. The batch after it is being encoded while the caller works on them."""
+def _encoded(reader: Reader, encoder: Encoder, shards: Shards, clock: "Clock") -> Generator[tuple[Batch, Codes], None, None]:
+    """Each batch with its codes. The batch after it is being encoded while the caller works on them."""
 
-    def finish(batch: Batch, acts_bd: Tensor, codes: Callable[[], Codes]) -> Codes:
+    def finish(batch: Batch, acts_bd: Tensor, codes: Callable[[], Codes]) -> tuple[Batch, Codes]:
         with clock("encode"):
             try:
-                return codes()
+                return batch, codes()
             except ActivationOverflow as err:
                 raise find_bad_value(acts_bd, batch, shards, err.limit) from None
 
@@ -225,23 +344,24 @@ def make_bundle(job: Job) -> Bundle:
         }
     )
     if cfg.metrics:
-        bundle.parts["reconstruction"] = Reconstruction(job.sae.w_dec_sd, job.sae.b_dec_d)
+        bundle.parts["reconstruction"] = Reconstruction(*job.sae.decoder(), job.sae.undo_norm())
     return bundle
 
 
-def _spill_names(cfg: Extract) -> list[str]:
+def _row_kinds(cfg: Extract) -> list[str]:
     names = ["img_acts_counts", "img_acts_indices", "img_acts_data"] if cfg.img_acts else []
     return names + (["distributions"] if cfg.n_distributions else [])
 
 
-def _spill_rows(codes: Codes, cfg: Extract, d_sae: int, stride: int, spills: dict[str, Spill]) -> None:
+def _rows(codes: Codes, cfg: Extract, d_sae: int, stride: int) -> Mapping[str, NDArray[Any]]:
+    """A batch's rows, by kind."""
+    made: dict[str, NDArray[Any]] = {}
     if cfg.img_acts:
         counts_e, indices_v, means_v = rows.image_means(codes, d_sae)
-        spills["img_acts_counts"].append(counts_e)
-        spills["img_acts_indices"].append(indices_v)
-        spills["img_acts_data"].append(means_v)
+        made |= {"img_acts_counts": counts_e, "img_acts_indices": indices_v, "img_acts_data": means_v}
     if cfg.n_distributions:
-        spills["distributions"].append(rows.sampled_values(codes, min(cfg.n_distributions, d_sae), stride))
+        made["distributions"] = rows.sampled_values(codes, min(cfg.n_distributions, d_sae), stride)
+    return made
 
 
 def _merge(bundle: Bundle, world: World) -> Bundle:
@@ -255,12 +375,32 @@ def _merge(bundle: Bundle, world: World) -> Bundle:
     return bundle.like(world.gather(merged.state_dict(), n_rows))
 
 
+def _left_out(job: Job, segments: list[Segment], why: Mapping[int, str]) -> list[dict[str, Any]]:
+    """The runs of images that no batch covers, and why; JSON.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    plan = job.plan
+    found: list[dict[str, Any]] = []
+    for first, stop in complement(covered(segments), plan.n_batches):
+        for batch in (plan[index] for index in range(first, stop)):
+            reason, shard = why[batch.index], job.shards.names[batch.shard_i]
+            if found and found[-1]["shard"] == shard and found[-1]["img_i"] + found[-1]["n_images"] == batch.img_i:
+                found[-1]["n_images"] += batch.n_examples
+            else:
+                found.append({"shard": shard, "img_i": batch.img_i, "n_images": batch.n_examples, "reason": reason})
+    if sum(part["n_images"] for part in found) == plan.n_examples:
+        raise DataError(f"{job.cfg.shards}: no shard can be read; the first: {found[0]['reason']}")
+    return found
+
+
 def _write(
-    job: Job, store: Run, world: World, whole: Bundle, saev_percentile: SaevPercentile | None
+    job: Job, store: Run, segments: list[Segment], whole: Bundle, saev_percentile: SaevPercentile | None
 ) -> tuple[list[str], dict[str, Any]]:
     """Stage all artifacts; return their names and the metrics."""
-    cfg, shards, d_sae = job.cfg, job.shards, job.sae.d_sae
-    artifacts = whole.finalize(shards.n_tokens)
+    cfg, shards, plan, d_sae = job.cfg, job.shards, job.plan, job.sae.d_sae
+    artifacts = whole.finalize(plan.n_examples_in(covered(segments)) * shards.n_patches)
     metrics = artifacts.pop("metrics")
     if saev_percentile is not None:
         artifacts[f"percentiles_p{cfg.percentile:.10g}"] = saev_percentile.estimate_s
@@ -268,16 +408,33 @@ def _write(
         store.stage_tensors(f"{stem}.pt", content)
     names = [f"{stem}.pt" for stem in artifacts]
 
-    spills = {name: [store.spill(name, rank) for rank in range(world.size)] for name in _spill_names(cfg)}
+    def spilled(kind: str, dtype: type[np.generic], n_columns: int, n_filler: Callable[[Batch], int], filler: float) -> Rows:
+        """All ranks' rows; a batch that was left out has `n_filler` rows of `filler`."""
+        return Rows(
+            store.partials_dpath,
+            kind,
+            segments,
+            plan.n_batches,
+            dtype,
+            n_columns=n_columns,
+            filler=lambda batch_i: np.full(n_filler(plan[batch_i]) * n_columns, filler, dtype),
+        )
+
     n_features = min(cfg.n_distributions, d_sae)
     n_samples = rows.n_samples(shards.n_tokens, cfg.max_distribution_samples)
-    store.stage_tensors(
-        "distributions.pt", torch.from_numpy(read_columns(spills.get("distributions", []), n_features, n_samples))
-    )
+    stride = rows.sample_stride(shards.n_tokens, cfg.max_distribution_samples)
+
+    def n_sampled(batch: Batch) -> int:
+        return rows.n_sampled(batch.img_i * shards.n_patches, batch.n_examples * shards.n_patches, stride)
+
+    samples = spilled("distributions", np.float32, n_features, n_sampled, np.nan) if n_features else None
+    store.stage_tensors("distributions.pt", torch.from_numpy(read_columns(samples, n_features, n_samples)))
     names.append("distributions.pt")
     if cfg.img_acts:
         with store.stage("img_acts.npz") as file:
-            counts, indices, data = (spills[f"img_acts_{name}"] for name in ("counts", "indices", "data"))
+            counts = spilled("img_acts_counts", np.int64, 1, lambda batch: batch.n_examples, 0)
+            indices = spilled("img_acts_indices", np.int32, 1, lambda batch: 0, 0)
+            data = spilled("img_acts_data", np.float32, 1, lambda batch: 0, 0)
             write_csr(file, (shards.n_examples, d_sae), counts, indices, data)
         names.append("img_acts.npz")
     store.stage_json("metrics.json", metrics)
@@ -285,13 +442,19 @@ def _write(
 
 
 def _manifest(
-    job: Job, world: World, reports: list[dict[str, Any]], seconds: dict[str, float], metrics: dict[str, Any]
+    job: Job,
+    world: World,
+    reports: list[dict[str, Any]],
+    seconds: dict[str, float],
+    metrics: dict[str, Any],
+    left_out: list[dict[str, Any]],
 ) -> dict[str, Any]:
     cfg, shards, sae = job.cfg, job.shards, job.sae
     gpu = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else None
     return {
         "identity": job.identity,
-        "config": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(cfg).items()},
+        "config": _as_json(cfg),
+        "left_out": left_out,
         "shards": {
             "path": str(cfg.shards.absolute()),
             "family": shards.family,
@@ -302,8 +465,16 @@ def _manifest(
             "d_model": shards.d_model,
             "dataset": shards.dataset,
         },
-        "sae": {"path": str(cfg.sae.absolute()), "source": sae.source, "d_sae": sae.d_sae, "pre_bias": sae.pre_bias},
+        "sae": {
+            "path": str(job.loaded.path.absolute()),
+            "format": job.loaded.sae_format,
+            "source": sae.source,
+            "d_sae": sae.d_sae,
+            "rules": sae.rules(),
+            "overrides": job.overrides.to_json(),
+        },
         "plan": {"n_batches": job.plan.n_batches, "images_per_batch": job.plan.examples_per_batch},
+        "self_check": job.self_check.to_json() if job.self_check else None,
         "metrics": metrics,
         "versions": {
             "saev_dist": __version__,
@@ -331,6 +502,10 @@ class Clock:
         self.seconds[stage] += time.perf_counter() - began
 
 
-def _sha256(fpath: Path) -> str:
-    with open(fpath, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _as_json(cfg: Extract) -> dict[str, Any]:
+    """All settings; paths absolute, so that they mean the same from elsewhere."""
+
+    def absolute(path: Path) -> Path:
+        return path if is_hub_name(path) else path.absolute()
+
+    return {name: str(absolute(value)) if isinstance(value, Path) else value for name, value in asdict(cfg).items()}

@@ -1,6 +1,7 @@
 """Typed reading of JSON that other programs wrote: a field is there, of its type and in range, or one line says so."""
 
 import json
+from collections.abc import Collection
 from typing import Any, TypeVar, cast
 
 from saev_dist.errors import SaevDistError
@@ -50,6 +51,14 @@ class Fields:
             raise self.error(f"{self.where}: field '{' or '.join(names)}' is {found}; it should be at least 1, and sane.")
         return value
 
+    def refuse_unknown(self, known: Collection[str]) -> None:
+        """Raise unless every member is one of `known`."""
+        if strangers := sorted(set(self.obj) - set(known)):
+            raise self.error(
+                f"{self.where} has fields that this version does not know ({', '.join(strangers)[:200]}); they may change what "
+                "the file means. Take them out if you know that they do not."
+            )
+
     def sub(self, name: str) -> "Fields":
         """The object under `name`, required."""
         return Fields(self.get(name, dict), f"{self.where}, '{name}'", self.error)
@@ -66,8 +75,15 @@ class Fields:
 
 
 def parse_json(text: bytes, where: str, error: type[SaevDistError]) -> Any:
-    """Parse JSON text of any shape; text that is not JSON is an `error`."""
+    """Parse JSON text of any shape; text that is not JSON, or says a thing twice, is an `error`."""
+
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        obj = dict(pairs)
+        if len(obj) < len(pairs):
+            raise ValueError("an object names a member twice")
+        return obj
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=members)
     except (ValueError, RecursionError) as err:
         raise error(f"{where} is not JSON ({err}); it may be truncated, or another kind of file.") from None

@@ -3,7 +3,7 @@
 Names: `s` features, `k` slots, `h` bins.
 """
 
-import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -15,9 +15,9 @@ from saev_dist.accumulators.rows import n_samples
 from saev_dist.data.shards import Shards
 from saev_dist.errors import RunError
 from saev_dist.fields import Fields
-from saev_dist.plan import Plan
+from saev_dist.sae.hub import is_hub_name
+from saev_dist.sae.load import Overrides, load_sae
 from saev_dist.sae.model import Precision, Sae
-from saev_dist.sae.saev import load_saev
 from saev_dist.store import Run
 
 
@@ -29,9 +29,7 @@ class FinishedRun:
     manifest: Fields
     shards: Shards
     sae: Sae
-    sae_fpath: Path
-    plan: Plan
-    """The batches as `extract` encoded them."""
+    sae_path: Path
     precision: Precision
     values_sk: NDArray[np.float32]
     imgs_sk: NDArray[np.int64]
@@ -50,24 +48,26 @@ class FinishedRun:
             DataError, CheckpointError: the inputs cannot be read.
         """
         store = Run(dpath)
-        manifest = store.manifest() if dpath.is_dir() else None
+        manifest = store.manifest() if os.path.isdir(dpath) else None
         if manifest is None:
-            if store.partials_dpath.is_dir():
+            if os.path.isdir(store.partials_dpath):
                 raise RunError(f"{dpath} is an unfinished run: it has no manifest.json yet. Finish `saev-dist extract` first.")
             raise RunError(f"{dpath} is not a run: it holds no manifest.json. --run takes the --out of `saev-dist extract`.")
-        identity, made_from = manifest.sub("identity"), manifest.sub("shards")
+        identity, made_from, made_with = (manifest.sub(name) for name in ("identity", "shards", "sae"))
         shards_dpath = shards or Path(made_from.get("path", str))
-        sae_fpath = sae or Path(manifest.sub("sae").get("path", str))
-        for path, flag in ((shards_dpath, "--shards"), (sae_fpath, "--sae")):
-            if not path.exists():
+        sae_path = sae or Path(made_with.get("path", str))
+        for path, flag in ((shards_dpath, "--shards"), (sae_path, "--sae")):
+            if not os.path.exists(path) and not is_hub_name(path):  # unlike Path.exists, False also where one may not look
                 raise RunError(f"{path}, which {dpath} was made from, is not there; say with {flag} where it is now.")
         opened = Shards.open(shards_dpath, identity.get("layer", int))
-        _same(opened.fingerprint(), identity.get("shards_sha256", str), shards_dpath, dpath, "shards")
-        with open(sae_fpath, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        _same(digest, identity.get("sae_sha256", str), sae_fpath, dpath, "sae")
-        weights = load_saev(sae_fpath, pre_bias=identity.get("pre_bias", bool))
-        shape = (weights.d_sae, identity.positive("top_k"))
+        skipped = bool(manifest.get("left_out", list, []))
+        _same(opened.fingerprint(skip_bad=skipped), identity.get("shards_sha256", str), shards_dpath, dpath, "shards")
+        loaded = load_sae(sae_path, Overrides.from_json(made_with.sub("overrides")))
+        _same(loaded.sha256, identity.get("sae_sha256", str), sae_path, dpath, "sae")
+        for name, value in loaded.identity().items():
+            if (there := identity.obj.get(name)) != value:
+                raise RunError(f"{dpath} was made with {name} {there}; read as its manifest says, {sae_path} has {value}.")
+        shape = (loaded.sae.d_sae, identity.positive("top_k"))
         values, imgs, patches = (
             store.load_tensor(f"{stem}.pt", shape).numpy() for stem in ("top_values", "top_img_i", "top_patch_i")
         )
@@ -79,14 +79,18 @@ class FinishedRun:
             dpath=dpath,
             manifest=manifest,
             shards=opened,
-            sae=weights,
-            sae_fpath=sae_fpath,
-            plan=Plan(opened.examples, manifest.sub("plan").positive("images_per_batch")),
+            sae=loaded.sae,
+            sae_path=loaded.path,
             precision=_precision(identity),
             values_sk=values,
             imgs_sk=imgs,
             patches_sk=patches,
         )
+
+    @property
+    def n_left_out(self) -> int:
+        """Images that `--skip-bad-shards` left out."""
+        return left_out(self.manifest)
 
     def statistics(self) -> "Statistics":
         """The figures of all features.
@@ -110,11 +114,12 @@ class FinishedRun:
             )
 
     def distributions(self) -> NDArray[np.float32]:
-        """The first features' scores on sampled tokens, float32 (n_distributions, n_samples)."""
+        """The first features' scores on those of the sampled tokens that were read, float32 (n_distributions, tokens)."""
         identity = self.manifest.sub("identity")
         n_features = min(identity.get("n_distributions", int), self.sae.d_sae)
         n = n_samples(self.shards.n_tokens, identity.positive("max_distribution_samples"))
-        return Run(self.dpath).load_tensor("distributions.pt", (n_features, n)).numpy()
+        values_st = Run(self.dpath).load_tensor("distributions.pt", (n_features, n)).numpy()
+        return values_st[:, ~np.isnan(values_st).any(axis=0)]  # NaN: tokens of a shard that was left out
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -133,6 +138,12 @@ class Statistics:
     """Tokens on which it is above zero."""
     counts_sh: NDArray[np.int64]
     edges_h: NDArray[np.float32]
+
+
+def left_out(manifest: Fields) -> int:
+    """Images that a run left out, as its manifest says."""
+    parts = manifest.get("left_out", list, [])
+    return sum(Fields(part, f"{manifest.where}, left_out", RunError).get("n_images", int) for part in parts)
 
 
 def _precision(identity: Fields) -> Precision:

@@ -1,5 +1,6 @@
 """`saev-dist inspect PATH`: what a shards directory, an SAE checkpoint or a run holds, and whether it is sound."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -7,18 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from saev_dist import partials
 from saev_dist.config import Inspect
-from saev_dist.data.reader import find_bad_value, read_batch
-from saev_dist.data.shards import FLOAT_BYTES, Shards, read_layers
+from saev_dist.data.reader import sample_images
+from saev_dist.data.shards import Shards, read_layers
 from saev_dist.errors import ConfigError, RunError
 from saev_dist.estimate import gb
-from saev_dist.plan import Plan
-from saev_dist.report import table
-from saev_dist.sae.saev import load_saev
+from saev_dist.report import describe_left_out, table
+from saev_dist.sae.load import Overrides, load_sae
+from saev_dist.sae.model import Sae, Threshold
+from saev_dist.selfcheck import examine
 from saev_dist.store import Run
 
 N_SAMPLED = 32
-NO_LIMIT = float("inf")
 
 
 def run(cfg: Inspect) -> None:
@@ -31,10 +33,14 @@ def run(cfg: Inspect) -> None:
         if os.path.exists(cfg.path / marker):
             print(table(dict(describe(cfg.path))))
             return
-    if not os.path.isfile(cfg.path):
-        found = "a directory without" if os.path.isdir(cfg.path) else "nothing there, so no"
-        raise ConfigError(f"{cfg.path}: {found} metadata.json or manifest.json; inspect takes shards, an sae.pt, or a run.")
-    print(table(dict(describe_sae(cfg.path))))
+    loaded = load_sae(cfg.path, Overrides.of(cfg))
+    print(table(dict(describe_sae(cfg.path, loaded.sae))))
+    if cfg.shards is not None:
+        shards = Shards.open(cfg.shards, cfg.layer)
+        loaded.check_width(shards)
+        if not loaded.sae.reconstructs:
+            raise ConfigError(f"{cfg.path} ({loaded.sae.source}) predicts another activation than its input: nothing to check.")
+        print(examine(loaded.sae, shards, torch.device("cpu")))
 
 
 def describe_shards(dpath: Path) -> list[tuple[str, str]]:
@@ -54,32 +60,41 @@ def describe_shards(dpath: Path) -> list[tuple[str, str]]:
                 ),
                 ("pictures", shards.dataset or "the metadata does not say where"),
             ]
-        acts_bd, n_imgs = _sample(shards)
-        lines.append((f"layer {layer}", f"finite in {n_imgs:,} sampled images: {_moments(acts_bd)}"))
+        sampled = list(sample_images(shards, N_SAMPLED))
+        lines.append((f"layer {layer}", f"finite in {len(sampled):,} sampled images: {_moments(torch.cat(sampled))}"))
     return lines
 
 
-def describe_sae(fpath: Path) -> list[tuple[str, str]]:
-    """Load the checkpoint, which checks names, shapes and values."""
-    sae = load_saev(fpath)
-    return [
-        ("SAE", f"{fpath}: {sae.source}, {gb(fpath.stat().st_size)}"),
+def describe_sae(path: Path, sae: Sae) -> list[tuple[str, str]]:
+    """What a checkpoint that was loaded, and so checked, holds."""
+    lines = [
+        ("SAE", f"{path}: {sae.source}"),
         ("sizes", f"{sae.d_model:,} -> {sae.d_sae:,} features"),
-        ("activation", str(sae.activation)),
-        ("encodes", f"{'x - b_dec' if sae.pre_bias else 'x'} @ W_enc + b_enc (--pre-bias and --no-pre-bias set it)"),
+        ("rules", ", ".join(f"{name} {json.dumps(value)}" for name, value in sae.rules().items())),
         ("W_enc", _moments(sae.w_enc_ds)),
         ("b_enc", _moments(sae.b_enc_s)),
         ("W_dec", f"{_moments(sae.w_dec_sd)}; row norms {_moments(sae.w_dec_sd.norm(dim=1))}"),
         ("b_dec", _moments(sae.b_dec_d)),
     ]
+    if isinstance(sae.activation, Threshold) and isinstance(sae.activation.threshold, Tensor):
+        lines.append(("threshold", _moments(sae.activation.threshold)))
+    return lines
 
 
 def describe_run(dpath: Path) -> list[tuple[str, str]]:
     """Check a run's slots against the promises: order, bounds, and the same places filled in all three."""
     store = Run(dpath)
-    manifest = store.manifest()
+    under_way, manifest = store.under_way(), store.manifest()
+    if under_way is not None:
+        kept = partials.newest(store.partials_dpath)
+        n_kept = sum(segment.stop - segment.first for partial in kept for segment in partial.segments)
+        n_batches = under_way.positive("n_batches")
+        return [
+            ("run", f"{dpath}: unfinished; run the same extract again to continue"),
+            ("kept", f"{n_kept:,} of {n_batches:,} batches ({n_kept / n_batches:.1%}), in {len(kept):,} partials"),
+        ]
     if manifest is None:
-        return [("run", f"{dpath}: unfinished (there is no manifest.json); run the same extract again")]
+        raise RunError(f"{dpath} holds no manifest.json: it is not a run, or one that died before it began.")
     metrics, shards, sae = (manifest.sub(name) for name in ("metrics", "shards", "sae"))
     n_imgs, n_patches = shards.get("n_examples", int), shards.get("n_patches", int)
     top_k = manifest.sub("config").get("top_k", int)
@@ -107,6 +122,7 @@ def describe_run(dpath: Path) -> list[tuple[str, str]]:
         ("slots", f"{int(filled.sum()):,} of {filled.numel():,} filled, top_k {top_k}"),
         ("L0", f"{metrics.get('l0', float):.1f}; dead features {n_dead:,} ({n_dead / shape[0]:.1%})"),
         ("world size", str(manifest.get("world_size", int))),
+        *([("left out", describe_left_out(parts))] if (parts := manifest.get("left_out", list, [])) else []),
     ]
 
 
@@ -115,21 +131,6 @@ DESCRIBERS: dict[str, Callable[[Path], list[tuple[str, str]]]] = {
     "manifest.json": describe_run,
     "partials": describe_run,
 }
-
-
-def _sample(shards: Shards) -> tuple[Tensor, int]:
-    """Activations of some images, evenly spread, float32 (tokens, d_model), and how many images."""
-    plan = Plan(shards.examples, 1)
-    step = -(-plan.n_batches // N_SAMPLED)
-    parts = []
-    for index in range(0, plan.n_batches, step):
-        buffer = torch.empty(shards.content_bytes // FLOAT_BYTES)
-        read_batch(shards, plan[index], buffer)
-        acts_bd = buffer.view(shards.n_patches, shards.d_model)
-        if not torch.isfinite(acts_bd).all():
-            raise find_bad_value(acts_bd, plan[index], shards, NO_LIMIT)
-        parts.append(acts_bd)
-    return torch.cat(parts), len(parts)
 
 
 def _moments(tensor: Tensor) -> str:

@@ -61,11 +61,9 @@ class Plan:
         n_examples = min(self.examples_per_batch, int(self._examples[shard_i + 1]) - img_i)
         return Batch(index, shard_i, example_i, n_examples, img_i)
 
-    def find(self, img_i: int) -> Batch:
-        """The batch that holds an example."""
-        assert 0 <= img_i < self.n_examples
-        shard_i = int(np.searchsorted(self._examples, img_i, side="right")) - 1
-        return self[int(self._batches[shard_i]) + (img_i - int(self._examples[shard_i])) // self.examples_per_batch]
+    def shard_batches(self, shard_i: int) -> tuple[int, int]:
+        """The batches first … stop-1 of a shard."""
+        return int(self._batches[shard_i]), int(self._batches[shard_i + 1])
 
     def examples_before(self, index: int) -> int:
         """Examples in the batches 0 … index-1."""
@@ -134,3 +132,20 @@ def complement(done: Intervals, n_batches: int) -> Intervals:
     """The batches of 0 … n_batches-1 that `done` does not cover."""
     edges = [0, *(edge for interval in done for edge in interval), n_batches]
     return tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)
+
+
+def subtract(intervals: Intervals, taken: Intervals) -> Intervals:
+    """The batches of `intervals` that `taken` does not cover."""
+    out: list[tuple[int, int]] = []
+    for first, stop in intervals:
+        for low, high in taken:
+            if high <= first:
+                continue
+            if low >= stop:
+                break
+            if first < low:
+                out.append((first, low))
+            first = max(first, high)
+        if first < stop:
+            out.append((first, stop))
+    return tuple(out)

@@ -17,22 +17,26 @@ class Progress:
 
     Args:
         job: name of what is going on.
-        n_tokens: tokens that this rank has to do.
+        n_tokens: tokens that this rank has to do, or has had to.
         bytes_per_token: read for each.
         rank, size: shown where there are several ranks; on a terminal only rank 0 draws its bar.
         enabled: False shows nothing.
+        n_done: of the tokens, done by an earlier attempt.
     """
 
-    def __init__(self, job: str, n_tokens: int, bytes_per_token: int, *, rank: int, size: int, enabled: bool) -> None:
+    def __init__(
+        self, job: str, n_tokens: int, bytes_per_token: int, *, rank: int, size: int, enabled: bool, n_done: int = 0
+    ) -> None:
         self._job = job
         self._n_tokens, self._bytes_per_token = n_tokens, bytes_per_token
         self._prefix = f"[rank {rank}/{size}] " if size > 1 else ""
         self._began = self._logged = time.monotonic()
-        self._done = 0
+        self._done = self._done_before = n_done
         on_terminal = sys.stderr.isatty()
         self._logs = enabled and not on_terminal
         self._bar = tqdm(
             total=n_tokens,
+            initial=n_done,
             desc=f"{self._prefix}{job}",
             unit="tok",
             unit_scale=True,
@@ -42,7 +46,7 @@ class Progress:
     def advance(self, n_tokens: int) -> None:
         """Count tokens as done."""
         self._done += n_tokens
-        rate = self._done / max(time.monotonic() - self._began, 1e-9)
+        rate = (self._done - self._done_before) / max(time.monotonic() - self._began, 1e-9)
         self._bar.set_postfix_str(f"read {rate * self._bytes_per_token / 1e6:,.0f} MB/s", refresh=False)
         self._bar.update(n_tokens)
         if self._logs and (time.monotonic() - self._logged >= LOG_EVERY_S or self._done == self._n_tokens):

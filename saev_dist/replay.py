@@ -23,9 +23,10 @@ import os
 import shutil
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,6 +40,7 @@ from saev_dist.choose import Slots, choose_features, choose_slots, deal
 from saev_dist.config import Replay
 from saev_dist.data.images import Pictures, open_pictures
 from saev_dist.errors import RunError
+from saev_dist.files import writing
 from saev_dist.finished import FinishedRun, Statistics
 from saev_dist.progress import Progress
 from saev_dist.reencode import Check, Image, reencode
@@ -46,7 +48,6 @@ from saev_dist.render import gallery, plots, tables
 from saev_dist.render.geometry import Geometry, Placement, default_fit
 from saev_dist.report import table
 from saev_dist.sae.model import Encoder, usable_precision
-from saev_dist.spill import writing
 from saev_dist.store import Run
 from saev_dist.world import World
 
@@ -75,6 +76,10 @@ class Job:
         return self.cfg.run / "visuals.partial"
 
     @property
+    def former_dpath(self) -> Path:
+        return self.cfg.run / "visuals.former"
+
+    @property
     def record(self) -> np.dtype[Any]:
         """What is known of one drawn picture."""
         numbers = [(name, "<i8") for name in ("img_i", "feature", "place", "patch_i", "n_cols", "n_rows", "width", "height")]
@@ -87,15 +92,18 @@ def run(cfg: Replay) -> None:
     Raises:
         SaevDistError: anything a user can mend; on every rank of the world.
     """
-    with World(cfg.timeout_s) as world:
+    with World(cfg.timeout_s) as world, world.obeying_signals(cfg.run / "visuals.partial"):
         job = open_job(cfg)
         device = world.device(cfg.device)
+        _agree(world, job)
         if world.tell(world.rank == 0 and _is_done(job)):
             if world.rank == 0:
+                with writing(job.visuals_dpath):
+                    _tidy(job)
                 print(f"{job.visuals_dpath / 'index.html'} is this gallery, finished: open it. (--force draws it again.)")
             return
         if world.rank == 0:
-            _begin(job)
+            _begin(job, afresh=cfg.force and not world.restarted)
         world.wait()
         todo = _without(job.slots, _records(job))
         world.wait()  # nobody appends before all have read
@@ -163,20 +171,36 @@ def open_job(cfg: Replay) -> Job:
     )
 
 
+def _agree(world: World, job: Job) -> None:
+    """Raise RunError unless rank 0 makes the same gallery: on another node the pictures may be others, or not there."""
+    first = world.tell(job.identity)
+    if differing := [name for name in job.identity if job.identity[name] != first[name]]:
+        name = differing[0]
+        here, there = (json.dumps(identity[name]) for identity in (job.identity, first))
+        raise RunError(
+            f"rank {world.rank} would draw another gallery than rank 0: {name} is {here[:200]} here, {there[:200]} there. "
+            "All ranks must see the same run and pictures; name a folder that they share."
+        )
+
+
 def _is_done(job: Job) -> bool:
-    fpath = job.visuals_dpath / "replay.json"
-    return not job.cfg.force and fpath.is_file() and fpath.read_bytes() == _json(job.identity)
+    try:
+        return not job.cfg.force and (job.visuals_dpath / "replay.json").read_bytes() == _json(job.identity)
+    except OSError:  # not there, or not to be read
+        return False
 
 
-def _begin(job: Job) -> None:
-    """Make `visuals.partial/`, or find it as an earlier attempt at the same gallery left it."""
+def _begin(job: Job, *, afresh: bool) -> None:
+    """Make `visuals.partial/`, or find it as an earlier attempt at the same gallery left it, if that counts."""
     marker_fpath = job.partial_dpath / "replay.json"
+    if os.path.lexists(job.visuals_dpath) and not job.visuals_dpath.is_dir():
+        raise RunError(f"{job.visuals_dpath} is in the way: it is no directory. Move it elsewhere.")
     with writing(job.partial_dpath):
         if job.partial_dpath.exists():
             same = marker_fpath.exists() and marker_fpath.read_bytes() == _json(job.identity)
-            if same and not job.cfg.force:
+            if same and not afresh:
                 return
-            shutil.rmtree(job.partial_dpath)
+            _remove(job.partial_dpath)
         job.partial_dpath.mkdir()
         temporary = marker_fpath.with_suffix(".tmp")
         temporary.write_bytes(_json(job.identity))
@@ -188,7 +212,8 @@ def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[st
     cfg, shards = job.cfg, job.finished.shards
     check = Check()
     n_threads = torch.get_num_threads() if device.type == "cpu" else 1
-    n_workers = cfg.workers or max(1, (os.cpu_count() or 1) // world.local_size // 2)
+    n_cores = len(os.sched_getaffinity(0)) // world.local_size  # of those that Slurm or a container leaves to this process
+    n_workers = cfg.workers or max(1, n_cores // 2)
     n_images, n_pictures = len(np.unique(slots["img_i"])), 0
     began = time.perf_counter()
     progress = Progress(
@@ -216,10 +241,8 @@ def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[st
 
         def finish_oldest() -> int:
             image, future = pending.popleft()
-            try:
+            with _drawing(world):
                 place = future.result()
-            except BrokenProcessPool:
-                raise RunError("a drawing process died, perhaps for want of memory; lower --workers, then run again.") from None
             rows = _make_records(job, image, place)
             with writing(job.partial_dpath):
                 records.write(rows.tobytes())
@@ -228,7 +251,8 @@ def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[st
 
         for image in reencode(job.finished, slots, encoder, check, read_ahead=cfg.read_ahead):
             world.check()
-            pending.append((image, pool.submit(draw.draw, _task(job, image))))
+            with _drawing(world):
+                pending.append((image, pool.submit(draw.draw, _task(job, image))))
             if len(pending) > 2 * n_workers + 2:  # the bound on what waits to be drawn
                 n_pictures += finish_oldest()
         while pending:
@@ -241,6 +265,18 @@ def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[st
         "largest": check.largest,
         "seconds": time.perf_counter() - began,
     }
+
+
+@contextmanager
+def _drawing(world: World) -> Iterator[None]:
+    """Turn the end of a drawing process, which both handing over work and asking for its result can meet, into one line."""
+    try:
+        yield
+    except (BrokenProcessPool, MemoryError):
+        world.check()  # it may have died of a signal that asks us all to leave
+        raise RunError(
+            "a drawing process died or had not enough memory; lower --workers or --img-scale, then run again."
+        ) from None
 
 
 def _task(job: Job, image: Image) -> draw.Task:
@@ -300,8 +336,16 @@ def _without(slots: Slots, records: list[NDArray[np.void]]) -> Slots:
 
 
 def _write_features(job: Job, features: list[int]) -> None:
-    """Write data.js of each feature, out of the records of all ranks."""
+    """Write data.js of each feature, out of the records of all ranks.
+
+    Raises:
+        RunError: they are not one for each picture.
+    """
     records = _records(job)
+    n_images = dict.fromkeys(features, 0)
+    for feature, place in zip(job.slots["feature"].tolist(), job.slots["place"].tolist(), strict=True):
+        if feature in n_images:
+            n_images[feature] = max(n_images[feature], place + 1)
     by_feature: dict[int, list[tuple[int, int]]] = {feature: [] for feature in features}
     for part_i, part in enumerate(records):
         for i, feature in enumerate(part["feature"].tolist()):
@@ -309,6 +353,11 @@ def _write_features(job: Job, features: list[int]) -> None:
                 by_feature[feature].append((part_i, i))
     for feature in features:
         rows = sorted((records[part_i][i] for part_i, i in by_feature[feature]), key=lambda row: int(row["place"]))
+        if [int(row["place"]) for row in rows] != list(range(n_images[feature])):
+            raise RunError(
+                f"{job.partial_dpath} records {len(rows)} pictures of feature {feature}; it has {n_images[feature]}. Do all "
+                "ranks see this directory, and is no other replay at work in it? Run again; if it stays so, with --force."
+            )
         view = gallery.FeatureView(
             feature=feature,
             upper=max(0.0, float(job.statistics.max_s[feature])),
@@ -348,13 +397,14 @@ def _write_page(job: Job) -> None:
     finished, statistics, dpath = job.finished, job.statistics, job.partial_dpath
     metrics, identity = finished.manifest.sub("metrics"), finished.manifest.sub("identity")
     facts = gallery.Facts(
-        sae=f"{finished.sae.source}, {finished.sae_fpath}",
+        sae=f"{finished.sae.source}, {finished.sae_path}",
         shards=str(finished.shards.dpath),
         dataset=str(job.pictures.root) if job.pictures else "",
         family=finished.shards.family,
         ckpt=finished.shards.ckpt,
         layer=finished.shards.layer,
         n_imgs=finished.shards.n_examples,
+        n_left_out=finished.n_left_out,
         n_patches=finished.shards.n_patches,
         n_tokens=metrics.get("n_tokens", int),
         d_sae=finished.sae.d_sae,
@@ -403,17 +453,27 @@ def _cards(job: Job) -> list[gallery.Card]:
 
 
 def _publish(job: Job) -> None:
-    """Give the whole gallery its name."""
-    for fpath in job.partial_dpath.glob("records.*.bin"):
-        fpath.unlink()
-    former_dpath = job.cfg.run / "visuals.former"
-    if former_dpath.exists():  # of a replay that died between the next two renames
-        shutil.rmtree(former_dpath)
+    """Give the whole gallery its name. The records go last: after a kill on the way nothing is drawn again."""
+    _remove(job.former_dpath)  # of a replay that died between the next two renames
     if job.visuals_dpath.exists():
-        os.replace(job.visuals_dpath, former_dpath)
+        os.replace(job.visuals_dpath, job.former_dpath)
     os.replace(job.partial_dpath, job.visuals_dpath)
-    if former_dpath.exists():
-        shutil.rmtree(former_dpath)
+    _tidy(job)
+
+
+def _tidy(job: Job) -> None:
+    """Remove what is no part of a finished gallery; a replay that died in here left it."""
+    for fpath in job.visuals_dpath.glob("records.*.bin"):
+        fpath.unlink()
+    _remove(job.former_dpath)
+
+
+def _remove(dpath: Path) -> None:
+    """Remove a directory, if it is there. Of a link to one only the link goes."""
+    if dpath.is_symlink():
+        dpath.unlink()
+    elif dpath.exists():
+        shutil.rmtree(dpath)
 
 
 def _summary(job: Job, reports: list[dict[str, Any]]) -> str:

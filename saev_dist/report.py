@@ -1,6 +1,8 @@
-"""What a job tells people on standard output: aligned tables of facts."""
+"""What a job tells people: aligned tables of facts on standard output, warnings on standard error."""
 
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,12 @@ from saev_dist.data.shards import Shards
 from saev_dist.estimate import Estimate, free_disk, gb
 from saev_dist.plan import Plan, complement
 from saev_dist.sae.model import Sae
+
+
+def warn(text: str) -> None:
+    """A line that does not stop the run."""
+    rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print(f"saev-dist: warning: {rank}{text}", file=sys.stderr, flush=True)
 
 
 def table(lines: Mapping[str, str]) -> str:
@@ -21,18 +29,30 @@ def summary(out_dpath: Path, manifest: dict[str, Any]) -> str:
     """What a finished run prints."""
     metrics, ranks, wall_s = manifest["metrics"], manifest["ranks"], manifest["wall_s"]
     n_dead, d_sae = metrics["n_dead"], metrics["d_sae"]
-    rate = metrics["n_tokens"] / max(wall_s["stream"], 1e-9)
+    n_tokens, n_before = (sum(rank[key] for rank in ranks) for key in ("n_tokens", "n_tokens_before"))
+    rate = n_tokens / max(wall_s["stream"], 1e-9)
     lines = {
-        "tokens": f"{metrics['n_tokens']:,} of {manifest['shards']['n_examples']:,} images",
+        "tokens": f"{metrics['n_tokens']:,} of {metrics['n_tokens'] // manifest['shards']['n_patches']:,} images",
         "L0": f"{metrics['l0']:.1f} of {d_sae:,} features above zero per token",
         "dead features": f"{n_dead:,} ({n_dead / d_sae:.1%})",
         "throughput": f"{rate:,.0f} tokens/s, {gb(rate * manifest['shards']['d_model'] * 4)}/s read, {len(ranks)} rank(s)",
         "wall time": ", ".join(f"{stage} {value:,.1f} s" for stage, value in wall_s.items()),
         "artifacts": str(out_dpath),
     }
+    if n_before:
+        lines["throughput"] += f"; {n_before:,} tokens were done before"
+    if manifest["left_out"]:
+        lines["left out"] = describe_left_out(manifest["left_out"])
     if metrics.get("normalized_mse") is not None:
         lines["normalized MSE"] = f"{metrics['normalized_mse']:.4f}"
     return table(lines)
+
+
+def describe_left_out(parts: Sequence[Mapping[str, Any]]) -> str:
+    """What `--skip-bad-shards` left out: `left_out` of a manifest."""
+    shards = sorted({str(part["shard"]) for part in parts})
+    listed = ", ".join(shards[:10]) + (f" and {len(shards) - 10:,} more (see manifest.json)" if len(shards) > 10 else "")
+    return f"{sum(part['n_images'] for part in parts):,} images of {len(shards):,} bad shards: {listed}"
 
 
 def describe_plan(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, need: Estimate, n_ranks: int) -> str:
@@ -47,6 +67,7 @@ def describe_plan(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, need: Esti
         "per rank": f"{_span(min(shares), max(shares))} batches on {n_ranks} rank(s)",
         "host memory": f"{gb(need.host_total)} per rank: " + ", ".join(f"{k} {gb(v)}" for k, v in need.host.items()),
         "device": ", ".join(f"{k} {gb(v)}" for k, v in need.device.items()) or "none: the encoder runs on the CPU",
+        "snapshots": f"{gb(need.partial)} per rank, every {cfg.snapshot_every:g} s; twice that while one replaces another",
         "disk": f"{gb(need.artifacts)}, and img_acts.npz up to about {gb(need.img_acts)}; {gb(free_disk(cfg.out))} free",
     }
     return table(lines) + "\ndry run: nothing was computed or written."

@@ -1,18 +1,27 @@
 """The run directory: artifact names, and writes that are whole or absent.
 
     <run>/                   artifacts under their final names, each complete; manifest.json last
-    <run>/partials/          of a run under way: run.json (what it is), spill files, artifacts not yet renamed
+    <run>/partials/          of a run under way: run.json (what it is), lock, partials and spill files (see partials.py),
+                             artifacts not yet renamed
 
-A file is written under `partials/`, fsynced, and renamed into place once all artifacts are written. So a run directory
-without manifest.json is unfinished, and one with it is done.
+An artifact is written under `partials/`, fsynced, and renamed into place once all are written; manifest.json follows,
+then partials/ goes, run.json first. So:
+
+- With run.json the run is under way: another attempt continues it, whatever else is there. It does not matter whether
+  the last one died while it streamed, merged or renamed: the partials are still there, and give the same bytes.
+- With manifest.json and no run.json it is done. What may be left of partials/ means nothing.
+- With neither, what is there is not ours, or of a run that died while --force replaced it.
 """
 
+import errno
+import fcntl
 import json
 import os
 import pickle
-import shutil
+import platform
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +30,8 @@ from torch import Tensor
 
 from saev_dist.errors import RunError
 from saev_dist.fields import Fields
-from saev_dist.spill import Spill, writing
+from saev_dist.files import fsync_dir, retrying, writing
+from saev_dist.report import warn
 
 ARTIFACT_PATTERNS = (
     "top_values.pt",
@@ -57,6 +67,15 @@ class Run:
         """Files here that carry an artifact's name."""
         return sorted(fpath for pattern in ARTIFACT_PATTERNS for fpath in self.dpath.glob(pattern))
 
+    def under_way(self) -> Fields | None:
+        """What run.json says of the run that is not finished here, or None."""
+        return _read_json(self.partials_dpath / "run.json")
+
+    def is_under_way(self, identity: dict[str, Any]) -> bool:
+        """Whether an attempt of this very run has begun here and not finished."""
+        under_way = self.under_way()
+        return under_way is not None and under_way.get("identity", dict) == identity
+
     def is_finished(self, identity: dict[str, Any], *, force: bool) -> bool:
         """Whether this very run is done; refuse a directory that another run occupies. Changes nothing.
 
@@ -68,17 +87,16 @@ class Run:
             RunError: the directory holds another run, finished or not, or artifacts of unknown origin.
         """
         if os.path.isfile(self.dpath):
-            raise RunError(f"{self.dpath} is a file; --out takes a directory to make, or that of a finished run.")
+            raise RunError(f"{self.dpath} is a file; --out takes a directory to make, or that of an earlier run.")
         if force:
             return False
-        finished = self.manifest()
-        under_way = _read_json(self.partials_dpath / "run.json")
-        holder = finished or under_way
+        under_way = self.under_way()
+        holder = under_way or self.manifest()
         if holder is None:
             if strangers := self.artifacts():
                 raise RunError(
-                    f"{self.dpath} holds {strangers[0].name} but no manifest.json: artifacts of something else, or of a run "
-                    "that died while it put them in place. Choose another --out, or replace them with --force."
+                    f"{self.dpath} holds {strangers[0].name} but no manifest.json: artifacts of something else. "
+                    "Choose another --out, or replace them with --force."
                 )
             return False
         theirs = holder.get("identity", dict)
@@ -87,17 +105,72 @@ class Run:
             details = "; ".join(
                 f"{key}: there {_brief(theirs.get(key))}, here {_brief(identity.get(key))}" for key in differing
             )
-            raise RunError(f"{self.dpath} holds another run ({details}). Choose another --out, or replace it with --force.")
-        return finished is not None
+            state = "an unfinished run" if under_way else "a run"
+            raise RunError(
+                f"{self.dpath} holds {state} of other settings ({details}). Choose another --out, or replace it with --force."
+            )
+        return under_way is None
 
-    def begin(self, identity: dict[str, Any]) -> None:
-        """Make the directory and a fresh `partials/`; what an earlier, unfinished attempt left there goes."""
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs out of this directory; makes it. The kernel, or the file server, frees the lock of a dead process.
+
+        An flock: on NFS it holds between machines where the server's lock service works (NFSv4, or v3 with lockd); the
+        lock of a machine that crashed goes when its lease ends, after 90 s by default. Where the file system has no
+        locks there is a warning and no protection.
+
+        Raises:
+            RunError: another process holds it, or the directory cannot be written.
+        """
+        fpath = self.partials_dpath / "lock"
+        with writing(fpath):
+            self.partials_dpath.mkdir(parents=True, exist_ok=True)
+            file = open(fpath, "a+")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as err:
+                if err.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    file.seek(0)
+                    raise self._in_use(file.read(200)) from None
+                warn(f"{fpath}: cannot lock ({err.strerror}); see to it that no other run uses {self.dpath}.")
+            if not fpath.exists() or not os.path.samestat(os.stat(fpath), os.fstat(file.fileno())):
+                raise self._in_use("a run that is just ending")
+            with writing(fpath):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+                file.flush()
+            try:
+                yield
+            finally:
+                if finished := not (self.partials_dpath / "run.json").exists():
+                    with suppress(OSError):
+                        fpath.unlink()  # while it is held: who has opened it meanwhile sees that it is gone
+        if finished:
+            with suppress(OSError):
+                self.partials_dpath.rmdir()
+
+    def _in_use(self, holder: str) -> RunError:
+        return RunError(
+            f"{self.dpath} is in use by {holder.strip() or 'another process'}. Wait for it, stop it, or choose another --out."
+        )
+
+    def begin(self, identity: dict[str, Any], config: dict[str, Any], n_batches: int, *, afresh: bool) -> None:
+        """Note what is under way here, unless it is noted already. The lock must be held.
+
+        Args:
+            identity: what the bytes of the artifacts depend on.
+            config: all settings; JSON.
+            n_batches: of the plan.
+            afresh: forget an unfinished attempt, if there is one.
+        """
+        run_fpath = self.partials_dpath / "run.json"
         with writing(self.partials_dpath):
-            self.dpath.mkdir(parents=True, exist_ok=True)
-            if self.partials_dpath.exists():
-                shutil.rmtree(self.partials_dpath)
-            self.partials_dpath.mkdir()
-        self.stage_json("run.json", {"identity": identity})
+            if afresh or not run_fpath.exists():
+                self._clear()
+                self.stage_json("run.json.new", {"identity": identity, "config": config, "n_batches": n_batches})
+                os.replace(self.partials_dpath / "run.json.new", run_fpath)
+                fsync_dir(self.partials_dpath)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[BinaryIO]:
@@ -131,17 +204,30 @@ class Run:
         """Rename staged artifacts into place, then the manifest; remove `partials/`."""
         self.stage_json("manifest.json", manifest)
         with writing(self.dpath):
-            # Until the new manifest is there the directory counts as unfinished.
+            # From here to the new manifest the old artifacts are being replaced: run.json says so, not a manifest.
             self.manifest_fpath.unlink(missing_ok=True)
             for stale in self.artifacts():
                 if stale.name not in names:
                     stale.unlink()
             for name in names:
                 os.replace(self.partials_dpath / name, self.dpath / name)
-            _fsync_dir(self.dpath)
+            fsync_dir(self.dpath)
             os.replace(self.partials_dpath / "manifest.json", self.manifest_fpath)
-            _fsync_dir(self.dpath)
-            shutil.rmtree(self.partials_dpath)
+            fsync_dir(self.dpath)
+            self._clear()
+
+    def tidy(self) -> None:
+        """Remove what a run that died in its last instant left beside its artifacts, if that can be done."""
+        if self.partials_dpath.exists():
+            with suppress(OSError, RunError), self.lock():
+                self._clear()
+
+    def _clear(self) -> None:
+        """Remove what is under `partials/`: run.json first, without which the rest means nothing, and not the lock."""
+        (self.partials_dpath / "run.json").unlink(missing_ok=True)
+        for fpath in self.partials_dpath.iterdir():
+            if fpath.name != "lock":
+                fpath.unlink()
 
     def load_tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """An artifact that is one tensor of this shape.
@@ -176,9 +262,6 @@ class Run:
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
             raise RunError(f"{fpath} is damaged; run extract again with --force.") from None
 
-    def spill(self, name: str, rank: int) -> Spill:
-        return Spill(self.partials_dpath / f"{name}.{rank:05d}.bin")
-
 
 class _Sink:
     """A file for torch.save that remembers the OSError that torch would hide."""
@@ -200,19 +283,11 @@ class _Sink:
 
 def _read_json(fpath: Path) -> Fields | None:
     try:
-        return Fields.parse(fpath.read_bytes(), str(fpath), RunError)
+        return Fields.parse(retrying(fpath.read_bytes), str(fpath), RunError)
     except FileNotFoundError:
         return None
     except OSError as err:
         raise RunError(f"{fpath}: {err.strerror}.") from None
-
-
-def _fsync_dir(dpath: Path) -> None:
-    fd = os.open(dpath, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _brief(value: Any) -> str:

@@ -62,9 +62,10 @@ def run(cfg: Verify) -> None:
                         "scores": f"{sum(n_slots):,} equal to the stored ones",
                         "largest difference": f"{max(largest):.1%} of the tolerance for {finished.precision} "
                         f"(2^{np.log2(TOLERANCE[finished.precision]):.0f} of the sum of a score's terms)",
-                        "on the edge": f"{sum(on_edge):,} scores needed the batch as it was extracted",
+                        "on the edge": f"{sum(on_edge):,} scores that rounding alone keeps in or out of their token's code",
                         "verdict": "verified",
                     }
+                    | ({"left out": f"{finished.n_left_out:,} images of bad shards"} if finished.n_left_out else {})
                 )
             )
         world.wait()

@@ -12,9 +12,10 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -22,19 +23,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from saev_dist.errors import ConfigError, PeerError, RunError
+from saev_dist.errors import ConfigError, PeerError, Preempted, RunError
+from saev_dist.signals import Signals
 
 State = dict[str, Tensor]
 
 CHECK_EVERY_S = 1.0
 ACKNOWLEDGE_S = 10.0
 BEAT_S = 2.0
-LOST_AFTER_S = 20.0
+LOST_AFTER_S = 15.0
+LEAVE_S = 60.0
 STORE_ERRORS = (dist.DistError, ConnectionError, RuntimeError)  # what a store raises when its host is gone
 
 
 class World:
     """This process among its peers. Use as a context; on the way out an error is made known to the peers.
+
+    Inside `obeying_signals`, `check`, `wait` and all that waits also raise `Preempted` once a signal has asked this
+    process or a peer to leave.
 
     Args:
         timeout_s: longest wait inside one collective operation.
@@ -51,6 +57,31 @@ class World:
         self._checked = time.monotonic()
         self._left = threading.Event()
         self._lost = ""
+        self._signals = Signals(self.rank)
+
+    @contextmanager
+    def obeying_signals(self, kept: Path) -> Iterator[None]:
+        """Leave in an orderly way when a signal asks for it.
+
+        Args:
+            kept: where what is done is kept, for the message.
+
+        Raises:
+            Preempted: on every rank, once one of them has had a signal.
+        """
+        try:
+            with self._signals:
+                yield
+        except Preempted as err:
+            raise Preempted(
+                f"{err}: stopped, and what is done is kept in {kept}. "
+                "Run the same command again, on any number of ranks, to continue."
+            ) from None
+
+    @property
+    def restarted(self) -> bool:
+        """Whether torchrun or Slurm has started this job before, so that it goes on with what an earlier attempt began."""
+        return _env("TORCHELASTIC_RESTART_COUNT", 0) > 0 or _env("SLURM_RESTART_COUNT", 0) > 0
 
     def __enter__(self) -> Self:
         if self.size == 1:
@@ -82,14 +113,16 @@ class World:
         self._watcher.join(ACKNOWLEDGE_S)
         first = True
         with suppress(*STORE_ERRORS):
-            if err is not None and not isinstance(err, PeerError):
+            if err is not None and not isinstance(err, (PeerError, Preempted)):
                 first = self._store.add("errors", 1) == 1
                 if first:
                     self._store.set("error", f"rank {self.rank}: {err}")
-            # Whoever hosts the store must not take it away before the others have read it.
+            # Whoever hosts the store must not take it away before the others have read it, and a launcher that sees
+            # this rank fail ends the others.
             n_gone = self._store.add("gone", 1)
-            until = time.monotonic() + ACKNOWLEDGE_S
-            while n_gone < self.size and time.monotonic() < until and (err is not None or self.rank == 0):
+            until = time.monotonic() + (LEAVE_S if isinstance(err, Preempted) else ACKNOWLEDGE_S)
+            lingers = self.rank == 0 or not (err is None or isinstance(err, (PeerError, Preempted)))
+            while lingers and n_gone < self.size - bool(self._lost) and time.monotonic() < until:
                 time.sleep(0.05)
                 n_gone = self._store.add("gone", 0)
         if err is None:
@@ -120,8 +153,8 @@ class World:
         return device
 
     def check(self) -> None:
-        """Raise PeerError if another rank has failed. Cheap: asks at most once a second."""
-        if self._store is None or time.monotonic() - self._checked < CHECK_EVERY_S:
+        """Raise PeerError if another rank has failed, Preempted if ranks should leave. Asks peers at most once a second."""
+        if not self._signals.received and time.monotonic() - self._checked < CHECK_EVERY_S:
             return
         self._checked = time.monotonic()
         self._ask(lambda store: None)
@@ -194,8 +227,8 @@ class World:
         try:
             dist.all_to_all_single(out, tensor.contiguous(), out_rows, in_rows)
         except RuntimeError as err:
-            # A peer that failed closes its connections; its own error says more, once the store has it.
-            until = time.monotonic() + ACKNOWLEDGE_S
+            # A peer that failed closes its connections. Its own error, or its silence, says more than gloo does.
+            until = time.monotonic() + LOST_AFTER_S + 2 * BEAT_S
             while time.monotonic() < until:
                 self._ask(lambda store: None)
                 time.sleep(0.1)
@@ -221,13 +254,20 @@ class World:
 
     def _ask(self, question: Callable[[dist.Store], Any]) -> Any:
         """Put a question to the store, after a look at whether a peer has failed. None in a single process."""
+        signal = self._signals.received
         if self._store is None:
+            if signal:
+                raise Preempted(signal)
             return None
         if self._lost:
             raise RunError(self._lost)
         try:
             if self._store.check(["error"]):
                 raise PeerError(self._store.get("error").decode())
+            if signal:
+                self._store.set("leave", f"{signal} on rank {self.rank}")
+            if self._store.check(["leave"]):
+                raise Preempted(self._store.get("leave").decode())
             return question(self._store)
         except STORE_ERRORS as err:
             raise RunError(f"rank {self.rank} lost contact with rank 0, which died ({str(err).splitlines()[0]}).") from None

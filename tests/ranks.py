@@ -26,6 +26,6 @@ def run_cli(
 def artifact_hashes(dpath: Path) -> dict[str, str]:
     """SHA-256 of every file of a finished run but the manifest, which holds times."""
     assert (dpath / "manifest.json").exists(), sorted(path.name for path in dpath.iterdir())
-    files = {path.name: path for path in dpath.iterdir()}
+    files = {path.name: path for path in dpath.iterdir() if path.is_file()}
     del files["manifest.json"]
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(files.items())}

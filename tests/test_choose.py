@@ -54,7 +54,7 @@ def test_nothing_to_show_and_unknown_features_are_errors():
         choose(log_freq_range=(2, 3))
     with pytest.raises(ConfigError, match="--features 7: there is no such feature; the SAE has 0 to 6"):
         choose(always=(3, 7))
-    with pytest.raises(ConfigError, match="nothing to show"):
+    with pytest.raises(ConfigError, match="nothing to do"):
         choose(n_features=0)
     assert choose(log_freq_range=(2, 3), always=(6,)) == [6]
 

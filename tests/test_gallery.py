@@ -2,17 +2,21 @@
 
 import base64
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from saev_dist import replay
 from saev_dist.render.gallery import (
     MAX_BARS,
     FeatureTable,
@@ -38,6 +42,7 @@ from tests.pages import (
     chromium,
     write_gallery,
 )
+from tests.test_replay import make_pictures, make_replay, make_run
 
 DEAD, SHOWN = (7, 21), tuple(s for s in range(60) if s % 3 or s == 21)
 
@@ -366,6 +371,10 @@ def test_no_key_press_is_lost_when_they_come_fast(visit: Open, small: Gallery):
     expect(page.locator("#feature-title")).to_have_text(f"Feature {SHOWN[SHOWN.index(4) + 5]}")
 
 
+# Text within a card or a picture's row is read by `text_content()`: under `content-visibility: auto`, `inner_text()` is empty
+# until the browser has drawn it.
+
+
 def test_a_feature_shows_its_numbers_histogram_and_pictures(visit: Open, small: Gallery):
     page = visit(small, "#feature=10")
     view = small.views[10]
@@ -374,9 +383,9 @@ def test_a_feature_shows_its_numbers_histogram_and_pictures(visit: Open, small: 
     assert f"{small.table.n_active_s[10]:,} of {N_TOKENS:,} patches" in page.locator("#f-active").inner_text()
     for i, image in enumerate(view.images):
         item = page.locator("#images > li").nth(i)
-        assert float(item.locator(".score").inner_text()) == float(f"{image.score:.3g}")
-        assert item.locator(".label").inner_text() == image.label
-        assert item.locator(".path").inner_text() == f"image {image.img_i:,} · {image.path}"
+        assert float(item.locator(".score").text_content()) == float(f"{image.score:.3g}")
+        assert item.locator(".label").text_content() == image.label
+        assert item.locator(".path").text_content() == f"image {image.img_i:,} · {image.path}"
     loaded = "images => images.every((image) => image.complete && image.naturalWidth > 0)"
     page.wait_for_function(f"() => ({loaded})([...document.querySelectorAll('#images img')])")
     counts = [int(text.split(": ")[1].split()[0].replace(",", "")) for text in page.locator("#histogram title").evaluate_all("all => all.map((title) => title.textContent)")]  # fmt: skip
@@ -411,13 +420,13 @@ def test_hovering_reads_the_patch_under_the_pointer(visit: Open, small: Gallery)
     for patch_i in range(N_PATCHES):  # six columns, four rows: a transposed grid would read others
         row, column = divmod(patch_i, N_COLS)
         stage.hover(position={"x": (column + 0.5) * PATCH * scale, "y": (row + 0.5) * PATCH * scale})
-        check_value(item.locator(".value").inner_text(), values_p, patch_i)
+        check_value(item.locator(".value").text_content(), values_p, patch_i)
         mark = item.locator(".cursor").bounding_box()
         assert mark["x"] - box["x"] == pytest.approx(column * PATCH * scale, abs=1.5)
         assert mark["y"] - box["y"] == pytest.approx(row * PATCH * scale, abs=1.5)
     stage.hover(position={"x": (N_COLS * PATCH + 6) * scale, "y": 5})  # right of the last patch
     expect(item.locator(".cursor")).to_be_hidden()
-    check_value(item.locator(".value").inner_text(), values_p, small.views[10].images[1].patch_i)
+    check_value(item.locator(".value").text_content(), values_p, small.views[10].images[1].patch_i)
 
 
 def test_arrow_keys_read_patches_of_a_focused_picture_and_leave_the_feature_alone(visit: Open, small: Gallery):
@@ -435,7 +444,7 @@ def test_arrow_keys_read_patches_of_a_focused_picture_and_leave_the_feature_alon
         ("End", N_PATCHES - 1),
     ):
         page.keyboard.press(key)
-        check_value(page.locator("#images > li").first.locator(".value").inner_text(), values_p, patch_i)
+        check_value(page.locator("#images > li").first.locator(".value").text_content(), values_p, patch_i)
         assert stage.get_attribute("aria-valuenow") == str(patch_i)
     assert f"row {N_PATCHES // N_COLS}, column {N_COLS}" in stage.get_attribute("aria-valuetext")
     expect(page.locator("#feature-title")).to_have_text("Feature 10")
@@ -448,7 +457,7 @@ def test_a_tap_reads_a_patch(visit: Open, small: Gallery):
     box = stage.bounding_box()
     scale = box["width"] / (N_COLS * PATCH + 8)
     stage.tap(position={"x": 2.5 * PATCH * scale, "y": 1.5 * PATCH * scale})
-    check_value(page.locator(".value").first.inner_text(), small.views[10].images[0].values_p, N_COLS + 2)
+    check_value(page.locator(".value").first.text_content(), small.views[10].images[0].values_p, N_COLS + 2)
 
 
 def test_the_slider_fades_the_heatmap_and_the_box_hides_it(visit: Open, small: Gallery):
@@ -471,7 +480,7 @@ def test_a_dead_feature_is_shown_as_such_without_pictures(visit: Open, small: Ga
     page = visit(small, "#show=dead")
     wait_for_cards(page, [7, 21])
     assert page.locator("#grid img").count() == 0
-    assert all("never fires" in text for text in page.locator(".card").all_inner_texts())
+    assert all("never fires" in text for text in page.locator(".card").all_text_contents())
     page.get_by_role("link", name="Feature 21").click()  # it was rendered, with nothing to render
     expect(page.locator("#f-note")).to_contain_text("never fired")
     assert page.locator("#images img").count() == 0
@@ -485,11 +494,57 @@ def test_a_feature_without_pictures_has_its_numbers_and_the_command_that_renders
     expect(page.locator("#next")).to_be_enabled()
 
 
+def test_a_gallery_in_a_folder_whose_name_is_no_text_still_shows_its_notes(visit: Open, tmp_path):
+    dpath = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    gallery = write_gallery(dpath / "visuals", d_sae=4, shown=(0,))
+    page = visit(SimpleNamespace(dpath=tmp_path, url=f"{tmp_path.as_uri()}/%FF/visuals/index.html"), "#feature=3")
+    assert gallery.fires(3)
+    expect(page.locator("#f-note code")).to_have_text("saev-dist replay --run RUN --features 3")
+
+
+@pytest.fixture(scope="module")
+def replayed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the gallery that `replay` made of it; the name of one picture is an attack."""
+    tmp_path = tmp_path_factory.mktemp("replayed")
+    images = make_pictures(tmp_path / "images")
+    (images / "class0/000.png").rename(images / "class0" / HOSTILE)
+    run = make_run(tmp_path)
+    replay.run(make_replay(run, images=images, patch_size=5, n_images=12, image_format="webp", features=(2,)))
+    return run
+
+
+def test_the_gallery_of_a_replay_shows_the_slots_of_its_run(visit: Open, replayed: Path):
+    page = visit(
+        SimpleNamespace(dpath=replayed / "visuals", url=(replayed / "visuals/index.html").as_uri()), "#sort=id&order=asc"
+    )
+    stored = {name: torch.load(replayed / f"top_{name}.pt", weights_only=True) for name in ("values", "img_i", "patch_i")}
+    fired = (stored["values"][:, 0] > 0).nonzero().squeeze(1).tolist()
+    assert cards(page) == sorted({*fired, 2}) and 2 not in fired  # feature 2 was asked for, and never fires
+    page.wait_for_function("() => [...document.querySelectorAll('#grid img')].slice(0, 8).every((image) => image.naturalWidth)")
+    for s in fired[:3]:
+        page.goto(f"{(replayed / 'visuals/index.html').as_uri()}#feature={s}")
+        expect(page.locator("#feature-title")).to_have_text(f"Feature {s}")
+        best = {}  # of each image the first slot, strongest first
+        for score, img_i, patch_i in zip(*(stored[name][s].tolist() for name in ("values", "img_i", "patch_i")), strict=True):
+            if img_i >= 0:
+                best.setdefault(img_i, (score, patch_i))
+        expect(page.locator("#images > li")).to_have_count(len(best))
+        for i, (img_i, (score, patch_i)) in enumerate(best.items()):
+            item = page.locator("#images > li").nth(i)
+            assert item.locator(".path").text_content().startswith(f"image {img_i} · class{img_i * 3 // 23}/")
+            assert float(item.locator(".score").text_content()) == pytest.approx(score, rel=5e-3)
+            check_value(item.locator(".value").text_content(), np.full(6, score), patch_i)
+        page.wait_for_function(
+            "() => [...document.querySelectorAll('#images img')].every((image) => image.naturalWidth === 15)"
+        )
+    assert page.evaluate("window.hacked") is None
+
+
 def test_hostile_labels_and_paths_are_only_text(visit: Open, tmp_path):
     hostile = write_gallery(tmp_path / "visuals", d_sae=6, shown=(0, 1), label=HOSTILE_LABEL)
     page = visit(hostile, "#feature=1")
     expect(page.locator("#images .label").first).to_have_text(HOSTILE_LABEL)
-    assert HOSTILE in page.locator("#images .path").first.inner_text()
+    assert HOSTILE in page.locator("#images .path").first.text_content()
     page.keyboard.press("Escape")
     assert page.locator(".tiles img").first.get_attribute("alt") == HOSTILE_LABEL
     page.get_by_text("About this run").click()
@@ -530,6 +585,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
 def test_four_hundred_features_are_there_at_once_and_load_their_pictures_when_near(visit: Open, large: Gallery):
     page = visit(large)
     assert len(cards(page)) == 400
+    assert page.evaluate("performance.getEntriesByName('gallery-ready')[0].startTime") < 2000  # ms since the page was asked for
     n_images = page.locator("#grid img").count()
     assert n_images == 400 * 4
     page.wait_for_function("() => document.querySelector('#grid img').complete")

@@ -92,6 +92,22 @@ def test_clip_and_siglip_are_cropped_and_others_fit_a_grid():
     assert Geometry(fit="grid", n_patches=1920).place(640, 480).size == (48 * 16, 40 * 16)
 
 
+@pytest.mark.parametrize(("edge", "left"), [(256, 16), (255, 16), (257, 16), (253, 14)])
+def test_the_crop_lies_where_torchvisions_center_crop_has_it(edge, left):
+    """`int(round((height - crop_height) / 2.0))` in torchvision/transforms: half a pixel goes to the even side."""
+    place = Geometry(fit="crop", n_patches=196, resize=(edge, 300), crop=(224, 224)).place(640, 480)
+    assert place.crop == (left, 38, left + 224, 262)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"patch_size": 8000}, {"img_scale": 64, "patch_size": 1000}, {"grid": (1, 6), "patch_size": 2731}]
+)
+def test_pictures_too_large_to_be_stored_are_refused(settings):
+    with pytest.raises(ConfigError, match="a side may have 16,383 px"):
+        Geometry(fit="grid", n_patches=6, **settings).place(60, 40)
+    assert Geometry(fit="grid", n_patches=6, grid=(1, 6), patch_size=2730).place(1, 1).size == (2730, 16380)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -62,5 +62,5 @@ def test_altered_slots_are_noticed(inputs, capsys):
 
 
 def test_anything_else_is_refused(inputs, capsys):
-    assert "inspect takes shards, an sae.pt, or a run" in refused(capsys, inputs / "nowhere")
-    assert "inspect takes shards, an sae.pt, or a run" in refused(capsys, inputs)
+    assert "nowhere: No such file or directory; an SAE should be there" in refused(capsys, inputs / "nowhere")
+    assert "holds no SAE" in refused(capsys, inputs)

@@ -8,9 +8,25 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "saev_dist"
 LEVELS = [
     {"cli", "__main__"},
-    {"demo"},
-    {"extract", "replay", "verify", "inspect"},
-    {"finished", "reencode", "draw", "world", "store", "sae", "data", "spill", "estimate", "progress", "report"},
+    {"demo", "merge"},
+    {"extract", "replay", "verify", "inspect", "convert"},
+    {
+        "finished",
+        "reencode",
+        "draw",
+        "world",
+        "store",
+        "partials",
+        "sae",
+        "data",
+        "spill",
+        "files",
+        "signals",
+        "estimate",
+        "selfcheck",
+        "progress",
+        "report",
+    },
     {"accumulators", "plan", "choose", "render", "fields"},
     {"config", "errors"},
 ]
@@ -53,3 +69,22 @@ def test_pure_modules_touch_nothing_outside(fpath):
         called = {node.func.id for node in ast.walk(ast.parse(fpath.read_text())) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}  # fmt: skip
         assert not called & {"open", "print", "input"}
         assert (ast.get_docstring(ast.parse(fpath.read_text())) or "").startswith("PURE") or fpath.name == "__init__.py"
+
+
+LAUNCHER = PACKAGE.parent / "slurm"
+LAUNCHER_LEVELS = [{"launch"}, {"submit", "watch"}, {"task", "sweep", "queue", "progress"}, {"jobs", "config"}]
+
+
+@pytest.mark.parametrize("fpath", sorted(LAUNCHER.glob("*.py")), ids=lambda fpath: fpath.name)
+def test_the_launcher_stands_above_the_package(fpath):
+    def launcher_level(name: str) -> int:
+        return next(i for i, names in enumerate(LAUNCHER_LEVELS) if name in names)
+
+    used = imports(fpath)
+    targets = {name.split(".")[1] for name in used if name.startswith("slurm.")}
+    assert fpath.stem == "__init__" or all(launcher_level(target) > launcher_level(fpath.stem) for target in targets), targets
+    assert fpath.stem in ("submit", "task") or not any(name.startswith("submitit") for name in used)
+
+
+def test_the_package_knows_no_launcher():
+    assert not [name for fpath in FILES for name in imports(fpath) if name.startswith(("slurm", "submitit"))]

@@ -1,10 +1,12 @@
 """Plans and intervals: every batch once, in order, whoever computes it."""
 
+from itertools import pairwise
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from saev_dist.plan import Plan, complement, union
+from saev_dist.plan import Plan, complement, subtract, union
 
 examples = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 
@@ -53,3 +55,35 @@ def test_a_plan_for_two_billion_images_is_small_and_exact():
     assert (last.shard_i, last.img_i, last.n_examples) == (99_999, 2_000_000_000 - 4, 4)
     shares = plan.deal(((0, plan.n_batches),), 1024)
     assert {plan.n_examples_in(share) // 1000 for share in shares} == {1953}
+
+
+def numbers(intervals):
+    return [index for first, stop in intervals for index in range(first, stop)]
+
+
+batch_sets = st.sets(st.integers(0, 30)).map(lambda chosen: union(((i, i + 1),) for i in chosen))
+
+
+@given(batch_sets, batch_sets)
+def test_subtract_is_the_difference_of_sets(a, b):
+    left = subtract(a, b)
+    assert numbers(left) == sorted(set(numbers(a)) - set(numbers(b)))
+    assert all(stop < first for (_, stop), (first, _) in pairwise(left)), "not in normal form"
+
+
+@given(
+    examples,
+    st.integers(1, 4),
+    st.lists(st.tuples(st.integers(1, 6), st.lists(st.floats(0, 1), min_size=6, max_size=6)), max_size=5),
+    st.integers(1, 6),
+)
+def test_whatever_dies_every_batch_is_done_once(per_shard, per_batch, attempts, last_n_ranks):
+    """Random plans, worlds and deaths: each rank of an attempt keeps a beginning of its share, the last one all of it."""
+    plan = Plan(per_shard, per_batch)
+    kept = []
+    for n_ranks, shares_done in [*attempts, (last_n_ranks, [1.0] * 6)]:
+        todo = complement(union(kept), plan.n_batches)
+        for share, done in zip(plan.deal(todo, n_ranks), shares_done, strict=False):
+            batches = numbers(share)
+            kept.append(union(((i, i + 1),) for i in batches[: round(done * len(batches))]))
+    assert union(kept) == (((0, plan.n_batches),) if plan.n_batches else ())  # union refuses what is covered twice

@@ -3,6 +3,9 @@
 import csv
 import hashlib
 import json
+import multiprocessing
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -18,10 +21,12 @@ from PIL import Image
 
 from saev_dist import draw, extract, replay
 from saev_dist.config import Extract, Replay
-from saev_dist.errors import RunError
+from saev_dist.data.images import load_picture
+from saev_dist.errors import DataError, RunError
 from saev_dist.render.geometry import Geometry
 from saev_dist.render.heatmap import highlight
-from tests.ranks import run_cli
+from saev_dist.sae.saev import save_saev
+from tests.ranks import ENV, run_cli
 from tests.synthetic import BATCH_TOPK, RELU, TOPK, dense_codes, make_acts, make_sae, make_shards, make_weights
 from tests.test_verify import fails
 
@@ -144,6 +149,140 @@ def test_a_replay_that_died_draws_only_what_is_missing(tmp_path, monkeypatch):
     assert 0 < sum(drawn) < n_pictures and said[0]["n_pictures"] == n_pictures - sum(drawn)
 
 
+class Killed(BaseException):
+    """Nothing handles it, as nothing handles a kill."""
+
+
+def publish_until(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Die in `replay._publish` before the change number `step` of the file system."""
+    calls, publish = iter(range(1000)), replay._publish
+
+    def mortal(change):
+        def change_or_die(*args, **settings):
+            if next(calls) == step:
+                raise Killed
+            return change(*args, **settings)
+
+        return change_or_die
+
+    def publish_or_die(job):
+        for owner, name in ((os, "replace"), (shutil, "rmtree"), (Path, "unlink")):
+            monkeypatch.setattr(owner, name, mortal(getattr(owner, name)))
+        publish(job)
+
+    monkeypatch.setattr(replay, "_publish", publish_or_die)
+
+
+@pytest.mark.parametrize("former", [False, True], ids=["first", "again"])
+def test_a_kill_at_any_step_of_the_swap_loses_nothing(tmp_path, monkeypatch, former):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    cfg = make_replay(run, images=images, all=False, features=(3, 5), n_features=0)
+    replay.run(cfg)
+    whole = tree(run / "visuals")
+    n_drawn: list[int] = []
+    summary = replay._summary
+    monkeypatch.setattr(
+        replay, "_summary", lambda job, reports: n_drawn.append(reports[0]["n_pictures"]) or summary(job, reports)
+    )
+    for step in range(20):
+        shutil.rmtree(run / "visuals")
+        if former:
+            (run / "visuals").mkdir()
+            (run / "visuals/index.html").write_text("of other features")
+        try:
+            with monkeypatch.context() as dying:
+                publish_until(step, dying)
+                replay.run(cfg)
+            break
+        except Killed:
+            n_drawn.clear()
+        if former:
+            assert (run / "visuals/index.html").exists() or (run / "visuals.former/index.html").exists()
+        replay.run(cfg)
+        assert sum(n_drawn) == 0  # all was drawn before
+        assert tree(run / "visuals") == whole
+        assert [path.name for path in run.iterdir() if path.name.startswith("visuals")] == ["visuals"]
+    assert step == (4 if former else 2)  # so many changes there are
+
+
+def test_a_replay_that_is_killed_outright_goes_on_with_any_number_of_ranks(tmp_path):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images", size=(600, 400))
+    args = ("replay", "--run-dir", run, "--images", images, "--all", "--n-images", 9, "--patch-size", 90, "--workers", 1)
+    assert run_cli(*args).returncode == 0
+    whole = tree(run / "visuals")
+    shutil.rmtree(run / "visuals")
+    command = [sys.executable, "-m", "saev_dist", *map(str, args)]
+    n_left = []
+    for _ in range(2):
+        with subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
+            before = n_left[-1] if n_left else 0
+            while (
+                sum(path.stat().st_size for path in run.glob("visuals.partial/records.*")) <= before and killed.poll() is None
+            ):
+                time.sleep(0.005)
+            killed.kill()
+        n_left.append(sum(path.stat().st_size for path in run.glob("visuals.partial/records.*")))
+    assert 0 < n_left[0] <= n_left[1] and not (run / "visuals").exists()
+    done = run_cli(*args, n_ranks=3)
+    assert done.returncode == 0, done.stderr
+    assert tree(run / "visuals") == whole
+
+
+def test_a_linked_gallery_is_replaced_and_what_it_links_to_stays(tmp_path):
+    run = make_run(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/kept.txt").write_text("kept")
+    (run / "visuals").symlink_to(tmp_path / "elsewhere")
+    for n_features in (2, 3):
+        replay.run(make_replay(run, all=False, n_features=n_features))
+    assert sorted(path.name for path in run.iterdir() if path.name.startswith("visuals")) == ["visuals"]
+    assert (run / "visuals/index.html").exists() and (tmp_path / "elsewhere/kept.txt").exists()
+
+
+def test_a_file_in_the_gallerys_place_is_refused_before_anything_is_drawn(tmp_path, capsys):
+    run = make_run(tmp_path)
+    (run / "visuals").write_text("mine")
+    assert "visuals is in the way" in fails(capsys, "replay", "--run", run, "--all", "--no-progress")
+    assert (run / "visuals").read_text() == "mine" and not (run / "visuals.partial").exists()
+
+
+@pytest.mark.parametrize("fault", ["lost", "twice"])
+def test_a_picture_that_is_not_on_record_once_stops_the_replay(tmp_path, monkeypatch, fault):
+    """A file system that not all ranks share, or another replay in the same directory."""
+    run = make_run(tmp_path)
+    write = replay._write_features
+
+    def spoiled(job, features):
+        fpath = next(job.partial_dpath.glob("records.*.bin"))
+        rows = np.fromfile(fpath, job.record)
+        (rows[1:] if fault == "lost" else np.append(rows, rows[:1])).tofile(fpath)
+        write(job, features)
+
+    monkeypatch.setattr(replay, "_write_features", spoiled)
+    with pytest.raises(RunError, match=r"records \d+ pictures of feature \d+; it has \d+. Do all ranks see this directory"):
+        replay.run(make_replay(run))
+    assert not (run / "visuals").exists()
+
+
+def test_ranks_that_see_other_pictures_refuse(tmp_path, monkeypatch):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    # What rank 0 of another node says, where the data set is not mounted.
+    monkeypatch.setattr(replay.World, "tell", lambda world, word: word | {"images": None} if isinstance(word, dict) else word)
+    with pytest.raises(RunError, match=r"rank 0: images is .*class folders.* here, null there"):
+        replay.run(make_replay(run, images=images, patch_size=5))
+    assert not (run / "visuals.partial").exists()
+
+
+def test_there_are_no_more_drawing_processes_than_cores_for_them(tmp_path, monkeypatch):
+    pools: list[int] = []
+    pool = replay.ProcessPoolExecutor
+    monkeypatch.setattr(replay, "ProcessPoolExecutor", lambda n, **settings: pools.append(n) or pool(n, **settings))
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)  # of the node; one is ours
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5})
+    replay.run(make_replay(make_run(tmp_path), workers=None, all=False, n_features=1))
+    assert pools == [1]
+
+
 def test_a_finished_gallery_is_left_as_it_is_and_another_takes_its_place(tmp_path, capsys):
     run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
     replay.run(make_replay(run, images=images))
@@ -215,6 +354,58 @@ def test_bad_pictures_stop_the_run_with_one_line(tmp_path, capsys, how, words):
     assert not (run / "visuals").exists()
 
 
+def test_a_name_of_two_lines_with_escape_sequences_stays_one_line_of_text(tmp_path, capsys):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    first = min(images.rglob("*.png"))
+    first.rename(first.with_name("000\n\x1b[31m\u2028.png")).write_text("no picture")
+    line = fails(capsys, "replay", "--run", run, "--images", images, "--all", "--n-images", 99, "--workers", 1, "--no-progress")
+    assert r"000\n\x1b[31m\u2028.png is not a picture" in line
+
+
+def test_a_picture_never_starts_another_program(tmp_path, monkeypatch):
+    """Pillow hands Encapsulated PostScript, whatever its name, to a `gs` on the path."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\necho ran >> {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "x.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 40\n%%EndComments\n%%EOF\n")
+    with pytest.raises(DataError, match=r"x\.png is not a picture"):
+        load_picture(tmp_path, "x.png", in_data_set=False)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "extension"),
+    [("L", "jpg"), ("CMYK", "jpg"), ("1", "png"), ("P", "png"), ("LA", "png"), ("RGBA", "webp"), ("I;16", "png"), ("F", "tif")],
+)
+def test_pictures_of_every_mode_are_read_as_rgb(tmp_path, mode, extension):
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 6, 3)).astype(np.uint8))
+    picture = rgb.convert("L").convert("I").convert("I;16") if mode == "I;16" else rgb.convert(mode)
+    picture.save(tmp_path / f"x.{extension}")
+    read = load_picture(tmp_path, f"x.{extension}", in_data_set=False)
+    assert (read.mode, read.size) == ("RGB", (6, 4))
+
+
+def test_a_rotation_flag_is_left_alone_as_the_writers_loader_leaves_it(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by a quarter when shown
+    Image.new("RGB", (6, 4)).save(tmp_path / "x.jpg", exif=exif)
+    assert load_picture(tmp_path, "x.jpg", in_data_set=False).size == (6, 4)
+
+
+def test_a_run_in_which_nothing_fired_is_refused_by_name(tmp_path, capsys):
+    shards = make_shards(tmp_path / "shards", make_acts(N_IMGS, N_PATCHES))
+    weights = make_weights()
+    weights["b_enc_s"][:] = -1000
+    save_saev(tmp_path / "sae.pt", **weights, activation=RELU)
+    run = tmp_path / "run"
+    extract.run(Extract(shards=shards, sae=tmp_path / "sae.pt", out=run, progress=False))
+    capsys.readouterr()
+    for command in (["replay"], ["replay", "--all"], ["verify"], ["verify", "--all"]):
+        assert "no feature of this run ever fired" in fails(capsys, *command, "--run", run)
+    replay.run(make_replay(run, all=False, features=(3,)))  # a named feature is shown: as one that never fires
+    assert (run / "visuals/features/3/data.js").exists()
+
+
 def test_bad_requests_are_refused(tmp_path, capsys):
     run = make_run(tmp_path)
     assert "no such feature" in fails(capsys, "replay", "--run", run, "--features", 24)
@@ -222,6 +413,10 @@ def test_bad_requests_are_refused(tmp_path, capsys):
     assert "found nothing" in fails(capsys, "replay", "--run", run, "--images", tmp_path / "gone")
     assert "has 8 patches; the shards have 6" in fails(capsys, "replay", "--run", run, "--grid", 2, 4)
     assert "is not a run" in fails(capsys, "replay", "--run", tmp_path)
+    assert "holds no SAE. An SAE is one of" in fails(capsys, "replay", "--run", run, "--sae", tmp_path)
+    (run / "partials").mkdir()
+    (run / "manifest.json").unlink()
+    assert "is an unfinished run" in fails(capsys, "replay", "--run", run)
 
 
 def test_an_altered_score_stops_the_replay(tmp_path, capsys):
@@ -236,7 +431,8 @@ def test_an_altered_score_stops_the_replay(tmp_path, capsys):
 def test_a_directory_that_cannot_be_written_is_named(tmp_path, capsys):
     run = make_run(tmp_path)
     (run / "visuals.partial").write_text("in the way")
-    assert "visuals.partial" in fails(capsys, "replay", "--run", run, "--all", "--no-progress")
+    line = fails(capsys, "replay", "--run", run, "--all", "--no-progress")
+    assert "visuals.partial: cannot write: Not a directory" in line and "--out" not in line  # replay has no such flag
 
 
 def test_flat_folders_and_data_sets_are_picture_sources(tmp_path):
@@ -260,6 +456,76 @@ def test_flat_folders_and_data_sets_are_picture_sources(tmp_path):
     assert found[0] == found[1] == found[2] and found[0]
 
 
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs util-linux, to be no root")
+@pytest.mark.parametrize(
+    ("closed", "words"),
+    [
+        ("run", "run/manifest.json: Permission denied"),
+        ("images", "cannot list the images (Permission denied)"),
+        ("images/class1", "class1: cannot list the images (Permission denied)"),
+        ("images/class1/010.png", "010.png cannot be read: Permission denied"),
+        ("sae.pt", "sae.pt: Permission denied; an SAE should be there"),
+        ("run/visuals/replay.json", ""),  # of a gallery that is replaced
+    ],
+)
+def test_what_one_may_not_look_at_is_named(tmp_path, closed, words):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    (run / "visuals").mkdir()
+    (run / "visuals/replay.json").touch()
+    (tmp_path / closed).chmod(0)
+    command = [sys.executable, "-m", "saev_dist", "replay", "--run", run, "--images", images, "--all", "--n-images", "99"]
+    if os.geteuid() == 0:  # root, but bound by permissions as everybody else
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", *command]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=60)
+    (tmp_path / closed).chmod(0o755)  # so that pytest can remove it
+    if not words:
+        assert done.returncode == 0 and (run / "visuals/index.html").exists(), done.stderr
+        return
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and words in done.stderr, done.stderr
+
+
+@pytest.fixture
+def columns(tmp_path, capsys):
+    """Writes a data set of these columns over the pictures of `make_pictures`."""
+    datasets = pytest.importorskip("datasets")
+    fpaths = [str(fpath) for fpath in sorted(make_pictures(tmp_path / "images").rglob("*.png"))]
+
+    def save(name="set", image=None, label=None):
+        rows = {"image": image or fpaths} | ({"label": label} if label else {})
+        kinds = {"image": datasets.Value("string") if image == fpaths else datasets.Image()}
+        kinds |= {"label": datasets.ClassLabel(names=["a", "b"])} if label else {}
+        datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).save_to_disk(tmp_path / name)
+        capsys.readouterr()  # its progress
+        return fpaths, tmp_path / name
+
+    return save
+
+
+@pytest.mark.parametrize("missing", [-1, None])
+def test_rows_of_a_data_set_without_a_class_have_no_label(tmp_path, columns, missing):
+    """The test splits of public data sets have -1 everywhere."""
+    _, dpath = columns(label=[missing, 1] + [missing] * (N_IMGS - 2))
+    run = make_run(tmp_path)
+    replay.run(make_replay(run, images=dpath, patch_size=5))
+    labels = pyarrow.parquet.read_table(run / "visuals/images.parquet").column("label").to_pylist()
+    assert labels == ["", "b"] + [""] * (N_IMGS - 2)
+
+
+def test_data_sets_without_pictures_are_refused_with_one_line(tmp_path, capsys, columns):
+    run = make_run(tmp_path)
+    flags = ("--all", "--n-images", 99, "--workers", 1, "--no-progress")
+    fpaths, whole = columns("whole")
+    _, gap = columns("gap", image=[None, *fpaths[1:]])
+    _, texts = columns("texts", image=fpaths)
+    (whole / "state.json").write_text("[]")
+    for dpath, words in (
+        (whole, "is no data set that `datasets` can read: TypeError"),
+        (gap, "picture 0 is not there: the row has no picture"),
+        (texts, "image (Value); expected one named image, of kind Image"),
+    ):
+        assert words in fails(capsys, "replay", "--run", run, "--images", dpath, *flags)
+
+
 def test_drawing_processes_leave_when_their_parent_is_killed(tmp_path):
     script = """
 import sys, time
@@ -281,6 +547,40 @@ if __name__ == "__main__":
     while (alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < until:
         time.sleep(0.05)
     assert not alive
+
+
+def die(task: object) -> None:
+    os._exit(1)
+
+
+def lack_memory(task: object) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("fate", [die, lack_memory])
+@pytest.mark.parametrize("how_many_images", ["one", "all"])
+def test_a_drawing_process_that_dies_ends_the_replay_with_one_line(tmp_path, monkeypatch, fate, how_many_images):
+    run = make_run(tmp_path)
+    make_task = replay._task
+
+    def slow_task(job, image):  # by the second image the first one's process has died
+        if image.img_i != job.slots["img_i"].min():
+            time.sleep(0.1)
+            while multiprocessing.active_children() and fate is die:
+                time.sleep(0.1)
+        return make_task(job, image)
+
+    monkeypatch.setattr(draw, "draw", fate)
+    monkeypatch.setattr(replay, "_task", slow_task)
+    only = {"all": False, "features": (3,), "n_features": 0, "n_images": 1} if how_many_images == "one" else {}
+    with pytest.raises(RunError, match="a drawing process died or had not enough memory; lower --workers"):
+        replay.run(make_replay(run, **only))
+
+
+def test_pictures_too_large_to_be_stored_are_refused_with_one_line(tmp_path, capsys):
+    run = make_run(tmp_path)
+    line = fails(capsys, "replay", "--run", run, "--patch-size", 8000, "--no-progress", "--workers", 1)
+    assert "would be drawn as" in line and "Lower --img-scale or --patch-size" in line
 
 
 def test_drawing_processes_import_no_torch():

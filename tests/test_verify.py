@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saev_dist import extract, verify
-from saev_dist.choose import choose_slots
+from saev_dist.choose import choose_slots, deal
 from saev_dist.cli import main
 from saev_dist.config import Extract, Verify
 from saev_dist.finished import FinishedRun
@@ -32,6 +32,7 @@ def make_run(tmp_path, activation=RELU, **settings):
 
 def fails(capsys, *args) -> str:
     """The one line that the program ends with."""
+    capsys.readouterr()  # warnings about synthetic SAEs, which reconstruct nothing
     with pytest.raises(SystemExit) as caught:
         main([str(arg) for arg in args])
     assert caught.value.code == 1
@@ -132,17 +133,58 @@ def test_what_is_no_finished_run_is_refused(tmp_path, capsys):
     assert "is damaged" in fails(capsys, "verify", "--run", out)
 
 
-def test_a_score_on_the_edge_of_its_token_is_settled_by_the_batch_as_extracted(tmp_path):
-    """TopK keeps one of two features that all but tie; encoded in another shape the other one may win."""
-    random = torch.Generator().manual_seed(0)
-    d_model, d_sae, n_patches = 48, 512, 7
-    w_enc = torch.randn(d_model, d_sae, generator=random)
-    w_enc[:, 256:] = w_enc[:, :256]  # every feature has a twin: a token's codes end between twins all the time
+def other_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products that add their terms in another order, as another device does."""
+    addmm = torch.addmm
+    flipped = lambda b_s, x_bd, w_ds, out: addmm(b_s, x_bd.flip(1), w_ds.flip(0), out=out)  # noqa: E731
+    monkeypatch.setattr(torch, "addmm", flipped)
+
+
+def twins() -> tuple[torch.Tensor, np.ndarray]:
+    """An encoder whose features come in pairs that all but tie, and activations."""
+    w_enc = torch.randn(48, 512, generator=torch.Generator().manual_seed(0))
+    w_enc[:, 256:] = w_enc[:, :256]
     w_enc[0, 256:] += 1e-7
-    save_saev(
-        tmp_path / "sae.pt", w_enc, torch.zeros(d_sae), w_enc.T, torch.zeros(d_model), {"cls": "TopK", "params": {"top_k": 5}}
-    )
-    acts = np.random.default_rng(1).normal(size=(200, n_patches, d_model)).astype(np.float32)
-    shards = make_shards(tmp_path / "shards", acts, imgs_per_shard=150)
-    extract.run(Extract(shards=shards, sae=tmp_path / "sae.pt", out=tmp_path / "run", progress=False))
-    verify.run(Verify(run=tmp_path / "run", all=True, progress=False))
+    return w_enc, np.random.default_rng(1).normal(size=(60, 7, 48)).astype(np.float32)
+
+
+def between(w_enc: torch.Tensor, acts: np.ndarray) -> float:
+    """A threshold that one score exceeds on another device and reaches on this one, above nearly all others."""
+    x_bd = torch.from_numpy(acts).flatten(0, 1)
+    here_bs, there_bs = x_bd @ w_enc, x_bd.flip(1) @ w_enc.flip(0)
+    return float(here_bs[there_bs > here_bs].topk(10).values[-1])
+
+
+@pytest.mark.parametrize("cls", ["TopK", "BatchTopK"])
+def test_a_run_of_another_device_verifies_where_rounding_decides_what_a_code_keeps(tmp_path, monkeypatch, capsys, cls):
+    w_enc, acts = twins()
+    params = {"top_k": 5} | ({"threshold": between(w_enc, acts)} if cls == "BatchTopK" else {})
+    save_saev(tmp_path / "sae.pt", w_enc, torch.zeros(512), w_enc.T, torch.zeros(48), {"cls": cls, "params": params})
+    shards = make_shards(tmp_path / "shards", acts, imgs_per_shard=40)
+    with monkeypatch.context() as there:
+        other_device(there)
+        extract.run(Extract(shards=shards, sae=tmp_path / "sae.pt", out=tmp_path / "run", device="cpu", progress=False))
+    run = FinishedRun.open(tmp_path / "run")
+    slots = deal(choose_slots(range(512), run.values_sk, run.imgs_sk, run.patches_sk, None), 1)[0]
+    check = Check()
+    with Encoder(run.sae, torch.device("cpu"), "fp32", 1) as encoder:
+        for image in reencode(run, slots, encoder, check, read_ahead=2):
+            row_n = np.searchsorted(image.feature_m, image.slots_n["feature"])
+            drawn_n = image.values_mp[row_n, image.slots_n["patch_i"]]
+            np.testing.assert_allclose(drawn_n, image.slots_n["score"], rtol=1e-4)  # also those on the edge
+    assert check.n_slots == len(slots) and check.n_on_edge > 0
+    verify.run(Verify(run=tmp_path / "run", all=True, device="cpu", progress=False))
+    assert f"{check.n_on_edge:,} scores that rounding" in capsys.readouterr().out
+
+
+def test_a_score_that_its_code_leaves_out_by_more_than_rounding_is_found(tmp_path, capsys):
+    out = make_run(tmp_path, TOPK)
+    h = make_acts() @ make_weights()["w_enc_ds"].numpy() + make_weights()["b_enc_s"].numpy()
+    fourth = np.sort(h, axis=-1)[..., -4:-3]
+    img_i, patch_i, feature = np.argwhere((h > 0) & (h < fourth))[0].tolist()  # above zero, and left out by a whole number
+    stored = {name: torch.load(out / f"top_{name}.pt", weights_only=True) for name in ("values", "img_i", "patch_i")}
+    for name, value in (("values", float(h[img_i, patch_i, feature])), ("img_i", img_i), ("patch_i", patch_i)):
+        stored[name][feature, 0] = value
+        torch.save(stored[name], out / f"top_{name}.pt")
+    line = fails(capsys, "verify", "--run", out, "--features", feature, "--n-features", 0)
+    assert f"feature {feature}, slot 0 (image {img_i}, patch {patch_i})" in line and "encoded again it is 0," in line

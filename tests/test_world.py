@@ -9,33 +9,36 @@ import time
 import pytest
 import torch
 
+from saev_dist.errors import ConfigError
 from saev_dist.world import World, _slice_sizes
 from tests.ranks import ENV, artifact_hashes, run_cli
 from tests.synthetic import make_acts, make_sae, make_shards
 
 SLOW = """
 import sys, time
-import saev_dist.extract as job
 from saev_dist.cli import main
-rank, delay_s = int(sys.argv[1]), float(sys.argv[2])
+import saev_dist.extract as job
+rank, delay_s, phase = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 import os
-whole = job._stream
-def stream(*args):
+whole = getattr(job, phase)
+def slow(*args):
     if int(os.environ["RANK"]) == rank:
         print("delayed", flush=True)
         time.sleep(delay_s)
     return whole(*args)
-job._stream = stream
-main(sys.argv[3:])
+setattr(job, phase, slow)
+main(sys.argv[4:])
 """
 
 
-def start_ranks(n_ranks: int, slow_rank: int, delay_s: float, *args: object) -> list[subprocess.Popen[str]]:
-    """Ranks started by hand, as srun does: rank 0 hosts the store. One of them sleeps before it streams."""
+def start_ranks(
+    n_ranks: int, slow_rank: int, delay_s: float, *args: object, phase: str = "_stream"
+) -> list[subprocess.Popen[str]]:
+    """Ranks started by hand, as srun does: rank 0 hosts the store. One of them sleeps before a phase of `extract`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", SLOW, str(slow_rank), str(delay_s), *map(str, args)]
+    command = [sys.executable, "-c", SLOW, str(slow_rank), str(delay_s), phase, *map(str, args)]
     common = ENV | {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         subprocess.Popen(command, env=common | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -46,7 +49,21 @@ def start_ranks(n_ranks: int, slow_rank: int, delay_s: float, *args: object) -> 
 @pytest.fixture
 def args(tmp_path):
     shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
-    return ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 10, "--top-k", 4, "--no-progress", "--out"]
+    return [
+        "extract",
+        "--shards",
+        shards,
+        "--sae",
+        sae,
+        "--batch-tokens",
+        10,
+        "--top-k",
+        4,
+        "--no-progress",
+        "--self-check",
+        "off",
+        "--out",
+    ]
 
 
 @pytest.mark.parametrize("slow_rank", [0, 2])
@@ -63,22 +80,28 @@ def test_ranks_that_arrive_late_are_waited_for_without_torchrun(tmp_path, args, 
     assert "nothing to do" in results[0][0]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_stops_the_others_and_is_named(tmp_path, args, victim):
-    ranks = start_ranks(3, victim, 300, *args, tmp_path / "run")
+@pytest.mark.parametrize(("victim", "phase"), [(0, "_stream"), (1, "_stream"), (0, "_merge"), (1, "_merge")])
+def test_a_killed_rank_stops_the_others_and_is_named(tmp_path, args, victim, phase):
+    ranks = start_ranks(3, victim, 300, *args, tmp_path / "run", phase=phase)
     killed = ranks.pop(victim)
     assert killed.stdout.readline() == "delayed\n"
     time.sleep(2)
     killed.kill()
     began = time.monotonic()
     errors = [rank.communicate(timeout=60)[1] for rank in ranks]
-    assert time.monotonic() - began < 45
+    assert time.monotonic() - began < 30
     assert [rank.returncode for rank in ranks] == [1, 1]
-    shown = [line for err in errors for line in err.splitlines() if "saev-dist: error: " in line]
+    shown = [line for err in errors for line in err.splitlines()]
     message = "lost contact with rank 0, which died" if victim == 0 else "rank 1 of 3 died or hangs"
-    assert shown and all(message in line for line in shown), errors
+    assert shown and all(line.startswith("saev-dist: error: ") and message in line for line in shown), errors
     assert not list((tmp_path / "run").glob("*.*"))
     killed.communicate()
+    # What the others had done is there, and so is the victim's where it had finished its share.
+    assert len(list((tmp_path / "run/partials").glob("*.partial"))) == (2 if phase == "_stream" else 3)
+    done = run_cli(*args, tmp_path / "run")
+    assert done.returncode == 0 and "done before" in done.stdout, done.stderr
+    assert run_cli(*args, tmp_path / "alone").returncode == 0
+    assert artifact_hashes(tmp_path / "run") == artifact_hashes(tmp_path / "alone")
 
 
 def test_a_missing_address_is_said(args, tmp_path):
@@ -105,3 +128,22 @@ def test_a_single_process_has_no_process_group():
 def test_slices_cover_all_rows_evenly(n_rows, n_ranks):
     sizes = _slice_sizes(n_rows, n_ranks)
     assert sum(sizes) == n_rows and max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(("local_rank", "n_gpus", "index"), [(0, 1, 0), (3, 1, 0), (0, 4, 0), (3, 4, 3)])
+def test_a_rank_takes_its_own_gpu_also_where_the_cluster_shows_it_only_that(monkeypatch, local_rank, n_gpus, index):
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert World(10).device("auto") == torch.device("cuda", index)
+    assert chosen == [torch.device("cuda", index)]
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="local rank 2 has no GPU of its own: torch sees 2"):
+        World(10).device("cuda")

@@ -3,6 +3,7 @@
 Names: `b` tokens, `d` model width, `s` features.
 """
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -24,12 +25,13 @@ class Reconstruction(Accumulator):
     Args:
         w_dec_sd: float32 (d_sae, d_model).
         b_dec_d: float32 (d_model,).
+        undo_norm: takes the decoder's output for tokens, and the tokens, to the tokens' units; None: it is in them already.
     """
 
     STATE = ("sum_d2", "squares_12", "errors_12")
 
-    def __init__(self, w_dec_sd: Tensor, b_dec_d: Tensor) -> None:
-        self.w_dec_sd, self.b_dec_d = w_dec_sd, b_dec_d
+    def __init__(self, w_dec_sd: Tensor, b_dec_d: Tensor, undo_norm: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+        self.w_dec_sd, self.b_dec_d, self.undo_norm = w_dec_sd, b_dec_d, undo_norm
         self.sum_d2 = torch.zeros(len(b_dec_d), 2, dtype=torch.int64)
         """Sum of the activations."""
         self.squares_12 = torch.zeros(1, 2, dtype=torch.int64)
@@ -43,13 +45,15 @@ class Reconstruction(Accumulator):
             codes.feature_n, self.w_dec_sd, first_b, mode="sum", per_sample_weights=codes.value_n
         ).add_(self.b_dec_d)
         x_bd = codes.acts_bd
+        if self.undo_norm is not None:
+            decoded_bd = self.undo_norm(decoded_bd, x_bd)
         sums = (x_bd.sum(0, dtype=torch.float64), _sum_of_squares(x_bd), _sum_of_squares(decoded_bd.sub_(x_bd)))
         for name, value in zip(self.STATE, sums, strict=True):
             setattr(self, name, fixed_point.add(getattr(self, name), fixed_point.from_float(value)))
 
     def merge(self, other: Self) -> Self:
         self.check_same_kind(other)
-        merged = type(self)(self.w_dec_sd, self.b_dec_d)
+        merged = type(self)(self.w_dec_sd, self.b_dec_d, self.undo_norm)
         for name in self.STATE:
             setattr(merged, name, fixed_point.add(getattr(self, name), getattr(other, name)))
         return merged

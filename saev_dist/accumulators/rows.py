@@ -27,15 +27,19 @@ def n_samples(n_tokens: int, max_samples: int) -> int:
     return -(-n_tokens // sample_stride(n_tokens, max_samples))
 
 
+def n_sampled(first_token: int, n_tokens: int, stride: int) -> int:
+    """How many of the tokens first_token … first_token + n_tokens - 1 are multiples of `stride`."""
+    return len(range(-first_token % stride, n_tokens, stride))
+
+
 def sampled_values(codes: Codes, n_features: int, stride: int) -> NDArray[np.float32]:
     """The first features' values, zeros included, on the batch's tokens whose global index is a multiple of `stride`.
 
     Returns:
         float32 (r, n_features).
     """
-    first_token = codes.img_i * codes.n_patches
-    offset = -first_token % stride
-    rows = torch.zeros(len(range(offset, codes.n_tokens, stride)), n_features)
+    offset = -codes.img_i * codes.n_patches % stride
+    rows = torch.zeros(n_sampled(codes.img_i * codes.n_patches, codes.n_tokens, stride), n_features)
     keep_n = ((codes.feature_n < n_features) & ((codes.token_n - offset) % stride == 0)).nonzero().squeeze(1)
     rows[(codes.token_n[keep_n] - offset) // stride, codes.feature_n[keep_n]] = codes.value_n[keep_n]
     return rows.numpy()

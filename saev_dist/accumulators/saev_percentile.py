@@ -30,6 +30,10 @@ class SaevPercentile:
         self.estimate_s = torch.zeros(d_sae)
         self._n_seen = 0
 
+    def resume(self, estimate_s: torch.Tensor, n_seen: int) -> None:
+        """Go on from the estimate after the first `n_seen` tokens of the data."""
+        self.estimate_s, self._n_seen = estimate_s, n_seen
+
     def update(self, codes: Codes) -> None:
         """Walk through the batch's tokens; batches must come in data order."""
         assert self._n_seen == codes.img_i * codes.n_patches

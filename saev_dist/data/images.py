@@ -20,6 +20,8 @@ from PIL import Image, UnidentifiedImageError
 
 from saev_dist.errors import ConfigError, DataError
 
+# Pillow would also try formats that are drawn by other programs: EPS runs Ghostscript, whatever the file is called.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -65,12 +67,13 @@ def open_pictures(root: Path, n_examples: int) -> Pictures:
     if not os.path.isdir(root):
         found = "a file" if os.path.exists(root) else "nothing"
         raise DataError(f"{root}: found {found}, expected a folder of pictures; set --images, or --no-pictures.")
-    if (root / "state.json").exists() and (root / "dataset_info.json").exists():
+    if os.path.exists(root / "state.json") and os.path.exists(root / "dataset_info.json"):
         rows = _data_set(root)
-        if "image" not in rows.features:
-            raise DataError(f"{root} is a data set with columns {', '.join(rows.features)}; expected one named image.")
+        if type(rows.features.get("image")).__name__ != "Image":
+            found = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in rows.features.items())
+            raise DataError(f"{root} is a data set with columns {found}; expected one named image, of kind Image.")
         candidates = [Pictures(root=root, kind="data set", names=None, n=len(rows))]
-    elif (root / "dataset_dict.json").exists():
+    elif os.path.exists(root / "dataset_dict.json"):
         raise DataError(f"{root} holds several splits; --images takes one of its folders, such as {root / 'train'}.")
     else:
         nested = tuple(str(fpath.relative_to(root)) for fpath in list_images(root, allow_none=True))
@@ -152,8 +155,11 @@ def load_picture(root: Path, name: str, *, in_data_set: bool) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture: Image.Image = _data_set(root)[int(name)]["image"] if in_data_set else Image.open(root / name)
-            return picture.convert("RGB")
+            picture = _data_set(root)[int(name)]["image"] if in_data_set else Image.open(root / name, formats=FORMATS)
+            if picture is None:
+                raise DataError(f"{where} is not there: the row has no picture. Use --no-pictures.")
+            rgb: Image.Image = picture.convert("RGB")
+            return rgb
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = Image.MAX_IMAGE_PIXELS or 0
         raise DataError(f"{where} would decode to more than {limit:,} pixels; expected a picture. Make it smaller.") from None
@@ -178,8 +184,10 @@ def _labels(root: Path) -> Any:
 
 
 def _readable(labels: Any, value: Any) -> str:
-    """The name of a class, where the data set knows it."""
+    """The name of a class, where the data set knows it; "" for a row without one, which is None or -1."""
     kind = labels.features["label"]
+    if value is None or (hasattr(kind, "int2str") and value == -1):
+        return ""
     return str(kind.int2str(value) if hasattr(kind, "int2str") else value)
 
 
@@ -191,5 +199,5 @@ def _data_set(root: Path) -> Any:
     datasets = importlib.import_module("datasets")
     try:
         return datasets.load_from_disk(str(root))
-    except (OSError, ValueError, KeyError) as err:
-        raise DataError(f"{root} is no data set that `datasets` can read: {str(err).splitlines()[0]}.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:  # it checks nothing that it reads
+        raise DataError(f"{root} is no data set that `datasets` can read: {type(err).__name__}: {err}.") from None

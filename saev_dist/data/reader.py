@@ -6,17 +6,20 @@ fetches a run of examples and drops each CLS vector into a scratch buffer, so th
 Names: `b` tokens of a batch, `d` model width.
 """
 
+import math
 import os
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from saev_dist.data.shards import Shards
 from saev_dist.errors import DataError
+from saev_dist.files import retrying
 from saev_dist.plan import Batch, Intervals, Plan
 
 MAX_VIEWS = 1024  # IOV_MAX of Linux
@@ -37,13 +40,27 @@ class Reader:
         depth: batches read ahead.
         hold: batches that the consumer still works on when it asks for the next.
         pin: use page-locked buffers, for asynchronous copies to a GPU.
+        skip_bad: leave batches out that cannot be read, and note them.
 
     Raises:
         DataError: while iterating, a shard is missing, unreadable or too short.
     """
 
-    def __init__(self, shards: Shards, plan: Plan, todo: Intervals, *, depth: int, hold: int = 1, pin: bool = False) -> None:
+    def __init__(
+        self,
+        shards: Shards,
+        plan: Plan,
+        todo: Intervals,
+        *,
+        depth: int,
+        hold: int = 1,
+        pin: bool = False,
+        skip_bad: bool = False,
+    ) -> None:
         self.shards, self.plan, self.todo, self.depth, self.hold, self.pin = shards, plan, todo, depth, hold, pin
+        self.skip_bad = skip_bad
+        self.left_out: dict[int, str] = {}
+        """Why each batch that was left out could not be read, by its index."""
         self.n_bytes = 0
         """Content bytes delivered so far."""
         self.wait_s = 0.0
@@ -54,6 +71,7 @@ class Reader:
         n_batches = sum(stop - first for first, stop in self.todo)
         free = [torch.empty(n_floats, pin_memory=self.pin) for _ in range(min(self.depth + self.hold + 1, n_batches))]
         held: deque[Tensor] = deque()
+        bad_shards: set[int] = set()
         pending: deque[tuple[Batch, Tensor, Future[None]]] = deque()
         queue = (self.plan[index] for first, stop in self.todo for index in range(first, stop))
         pool = ThreadPoolExecutor(min(self.depth, MAX_THREADS), thread_name_prefix="reader")
@@ -61,14 +79,25 @@ class Reader:
         def read_ahead() -> None:
             while len(pending) < self.depth and (batch := next(queue, None)) is not None:
                 buffer = free.pop()
-                pending.append((batch, buffer, pool.submit(read_batch, self.shards, batch, buffer)))
+                # A shard that has failed once despite patience would cost minutes more with each of its batches.
+                patient = batch.shard_i not in bad_shards
+                pending.append((batch, buffer, pool.submit(read_batch, self.shards, batch, buffer, patient=patient)))
 
         try:
             read_ahead()
             while pending:
                 batch, buffer, done = pending.popleft()
                 began = time.perf_counter()
-                done.result()
+                try:
+                    done.result()
+                except DataError as err:
+                    if not self.skip_bad:
+                        raise
+                    self.left_out[batch.index] = str(err)
+                    bad_shards.add(batch.shard_i)
+                    free.append(buffer)
+                    read_ahead()
+                    continue
                 self.wait_s += time.perf_counter() - began
                 read_ahead()  # `depth` batches are under way while the consumer works on this one
                 self.n_bytes += batch.n_examples * self.shards.content_bytes
@@ -81,8 +110,15 @@ class Reader:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def read_batch(shards: Shards, batch: Batch, buffer: Tensor) -> None:
-    """Fill the start of `buffer` (float32, flat, CPU) with the content tokens of a batch, in order."""
+def read_batch(shards: Shards, batch: Batch, buffer: Tensor, *, patient: bool = True) -> None:
+    """Fill the start of `buffer` (float32, flat, CPU) with the content tokens of a batch, in order.
+
+    Args:
+        patient: repeat a read that fails with an error that may pass.
+
+    Raises:
+        DataError: the shard is missing, unreadable or too short.
+    """
     fpath = shards.dpath / shards.names[batch.shard_i]
     target = memoryview(buffer.numpy().data).cast("B")
     size = shards.content_bytes
@@ -99,16 +135,47 @@ def read_batch(shards: Shards, batch: Batch, buffer: Tensor) -> None:
                 views += [target[i * size : (i + 1) * size], scratch]
             runs.append((batch.example_i + low, views[:-1]))
     try:
-        fd = os.open(fpath, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            for example_i, views in runs:
-                _read_exactly(fd, views, shards.content_offset(example_i))
-        finally:
-            os.close(fd)
+        retrying(lambda: _read_runs(fpath, shards, runs), patient=patient)
     except EOFError as err:
-        raise DataError(f"{fpath} ends at byte {err}; it was longer when the run began. Write the shard again.") from None
+        raise DataError(
+            f"{fpath} ends at byte {err}; it was longer when the run began. Write the shard again, "
+            "or leave it out with --skip-bad-shards."
+        ) from None
     except OSError as err:
-        raise DataError(f"{fpath}: cannot read: {err.strerror}.") from None
+        raise DataError(f"{fpath}: cannot read: {err.strerror}. Mend it, or leave it out with --skip-bad-shards.") from None
+
+
+def _read_runs(fpath: Path, shards: Shards, runs: list[tuple[int, list[memoryview]]]) -> None:
+    fd = os.open(fpath, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for example_i, views in runs:
+            _read_exactly(fd, list(views), shards.content_offset(example_i))
+    finally:
+        os.close(fd)
+
+
+def sample_images(shards: Shards, n_images: int, *, skip_bad: bool = False) -> Iterator[Tensor]:
+    """Activations of up to `n_images` images, evenly spread over all shards: float32 (patches, d_model) each.
+
+    Args:
+        skip_bad: leave out what cannot be read, or is not finite.
+
+    Raises:
+        DataError: an image is not finite, or cannot be read.
+    """
+    plan = Plan(shards.examples, 1)
+    for index in range(0, plan.n_batches, -(-plan.n_batches // n_images)):
+        buffer = torch.empty(shards.n_patches * shards.d_model)
+        acts_pd = buffer.view(shards.n_patches, shards.d_model)
+        try:
+            read_batch(shards, plan[index], buffer)
+            if not torch.isfinite(acts_pd).all():
+                raise find_bad_value(acts_pd, plan[index], shards, math.inf)
+        except DataError:
+            if not skip_bad:
+                raise
+            continue
+        yield acts_pd
 
 
 def _read_exactly(fd: int, views: list[memoryview], offset: int) -> None:

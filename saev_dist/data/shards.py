@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 
 from saev_dist.errors import ConfigError, DataError
 from saev_dist.fields import Fields, parse_json
+from saev_dist.files import retrying
 
 PROTOCOLS = ("1.0.0", "1.1", "2.1")
 FLOAT_BYTES = 4
 N_PROBES = 8
 PROBE_BYTES = 4096
+DIRECTORY_HINT = "a shard directory holds metadata.json, shards.json and the shards"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,32 +118,54 @@ class Shards:
         return example_i * self.example_bytes + skipped
 
     def check_files(self) -> None:
-        """Check that every shard is there and long enough; a longer one (zero-padded) is fine."""
-        for name, n_examples in zip(self.names, self.examples, strict=True):
+        """Check that every shard is there and long enough; a longer one (zero-padded) is fine.
+
+        Raises:
+            DataError: one is not.
+        """
+        for fault in self.bad_files().values():
+            raise DataError(f"{fault}. Write the shard again, or leave it out with --skip-bad-shards.")
+
+    def bad_files(self) -> dict[int, str]:
+        """What is wrong with the shards that are missing or too short, by their position."""
+        faults = {}
+        for shard_i, (name, n_examples) in enumerate(zip(self.names, self.examples, strict=True)):
             fpath = self.dpath / name
             try:
                 n_bytes = fpath.stat().st_size
             except OSError as err:
-                raise DataError(f"{fpath}: {err.strerror}; shards.json lists it with {n_examples} examples.") from None
+                faults[shard_i] = f"{fpath}: {err.strerror}; shards.json lists it with {n_examples} examples"
+                continue
             if n_bytes < n_examples * self.example_bytes:
-                raise DataError(
+                faults[shard_i] = (
                     f"{fpath} holds {n_bytes:,} bytes; shards.json promises {n_examples} examples × "
                     f"{len(self.layers)} layers × {self.n_patches + self.cls_token} tokens × {self.d_model} floats = "
-                    f"{n_examples * self.example_bytes:,}. Write the shard again, or lower its n_examples."
+                    f"{n_examples * self.example_bytes:,}"
                 )
+        return faults
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, skip_bad: bool = False) -> str:
         """SHA-256 of what the reader uses: the description, the shard list, and a probe of the content.
 
         Hashing terabytes would take hours, so the first 4 KiB of up to eight shards, evenly spread, stand
         for the content: enough to tell other activations of the same shape apart, not to find one bad byte.
+
+        Args:
+            skip_bad: a probed shard that cannot be read is no error.
+
+        Raises:
+            DataError: a probed shard cannot be read.
         """
         described = [self.protocol, self.family, self.ckpt, list(self.layers), self.layer, self.n_patches]
         described += [self.cls_token, self.d_model, list(self.names), list(self.examples)]
         digest = hashlib.sha256(json.dumps(described).encode())
         step = -(-len(self.names) // N_PROBES)
         for name in self.names[::step]:
-            digest.update(_read(self.dpath / name, PROBE_BYTES))
+            try:
+                digest.update(_read(self.dpath / name, PROBE_BYTES, "mend it, or leave it out with --skip-bad-shards"))
+            except DataError:
+                if not skip_bad:
+                    raise
         return digest.hexdigest()
 
 
@@ -165,14 +189,15 @@ def _layers(md: Fields) -> list[int]:
     return layers
 
 
-def _read(fpath: Path, n_bytes: int = -1) -> bytes:
-    try:
+def _read(fpath: Path, n_bytes: int = -1, hint: str = DIRECTORY_HINT) -> bytes:
+    def read() -> bytes:
         with open(fpath, "rb") as file:
             return file.read(n_bytes)
+
+    try:
+        return retrying(read)
     except OSError as err:
-        raise DataError(
-            f"{fpath}: {err.strerror}; a shard directory holds metadata.json, shards.json and the shards."
-        ) from None
+        raise DataError(f"{fpath}: {err.strerror}; {hint}.") from None
 
 
 def _read_shard_list(fpath: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -45,6 +45,8 @@ class Facts:
     ckpt: str
     layer: int
     n_imgs: int
+    n_left_out: int
+    """Of those images, not read because their shards are bad."""
     n_patches: int
     """Of one image."""
     n_tokens: int

@@ -16,6 +16,7 @@ from saev_dist.errors import ConfigError
 
 CROPPED_FAMILIES = ("clip", "siglip")
 Fit = Literal["grid", "crop"]
+MAX_SIDE_PX = 16_383  # of a WebP picture
 Size = tuple[int, int]
 
 
@@ -90,7 +91,20 @@ class Geometry:
             )
 
     def place(self, width: int, height: int) -> Placement:
-        """Prepare a picture of this size."""
+        """Prepare a picture of this size.
+
+        Raises:
+            ConfigError: it would become too large to be stored.
+        """
+        place = self._place(width, height)
+        if max(place.resize) > MAX_SIDE_PX:
+            raise ConfigError(
+                f"a picture of {width:,} x {height:,} px would be drawn as {place.resize[0]:,} x {place.resize[1]:,}; a side "
+                f"may have {MAX_SIDE_PX:,} px. Lower --img-scale or --patch-size, or give the grid with --grid."
+            )
+        return place
+
+    def _place(self, width: int, height: int) -> Placement:
         scale = self.img_scale
         if self.fit == "grid":
             patch = self.patch_size or 16
@@ -99,7 +113,7 @@ class Geometry:
             return Placement(resize=size, crop=None, n_cols=n_cols, n_rows=n_rows, patch=patch * scale)
         patch = self.patch_size or _patch_sizes(self.crop, self.n_patches)[0]
         resize, crop = ((max(1, round(w * scale)), max(1, round(h * scale))) for w, h in (self.resize, self.crop))
-        left, top = (resize[0] - crop[0]) // 2, (resize[1] - crop[1]) // 2
+        left, top = (round((whole - part) / 2) for whole, part in zip(resize, crop, strict=True))  # as torchvision rounds
         return Placement(
             resize=resize,
             crop=(left, top, left + crop[0], top + crop[1]),

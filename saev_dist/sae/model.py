@@ -7,13 +7,14 @@ one per thread, are the only dense arrays there are.
 Names: `b` tokens of a batch or block, `d` model width, `s` features, `g` groups of features, `n` codes.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -27,39 +28,135 @@ CPU_BLOCK_CODES = 2**24  # 67 MB: fewer rows slow the product
 CPU_BLOCK_TOKENS = 2048  # with few features: blocks enough for all threads
 GROUPS_PER_K = 4
 FP32_MAX = float(np.finfo(np.float32).max)
+LAYER_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
 class Relu:
     """`max(h, 0)`."""
 
+    name = "relu"
+
 
 @dataclass(frozen=True)
 class TopK:
-    """The k largest raw values of a token, without ReLU: negative ones can survive.
-
-    Of equal values the lower feature wins, so that the choice does not depend on the device.
-    """
+    """The k largest values of a token. Of equal values the lower feature wins: the choice does not depend on the device."""
 
     k: int
+    relu: bool = False
+    """Drop those of them that are not above zero. Without it negative ones can survive."""
+
+    name = "topk"
+
+
+@dataclass(frozen=True, eq=False)
+class Threshold:
+    """`h` where `h > threshold`, else 0: JumpReLU, and BatchTopK at inference. A threshold below 0 counts as 0."""
+
+    threshold: float | Tensor
+    """One number, or float32 (s,): one for each feature."""
+
+    name = "threshold"
+
+
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """`max(scale * (h - b_enc) + b_mag, 0)` where `h > 0`, else 0: one product for the gate and for the magnitude.
+
+    Source: Rajamanoharan et al., "Improving Dictionary Learning with Gated Sparse Autoencoders" (2024), eqs. 6 and 7.
+    """
+
+    scale_s: Tensor
+    """float32 (s,), above zero: `exp(r_mag)`."""
+    b_mag_s: Tensor
+    """float32 (s,)."""
+
+    name = "gated"
 
 
 @dataclass(frozen=True)
-class Threshold:
-    """`h` where `h > threshold`, else 0: BatchTopK at inference. A threshold below 0 counts as 0."""
+class GroupMax:
+    """Of each of `k` consecutive groups of features the largest, where it is above zero; the lower feature of equal ones."""
 
-    threshold: float
+    k: int
+    """Groups; it divides d_sae."""
+
+    name = "groupmax"
 
 
-Activation = Relu | TopK | Threshold
+Activation = Relu | TopK | Threshold | Gated | GroupMax
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """`(x - mean) / (std + 1e-5)` of each token, std unbiased; the decoder's output is multiplied by std, mean added.
+
+    Source: SAELens, `sae_lens/saes/sae.py`, `run_time_activation_ln_in` and `_out`.
+    """
+
+    name = "layer_norm"
+
+    def apply(self, x_bd: Tensor) -> Tensor:
+        """The normalised tokens, float32. Taken in float64, so that it does not depend on how many tokens come at a time."""
+        mean_b, std_b = self._moments(x_bd)
+        return ((x_bd.double() - mean_b) / (std_b + LAYER_NORM_EPS)).float()
+
+    def undo(self, decoded_bd: Tensor, x_bd: Tensor) -> Tensor:
+        """The decoder's output in the units of `x_bd`, float32."""
+        mean_b, std_b = self._moments(x_bd)
+        return (decoded_bd * std_b + mean_b).float()
+
+    @staticmethod
+    def _moments(x_bd: Tensor) -> tuple[Tensor, Tensor]:
+        x_bd = x_bd.double()
+        return x_bd.mean(dim=1, keepdim=True), x_bd.std(dim=1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class ConstantNorm:
+    """`x * sqrt(d) / |x|` of each token, 0 for a zero token; the decoder's output is divided by the same factor.
+
+    Source: SAELens, `sae_lens/saes/sae.py`, "constant_norm_rescale" (NaN there for a zero token).
+    """
+
+    name = "constant_norm_rescale"
+
+    def apply(self, x_bd: Tensor) -> Tensor:
+        """The rescaled tokens, float32. Taken in float64, as LayerNorm is."""
+        return (x_bd.double() / self._size(x_bd).clamp_min(torch.finfo(torch.float64).tiny)).float()
+
+    def undo(self, decoded_bd: Tensor, x_bd: Tensor) -> Tensor:
+        """The decoder's output in the units of `x_bd`, float32."""
+        return (decoded_bd * self._size(x_bd)).float()
+
+    @staticmethod
+    def _size(x_bd: Tensor) -> Tensor:
+        size_b: Tensor = torch.linalg.vector_norm(x_bd, dim=1, keepdim=True, dtype=torch.float64)
+        return size_b / math.sqrt(x_bd.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """`(x - mean) * scale` with the training data's mean and scale; both are folded into the weights, so they cost nothing."""
+
+    mean_d: Tensor
+    """float32 (d,)."""
+    scale: float
+
+    name = "given"
+
+
+InputNorm = LayerNorm | ConstantNorm | Given
+TOKEN_NORMS: dict[str, InputNorm | None] = {"none": None, LayerNorm.name: LayerNorm(), ConstantNorm.name: ConstantNorm()}
+"""Those that a name says all about."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sae:
     """Weights (float32, CPU) and the rules to read them under.
 
-    Encode: `h = x @ W_enc + b_enc`, with `x - b_dec` for `x` where `pre_bias`; then the activation.
-    Decode: `f @ W_dec + b_dec`.
+    Encode: `h = x @ W_enc + b_enc`, where `x` is first normalised by `input_norm`, and then has `b_dec` subtracted where
+    `pre_bias`; then the activation. Decode: `f @ W_dec + b_dec`, and back by `input_norm`.
     """
 
     w_enc_ds: Tensor
@@ -68,6 +165,11 @@ class Sae:
     b_dec_d: Tensor
     activation: Activation
     pre_bias: bool
+    input_norm: InputNorm | None = None
+    reconstructs: bool = True
+    """False for a transcoder, and for one with a skip connection: its decoder alone does not give the activations back."""
+    missing: str = ""
+    """Flag that must say what the file leaves out, before anything is encoded."""
     source: str
     """The file's format, in words."""
 
@@ -78,6 +180,31 @@ class Sae:
     @property
     def d_sae(self) -> int:
         return self.w_enc_ds.shape[1]
+
+    def rules(self) -> dict[str, Any]:
+        """How the weights are read, as JSON; with the weights it determines every code."""
+        rules: dict[str, Any] = {"activation": self.activation.name}
+        match self.activation:
+            case TopK(k, relu):
+                rules |= {"k": k, "relu": relu}
+            case GroupMax(k):
+                rules |= {"k": k}
+            case Threshold(float() as threshold):
+                rules |= {"threshold": threshold}
+        rules |= {"pre_bias": self.pre_bias, "input_norm": self.input_norm.name if self.input_norm else "none"}
+        if isinstance(self.input_norm, Given):
+            rules |= {"input_scale": self.input_norm.scale}
+        return rules | {"reconstructs": self.reconstructs}
+
+    def decoder(self) -> tuple[Tensor, Tensor]:
+        """`W_dec` (s, d) and `b_dec` (d,) with a given mean and scale folded in."""
+        if not isinstance(self.input_norm, Given):
+            return self.w_dec_sd, self.b_dec_d
+        return self.w_dec_sd / self.input_norm.scale, self.b_dec_d / self.input_norm.scale + self.input_norm.mean_d
+
+    def undo_norm(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """What takes the output of `decoder()` for tokens, and the tokens, to their units; None: nothing to do."""
+        return self.input_norm.undo if isinstance(self.input_norm, LayerNorm | ConstantNorm) else None
 
 
 class ActivationOverflow(Exception):
@@ -112,15 +239,35 @@ class Encoder:
         self.sae, self.device = sae, device
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.n_threads = n_threads
-        bias_s = sae.b_enc_s.double()
-        if sae.pre_bias:  # (x - b_dec) @ W + b = x @ W + (b - b_dec @ W), folded once in float64
+        bias_s, shift_d, self._scale = sae.b_enc_s.double(), sae.b_dec_d.double() * sae.pre_bias, 1.0
+        if isinstance(sae.input_norm, Given):
+            self._scale = sae.input_norm.scale
+            shift_d = shift_d + sae.input_norm.mean_d.double() * self._scale
+        self._shift_d = shift_d
+        if shift_d.any():  # (scale x - shift) @ W + b = x @ (scale W) + (b - shift @ W), folded once in float64
             with _one_thread():
-                bias_s = bias_s - sae.b_dec_d.double() @ sae.w_enc_ds.double()
+                bias_s = bias_s - shift_d @ sae.w_enc_ds.double()
+        w_ds = sae.w_enc_ds if self._scale == 1 else sae.w_enc_ds * self._scale
         # |h| <= max|x| * gain + max|bias|, so one look at x rules out overflow in the whole product.
-        gain = float(sae.w_enc_ds.abs().sum(dim=0, dtype=torch.float64).max())
-        self._limit = min(FP32_MAX, (FP32_MAX - float(bias_s.abs().max())) / max(gain, 1e-300))
-        self._w_ds = sae.w_enc_ds.to(device, self.dtype)
+        gain_s, offset_s = w_ds.abs().sum(dim=0, dtype=torch.float64), bias_s.abs()
+        if isinstance(sae.activation, Gated):
+            scale_s = sae.activation.scale_s.double()
+            shift_s = sae.activation.b_mag_s.double() - scale_s * sae.b_enc_s.double()
+            gain_s, offset_s = gain_s * scale_s.clamp(min=1), offset_s * scale_s.clamp(min=1) + shift_s.abs()
+            self._mag_scale_s, self._mag_shift_s = scale_s.float().to(device), shift_s.float().to(device)
+        limit = (FP32_MAX - float(offset_s.max())) / max(float(gain_s.max()), 1e-300)
+        if isinstance(sae.input_norm, LayerNorm | ConstantNorm):  # whose tokens have a norm of at most sqrt(d)
+            limit = FP32_MAX if limit > math.sqrt(sae.d_model) else 0.0
+        self._limit = min(FP32_MAX, limit)
+        self._w_ds = w_ds.to(device, self.dtype)
         self._b_s = bias_s.to(device, self.dtype)
+        self._threshold: float | Tensor = 0.0
+        if isinstance(sae.activation, Threshold):
+            threshold = sae.activation.threshold
+            if isinstance(threshold, Tensor):
+                self._threshold = threshold.clamp(min=0).to(device, self.dtype)
+            else:
+                self._threshold = max(threshold, 0.0)
         self._local = threading.local()
 
     def __enter__(self) -> Self:
@@ -136,11 +283,13 @@ class Encoder:
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
-    def encode(self, acts_bd: Tensor, *, img_i: int, n_patches: int) -> Codes:
+    def encode(self, acts_bd: Tensor, *, img_i: int, n_patches: int, lift_s: Tensor | None = None) -> Codes:
         """The nonzero codes of whole examples: `submit` and wait."""
-        return self.submit(acts_bd, img_i=img_i, n_patches=n_patches)()
+        return self.submit(acts_bd, img_i=img_i, n_patches=n_patches, lift_s=lift_s)()
 
-    def submit(self, acts_bd: Tensor, *, img_i: int, n_patches: int, only: Tensor | None = None) -> Callable[[], Codes]:
+    def submit(
+        self, acts_bd: Tensor, *, img_i: int, n_patches: int, only: Tensor | None = None, lift_s: Tensor | None = None
+    ) -> Callable[[], Codes]:
         """Begin to encode whole examples.
 
         Args:
@@ -150,6 +299,7 @@ class Encoder:
             n_patches: tokens per example.
             only: features whose codes are wanted, int64, on the encoder's device; None: all. The others do not leave
                 the device.
+            lift_s: float32 (s,), added to the scores before the activation decides which to keep; None: nothing.
 
         Returns:
             A function that waits for the codes; they are on the CPU, ordered by token. It raises ActivationOverflow
@@ -158,7 +308,12 @@ class Encoder:
         n_tokens = len(acts_bd)
         block = block_tokens(n_tokens, self.sae.d_sae, self.device)
         starts = range(0, n_tokens, block)
-        blocks = [self._pool.submit(self._encode_block, acts_bd[first : first + block], only) for first in starts]
+        bias_s = self._b_s
+        if lift_s is not None:
+            if isinstance(self.sae.activation, Gated):  # the gate decides, and its h becomes a score by this factor
+                lift_s = lift_s / self.sae.activation.scale_s
+            bias_s = bias_s + lift_s.to(self.device, self.dtype)
+        blocks = [self._pool.submit(self._encode_block, acts_bd[first : first + block], bias_s, only) for first in starts]
 
         def codes() -> Codes:
             parts = []
@@ -188,35 +343,54 @@ class Encoder:
         Returns:
             float32 (n,), on the CPU.
         """
-        sae = self.sae
-        if sae.pre_bias:
-            acts_nd = acts_nd.abs() + sae.b_dec_d.abs()
-        return (acts_nd.abs() * sae.w_enc_ds[:, feature_n].T.abs()).sum(dim=1) + sae.b_enc_s[feature_n].abs()
+        norm, activation = self.sae.input_norm, self.sae.activation
+        if isinstance(norm, LayerNorm | ConstantNorm):
+            acts_nd = norm.apply(acts_nd)
+        x_nd = acts_nd.abs() * abs(self._scale) + self._shift_d.abs().float()
+        terms_n = (x_nd * self.sae.w_enc_ds[:, feature_n].T.abs()).sum(dim=1) + self.sae.b_enc_s[feature_n].abs()
+        if isinstance(activation, Gated):
+            terms_n = terms_n * activation.scale_s[feature_n] + activation.b_mag_s[feature_n].abs()
+        return terms_n
 
-    def _encode_block(self, acts_bd: Tensor, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _encode_block(self, acts_bd: Tensor, bias_s: Tensor, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Token (int64, within the block), feature (int64) and value (float32) of each nonzero code, on the CPU."""
         low, high = torch.aminmax(acts_bd)
         if not max(-float(low), float(high)) < self._limit:  # NaN and infinity travel through aminmax
             raise ActivationOverflow(self._limit)
         n_tokens, d_sae = len(acts_bd), self.sae.d_sae
         h_bs, mask_bs = self._dense(n_tokens)
-        torch.addmm(self._b_s, acts_bd.to(self.device, self.dtype, non_blocking=True), self._w_ds, out=h_bs)
+        if isinstance(self.sae.input_norm, LayerNorm | ConstantNorm):
+            acts_bd = self.sae.input_norm.apply(acts_bd.to(self.device, non_blocking=True))
+        torch.addmm(bias_s, acts_bd.to(self.device, self.dtype, non_blocking=True), self._w_ds, out=h_bs)
         match self.sae.activation:
             case TopK(k):
                 torch.ge(h_bs, _kth_bound(h_bs, min(k, d_sae)), out=mask_bs)
-            case Threshold(threshold):
-                torch.gt(h_bs, max(threshold, 0.0), out=mask_bs)
-            case Relu():
-                torch.gt(h_bs, 0.0, out=mask_bs)
+            case GroupMax(k):
+                h_bkg, mask_bkg = h_bs.unflatten(1, (k, -1)), mask_bs.unflatten(1, (k, -1))
+                torch.eq(h_bkg, h_bkg.amax(dim=2, keepdim=True), out=mask_bkg)
+            case _:
+                torch.gt(h_bs, self._threshold, out=mask_bs)
         flat_n = _flat_nonzero(mask_bs)
         value_n = h_bs.view(-1)[flat_n].float()
         token_n = flat_n // d_sae
         feature_n = flat_n - token_n * d_sae
-        if isinstance(self.sae.activation, TopK):
-            token_n, feature_n, value_n = _keep_k(token_n, feature_n, value_n, n_tokens, min(self.sae.activation.k, d_sae))
+        codes = token_n, feature_n, value_n
+        match self.sae.activation:
+            case TopK(k, relu):
+                codes = _keep_k(*codes, n_tokens, min(k, d_sae))
+                if relu:
+                    codes = _where(codes[2] > 0, codes)
+            case GroupMax(k):  # of equal values the first: they lie side by side
+                group_n = flat_n // (d_sae // k)
+                keep_n = value_n > 0
+                keep_n[1:] &= group_n[1:] != group_n[:-1]
+                codes = _where(keep_n, codes)
+            case Gated():
+                value_n = value_n * self._mag_scale_s[feature_n] + self._mag_shift_s[feature_n]
+                codes = _where(value_n > 0, (token_n, feature_n, value_n))
         if only is not None:
-            wanted_n = torch.isin(feature_n, only)
-            token_n, feature_n, value_n = token_n[wanted_n], feature_n[wanted_n], value_n[wanted_n]
+            codes = _where(torch.isin(codes[1], only), codes)
+        token_n, feature_n, value_n = codes
         return token_n.cpu(), feature_n.cpu(), value_n.cpu()
 
     def _dense(self, n_tokens: int) -> tuple[Tensor, Tensor]:
@@ -276,6 +450,12 @@ def _kth_bound(h_bs: Tensor, k: int) -> Tensor:
     n_groups = d_sae // group
     maxima_bg = h_bs[:, : group * n_groups].unflatten(1, (group, n_groups)).amax(dim=1) if group > 1 else h_bs
     return maxima_bg.topk(k, dim=1, sorted=True).values[:, -1:]
+
+
+def _where(keep_n: Tensor, codes: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Some of the codes."""
+    token_n, feature_n, value_n = codes
+    return token_n[keep_n], feature_n[keep_n], value_n[keep_n]
 
 
 def _flat_nonzero(mask: Tensor) -> Tensor:

@@ -439,7 +439,8 @@ function load(s, done) {
 
 /** The folder that holds this page's folder, quoted for a shell. */
 function runFolder() {
-  const path = decodeURIComponent(location.pathname).split("/").slice(0, -2).join("/");
+  let path = "";
+  try { path = decodeURIComponent(location.pathname).split("/").slice(0, -2).join("/"); } catch { /* it is no UTF-8 */ }
   if (location.protocol !== "file:" || !path) return "RUN";
   return /^[\w@%+=:,./-]+$/.test(path) ? path : `'${path.replaceAll("'", "'\\''")}'`;
 }

@@ -1,0 +1,23 @@
+"""`saev-dist convert`: an SAE of any known format as one safetensors file. `sae.plain` says what is in it."""
+
+from saev_dist.config import Convert
+from saev_dist.errors import ConfigError
+from saev_dist.files import writing
+from saev_dist.report import table
+from saev_dist.sae import plain
+from saev_dist.sae.load import Overrides, load_sae
+
+
+def run(cfg: Convert) -> None:
+    """Read and write.
+
+    Raises:
+        SaevDistError: the source cannot be read, or the target is there already or cannot be written.
+    """
+    if cfg.target.exists() and not cfg.force:
+        raise ConfigError(f"{cfg.target} is there already; choose another name, or replace it with --force.")
+    loaded = load_sae(cfg.source, Overrides.of(cfg))
+    with writing(cfg.target):
+        plain.save(cfg.target, loaded.sae)
+    rules = ", ".join(f"{name} {value}" for name, value in loaded.sae.rules().items())
+    print(table({"SAE": loaded.sae.source, "rules": rules, "written": str(cfg.target)}))

@@ -1,0 +1,67 @@
+"""Files on disks that fill up, stall and lose power: one-line errors, a second try, and renames that last."""
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from saev_dist.errors import RunError
+
+T = TypeVar("T")
+
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT}
+DELAYS_S = (0.1, 1.0, 5.0)
+
+
+def retrying(read: Callable[[], T], *, patient: bool = True) -> T:
+    """Call `read`; on an error that network file systems and tired disks recover from, again after each of the delays.
+
+    Args:
+        read: what may be repeated.
+        patient: False calls it once.
+
+    Raises:
+        OSError: another error, or still the same one.
+    """
+    for delay_s in DELAYS_S if patient else ():
+        try:
+            return read()
+        except OSError as err:
+            if err.errno not in TRANSIENT:
+                raise
+            time.sleep(delay_s)
+    return read()
+
+
+@contextmanager
+def reading(fpath: Path) -> Iterator[None]:
+    """Turn an OSError under way into one line that names the file of a run."""
+    try:
+        yield
+    except OSError as err:
+        raise RunError(f"{fpath}: cannot read: {err.strerror or err}; run again.") from None
+
+
+@contextmanager
+def writing(fpath: Path) -> Iterator[None]:
+    """Turn an OSError under way into one line that names the file and what to do."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"{fpath}: {err.strerror}; free some space there or use another directory, then run again."
+            ) from None
+        raise RunError(f"{fpath}: cannot write: {err.strerror or err}; make it writable, or use another directory.") from None
+
+
+def fsync_dir(dpath: Path) -> None:
+    """Make renames in a directory outlive a power failure."""
+    fd = os.open(dpath, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

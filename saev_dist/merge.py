@@ -1,0 +1,33 @@
+"""Fold the partials of a run into its artifacts, in one process: for a run that died after its last batch."""
+
+from dataclasses import replace
+
+from saev_dist.config import Extract, Merge, from_json
+from saev_dist.errors import RunError
+from saev_dist.extract import open_job, work
+from saev_dist.store import Run
+from saev_dist.world import World
+
+
+def run(cfg: Merge) -> None:
+    """Write the artifacts if all batches are done.
+
+    Raises:
+        RunError: nothing is under way there, batches are missing, or the inputs are not those that the run began with.
+    """
+    with World(timeout_s=600) as world, world.obeying_signals(cfg.run / "partials"):
+        if world.size > 1:
+            raise RunError(f"merge is one process; there are {world.size}. Start it without torchrun.")
+        store = Run(cfg.run)
+        under_way = store.under_way()
+        if under_way is None:
+            state = "is finished" if store.manifest() is not None else "is not a run"
+            raise RunError(f"{cfg.run} {state}: there are no partials to merge.")
+        made_with = from_json(Extract, under_way.get("config", dict))
+        shards, sae = cfg.shards or made_with.shards, cfg.sae or made_with.sae
+        job = open_job(replace(made_with, shards=shards, sae=sae, out=cfg.run, device="cpu"), world)
+        # Nothing is encoded here, so the device is that of the run.
+        job = replace(job, identity=job.identity | {"device": under_way.get("identity", dict).get("device")})
+        store.is_finished(job.identity, force=False)
+        with store.lock():
+            work(job, store, world, encode=False)

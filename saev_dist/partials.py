@@ -1,0 +1,360 @@
+"""Partials: what a process has done so far, on disk. Both checkpoint and completion mark.
+
+A partial is the state of the accumulators over some batches, and the segments of spill files with those batches' rows.
+Partials over disjoint batches merge, so one mechanism serves resume, other world sizes and merging offline.
+
+    <run>/partials/
+        run.json                       what the run is (see store)
+        lock                           held while a run is at work (see store)
+        <owner>.<number>.partial       the newest of an owner counts
+        <kind>.<owner>.bin             its spill files (see spill)
+        *.damaged                      set aside
+
+An *owner* is one process: a rank of one attempt. It writes its partials only and appends to its spill files only, so
+an attempt never changes what another one wrote. A new attempt's ranks *absorb* partials: load them, and name their
+owners in the next partial of their own, which then stands for both.
+
+Why a kill at any instant costs only the work since the last snapshot:
+
+1. Rows are fsynced, then the partial is written under another name, fsynced, renamed, and the directory fsynced. So a
+   partial under its own name is whole, and so are its rows.
+2. What it replaces (the owner's former partial, those it absorbed) is removed only after. Should both be there, the
+   newer number wins, and an absorbed owner is dropped: nothing counts twice.
+3. Nothing else is believed. Rows beyond a segment, files of owners without a partial and half-written files are
+   removed by the next attempt; a partial with a wrong digest, or whose rows have a wrong CRC, is set aside, and its
+   batches are computed again.
+
+File format: a line with the format's name; a line of JSON, the header; the tensors, little-endian, C order, one after
+the other as the header lists them; SHA-256 of all that.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saev_dist.errors import DamagedError, RunError
+from saev_dist.files import fsync_dir, reading, retrying, writing
+from saev_dist.plan import Intervals, union
+from saev_dist.report import warn
+from saev_dist.spill import COPY_BYTES, Segment, Spill, covered, read_at, read_extent
+
+MAGIC = b"saev-dist partial 1\n"
+DIGEST_BYTES = 32
+MAX_HEADER_BYTES = 2**28
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partial:
+    """A partial's header."""
+
+    fingerprint: str
+    """Of the run: config, SAE and shards."""
+    owner: str
+    number: int
+    """Counts the owner's partials."""
+    absorbed: tuple[str, ...]
+    """Owners whose partials this one stands for."""
+    segments: tuple[Segment, ...]
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    """dtype and shape of each tensor, in the order of the file."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.owner}.{self.number:06d}.partial"
+
+
+def new_owner(rank: int) -> str:
+    """A name that no other process has, for this rank of this attempt."""
+    return f"{rank:05d}-{secrets.token_hex(6)}"
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """SHA-256 of what the bytes of the artifacts depend on."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+# ---- one file
+
+
+def write(dpath: Path, partial: Partial, state: State) -> None:
+    """Put a partial in place; its spill files must be on the disk.
+
+    Raises:
+        OSError: the disk does not take it; nothing has changed then.
+    """
+    fpath, unfinished = dpath / partial.name, dpath / f"{partial.name}.tmp"
+    digest = hashlib.sha256()
+    try:
+        with open(unfinished, "wb", buffering=0) as file:
+            for piece in (MAGIC, json.dumps(asdict(partial)).encode() + b"\n", *map(_bytes, state.values())):
+                digest.update(piece)
+                _write_all(file, memoryview(piece))
+            _write_all(file, memoryview(digest.digest()))
+            os.fsync(file.fileno())
+        os.replace(unfinished, fpath)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+    fsync_dir(dpath)
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+
+
+def _write_all(file: BinaryIO, data: memoryview) -> None:
+    while len(data):
+        data = data[file.write(data) or 0 :]
+
+
+def read_header(fpath: Path) -> Partial:
+    """The header alone, unchecked.
+
+    Raises:
+        DamagedError: it is none. OSError: it cannot be read.
+    """
+    with open(fpath, "rb") as file:
+        return _parse(fpath, file)
+
+
+def load(fpath: Path) -> tuple[Partial, State]:
+    """A partial whose digest is right.
+
+    Raises:
+        DamagedError: it is not. RunError: it cannot be read.
+    """
+    with reading(fpath), open(fpath, "rb") as file:
+        check_digest(fpath)
+        partial = _parse(fpath, file)
+        state = {}
+        for name, (dtype, shape) in partial.tensors.items():
+            state[name] = torch.from_numpy(np.empty(shape, dtype))
+            view = memoryview(_bytes(state[name]))
+            while len(view) and (n_bytes := file.readinto(view)):
+                view = view[n_bytes:]
+    return partial, state
+
+
+def check_digest(fpath: Path) -> None:
+    """Read a partial through.
+
+    Raises:
+        DamagedError: its digest is wrong. OSError: it cannot be read.
+    """
+    digest, size = hashlib.sha256(), fpath.stat().st_size - DIGEST_BYTES
+    with open(fpath, "rb", buffering=0) as file:
+        for start in range(0, size, COPY_BYTES):
+            digest.update(retrying(lambda: read_at(file.fileno(), min(COPY_BYTES, size - start), start)))  # noqa: B023
+        if retrying(lambda: read_at(file.fileno(), DIGEST_BYTES, max(0, size))) != digest.digest():
+            raise DamagedError(f"{fpath}: its checksum is wrong; run again to compute its batches again.")
+
+
+def _parse(fpath: Path, file: BinaryIO) -> Partial:
+    try:
+        if file.readline(len(MAGIC)) != MAGIC:
+            raise ValueError
+        obj = json.loads(file.readline(MAX_HEADER_BYTES))
+        partial = Partial(
+            fingerprint=obj["fingerprint"],
+            owner=obj["owner"],
+            number=obj["number"],
+            absorbed=tuple(obj["absorbed"]),
+            segments=tuple(map(Segment.from_json, obj["segments"])),
+            tensors={name: (dtype, tuple(shape)) for name, (dtype, shape) in obj["tensors"].items()},
+        )
+        if partial.name != fpath.name:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedError(f"{fpath}: its header is not one of a partial; run again to compute its batches again.") from None
+    return partial
+
+
+# ---- the directory, at the start of an attempt
+
+
+def names(dpath: Path) -> list[str]:
+    """All files that are called partials, whatever is in them."""
+    return sorted(fpath.name for fpath in dpath.glob("*.partial"))
+
+
+def fault(fpath: Path) -> str:
+    """Read a partial and its rows through; what is wrong with them, or "".
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    try:
+        with reading(fpath):
+            check_digest(fpath)
+            for segment in read_header(fpath).segments:
+                for kind in segment.extents:
+                    for _ in read_extent(fpath.parent, segment, kind):
+                        pass
+    except DamagedError as err:
+        return str(err)
+    return ""
+
+
+def newest(dpath: Path) -> list[Partial]:
+    """Headers of the partials that count: the newest of each owner, less those that another one has absorbed.
+
+    Raises:
+        DamagedError: one is none. RunError: it cannot be read.
+    """
+    by_owner: dict[str, Partial] = {}
+    for name in names(dpath):  # sorted: the numbers of an owner ascend
+        with reading(dpath / name):
+            partial = read_header(dpath / name)
+        by_owner[partial.owner] = partial
+    for absorbed in {owner for partial in by_owner.values() for owner in partial.absorbed}:
+        by_owner.pop(absorbed, None)
+    return list(by_owner.values())
+
+
+def settle(dpath: Path, faults: Mapping[str, str], expected_fingerprint: str) -> list[Partial]:
+    """Decide which partials count, and remove what no longer does. One process does it, while no rank is at work.
+
+    Args:
+        dpath: the directory.
+        faults: what `fault` found, by name of the file.
+        expected_fingerprint: of this run.
+
+    Returns:
+        Headers of disjoint partials.
+
+    Raises:
+        RunError: a partial is of another run, or the directory cannot be written.
+    """
+    with writing(dpath):
+        for name, what in faults.items():
+            warn(f"{what.rstrip('.')}; set aside as {name}.damaged.")
+            os.replace(dpath / name, dpath / f"{name}.damaged")
+    found = newest(dpath)
+    for partial in found:
+        if partial.fingerprint != expected_fingerprint:
+            raise RunError(f"{dpath / partial.name} belongs to another run. Move it away, or start over with --force.")
+    live: list[Partial] = []
+    done: Intervals = ()
+    for partial in sorted(found, key=lambda p: -sum(s.stop - s.first for s in p.segments)):
+        try:
+            done = union([done, covered(partial.segments)])
+            live.append(partial)
+        except ValueError as err:  # a rank that the others had given up lived on, and wrote after they had started again
+            warn(f"{dpath / partial.name} is not needed: {err}.")
+    with writing(dpath):
+        _remove_dead(dpath, live)
+    return sorted(live, key=lambda partial: partial.name)
+
+
+def _remove_dead(dpath: Path, live: list[Partial]) -> None:
+    """Remove files that no live partial needs, and cut spill files to the length that one does."""
+    keep = {partial.name for partial in live}
+    ends: dict[str, int] = {}
+    for partial in live:
+        for segment in partial.segments:
+            for kind, (_, end, _) in segment.extents.items():
+                name = segment.fpath(dpath, kind).name
+                ends[name] = max(end, ends.get(name, 0))
+    for pattern in ("*.partial", "*.tmp", "*.bin"):
+        for fpath in dpath.glob(pattern):
+            if fpath.name in ends:
+                os.truncate(fpath, ends[fpath.name])
+            elif fpath.name not in keep:
+                fpath.unlink()
+
+
+# ---- a rank at work
+
+
+class Keeper:
+    """Keeps a rank's partial up to date while it streams. A context; on leaving it waits for the write under way.
+
+    A write that fails leaves the former partial as it is and is tried again when the next one is due.
+
+    Args:
+        spill: the rank's rows; they say which batches it has done.
+        fingerprint: of the run.
+        absorbed: partials that the rank's state started from.
+        every_s: seconds from one to the next.
+    """
+
+    def __init__(self, spill: Spill, fingerprint: str, absorbed: list[Partial], every_s: float) -> None:
+        self._spill, self._fingerprint, self._every_s = spill, fingerprint, every_s
+        self._absorbed = absorbed
+        self._inherited = tuple(segment for partial in absorbed for segment in partial.segments)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="keeper")
+        self._writing: Future[None] | None = None
+        self._saved_s = time.monotonic()
+        self._kept: tuple[Segment, ...] = ()
+        """This rank's own segments in the partial on the disk."""
+        self._number = 0
+        self._replaced = tuple(partial.name for partial in absorbed)
+        """What the next write makes superfluous."""
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What the rank's state covers."""
+        return (*self._inherited, *self._spill.segments)
+
+    def save_if_due(self, state: Callable[[], State]) -> None:
+        """Write on another thread, from a copy of the state, if it is time and the last write is done.
+
+        With an interval of 0 it writes at once, after every batch.
+        """
+        if not self._every_s:
+            return self.save(state())
+        if time.monotonic() - self._saved_s < self._every_s or (self._writing is not None and not self._writing.done()):
+            return
+        self._saved_s = time.monotonic()
+        copied = {name: tensor.clone() for name, tensor in state().items()}
+        self._writing = self._pool.submit(self._write, copied, tuple(self._spill.segments))
+
+    def save(self, state: State) -> None:
+        """Write now, unless the disk has it all."""
+        if self._writing is not None:
+            self._writing.result()
+        self._write(state, tuple(self._spill.segments))
+
+    def _write(self, state: State, own: tuple[Segment, ...]) -> None:
+        if own == self._kept:
+            return
+        dpath = self._spill.dpath
+        partial = Partial(
+            fingerprint=self._fingerprint,
+            owner=self._spill.owner,
+            number=self._number,
+            absorbed=tuple(partial.owner for partial in self._absorbed),
+            segments=(*self._inherited, *own),
+            tensors={name: (str(tensor.numpy().dtype), tuple(tensor.shape)) for name, tensor in state.items()},
+        )
+        try:
+            self._spill.sync()
+            write(dpath, partial, state)
+        except OSError as err:
+            warn(f"no snapshot: {dpath / partial.name}: {err.strerror}. The one before stays; what came since is not safe yet.")
+            return
+        for name in self._replaced:
+            with suppress(OSError):  # the next attempt removes it
+                (dpath / name).unlink()
+        self._kept, self._number, self._replaced = own, self._number + 1, (partial.name,)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.shutdown()

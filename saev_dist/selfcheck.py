@@ -1,0 +1,207 @@
+"""Is the SAE read under the right rules? Tokens of the shards are encoded and decoded, also under other readings.
+
+A checkpoint read wrongly runs as well as one read rightly, and every number is wrong. What gives it away is that its
+decoder no longer gives the activations back. So some tokens, spread over all shards, go through the SAE as the run will
+read it and as each of a few common mistakes would have it; where one of those reconstructs clearly better, or nothing
+reconstructs at all, there is a finding.
+
+Cost: for each reading the encoder's and the decoder's work on N_TOKENS tokens; seconds.
+
+Names: `b` tokens, `d` model width, `s` features.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from saev_dist.accumulators.base import Codes
+from saev_dist.accumulators.reconstruction import Reconstruction
+from saev_dist.data.reader import sample_images
+from saev_dist.data.shards import Shards
+from saev_dist.errors import CheckpointError, MergeError
+from saev_dist.report import table, warn
+from saev_dist.sae.model import ActivationOverflow, ConstantNorm, Encoder, Given, LayerNorm, Relu, Sae, Threshold, TopK
+
+N_TOKENS, N_IMAGES = 4096, 64
+CHUNK_CODES = 2**20  # dense codes of the tokens that are encoded at a time, should all features fire
+TOP_KS = (4, 8, 16, 32, 64, 128, 256)
+CLEARLY, AT_LEAST = 0.8, 0.05
+"""Another reading is clearly better with an error below this share of the run's own, and lower by this much."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What a reading gave."""
+
+    reading: str
+    flags: str
+    """What makes `extract` read it so."""
+    normalized_mse: float | None
+    """None where it cannot be computed: activations that are all equal, numbers out of range, a device too small."""
+    l0: float
+    """Features that are not zero, per token."""
+    dead_share: float
+    """Features that fired on none of the tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The readings, the one that the run uses first, and what is wrong with it, if anything."""
+
+    n_tokens: int
+    figures: list[Figures]
+    finding: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = {"self-check": f"{self.n_tokens:,} tokens"}
+        lines |= {f"  {figures.reading}": _words(figures) for figures in self.figures}
+        return table(lines | {"finding": self.finding or "none: the SAE gives the activations back best as it is read"})
+
+
+def check(
+    sae: Sae, shards: Shards, device: torch.device, mode: Literal["off", "warn", "strict"], *, skip_bad: bool = False
+) -> Report | None:
+    """Look at some tokens, and warn or stop where they say that the SAE is misread. None: it did not look.
+
+    Args:
+        skip_bad: leave out images that cannot be read, or are not finite.
+
+    Raises:
+        CheckpointError: there is a finding, and `mode` is strict.
+        DataError: a token is not finite.
+    """
+    if mode == "off" or not sae.reconstructs:
+        return None
+    report = examine(sae, shards, device, skip_bad=skip_bad)
+    if report.finding is not None:
+        if mode == "strict":
+            raise CheckpointError(f"{report.finding} (--self-check warn goes on.)")
+        warn(report.finding)
+    return report
+
+
+def examine(sae: Sae, shards: Shards, device: torch.device, *, skip_bad: bool = False) -> Report:
+    """Measure all readings.
+
+    Raises:
+        DataError: a token is not finite.
+    """
+    x_bd = _sample(shards, skip_bad=skip_bad)
+    if not len(x_bd):
+        return Report(n_tokens=0, figures=[], finding=None)
+    own = _measure(sae, x_bd, device, "as it is read", "")
+    others = [_measure(other, x_bd, device, name, flags) for name, flags, other in _other_readings(sae, x_bd, own.l0)]
+    return Report(n_tokens=len(x_bd), figures=[own, *others], finding=_finding(own, others, len(x_bd)))
+
+
+def _sample(shards: Shards, *, skip_bad: bool) -> Tensor:
+    """About N_TOKENS tokens of images spread over all shards, float32 (b, d)."""
+    step = max(1, min(N_IMAGES, shards.n_examples) * shards.n_patches // N_TOKENS)
+    images = sample_images(shards, N_IMAGES, skip_bad=skip_bad)
+    return torch.cat([torch.empty(0, shards.d_model), *(acts_pd[::step] for acts_pd in images)])
+
+
+def _other_readings(sae: Sae, x_bd: Tensor, l0: float) -> list[tuple[str, str, Sae]]:
+    """What else the weights could mean: words, flags, and the SAE. `l0`: features per token as it is read."""
+    readings: list[tuple[str, str, Sae]] = []
+
+    def add(name: str, flags: str, **rules: Any) -> None:
+        readings.append((name, flags, replace(sae, **rules)))
+
+    if sae.b_dec_d.any():
+        name, flag = ("b_dec not subtracted", "--no-pre-bias") if sae.pre_bias else ("b_dec subtracted", "--pre-bias")
+        add(name, flag, pre_bias=not sae.pre_bias)
+
+    match sae.activation:
+        case TopK():
+            add("ReLU, not top-k", "--activation relu", activation=Relu())
+        case Relu() | Threshold():
+            is_threshold = isinstance(sae.activation, Threshold)
+            if is_threshold:
+                add("ReLU, no threshold", "--activation relu", activation=Relu())
+            instead = "the --threshold of training, or " if is_threshold else ""
+            for k in TOP_KS:
+                if k < l0:  # a top-k SAE without its top-k fires too much
+                    add(f"top {k}", f"{instead}--activation topk:K with the K of training, about {k}", activation=TopK(k))
+
+    match sae.input_norm:
+        case None:
+            add("layer norm", "--input-norm layer_norm", input_norm=LayerNorm())
+            add("constant norm", "--input-norm constant_norm_rescale", input_norm=ConstantNorm())
+            zero_d, mean_d = torch.zeros(sae.d_model), x_bd.mean(dim=0, dtype=torch.float64).float()
+            for name, mean, flags in (("scaled", zero_d, ""), ("mean subtracted, scaled", mean_d, "--input-mean FILE ")):
+                size = float((x_bd - mean).norm(dim=1).double().mean())
+                if size > 0:  # training usually brought the mean norm to sqrt(d)
+                    scale = math.sqrt(sae.d_model) / size
+                    add(f"{name} by {scale:.4g}", f"{flags}--input-scale {scale:.4g}", input_norm=Given(mean, scale))
+        case Given():
+            add("not scaled", "--input-norm none, and neither --input-mean nor --input-scale", input_norm=None)
+        case _:
+            add("not normalised", "--input-norm none", input_norm=None)
+    return readings
+
+
+def _measure(sae: Sae, x_bd: Tensor, device: torch.device, name: str, flags: str) -> Figures:
+    """Encode and decode the tokens under one reading."""
+    reconstruction = Reconstruction(*sae.decoder(), sae.undo_norm())
+    n_codes, fired_s = 0, torch.zeros(sae.d_sae, dtype=torch.bool)
+    n_threads = torch.get_num_threads() if device.type == "cpu" else 1
+    under_way: deque[Callable[[], Codes]] = deque()
+    try:
+        with Encoder(sae, device, "fp32", n_threads) as encoder:
+            chunks = x_bd.split(max(1, CHUNK_CODES // sae.d_sae))
+            for i in range(len(chunks) + n_threads):
+                if i < len(chunks):
+                    under_way.append(encoder.submit(chunks[i], img_i=0, n_patches=1))
+                if i >= n_threads and under_way:
+                    codes = under_way.popleft()()
+                    reconstruction.update(codes)
+                    n_codes += len(codes.value_n)
+                    fired_s[codes.feature_n] = True
+    except (
+        ActivationOverflow,
+        MergeError,
+        torch.OutOfMemoryError,
+    ):  # for the stream to report with its place, if it is the run's own reading
+        return Figures(reading=name, flags=flags, normalized_mse=None, l0=0.0, dead_share=1.0)
+    return Figures(
+        reading=name,
+        flags=flags,
+        normalized_mse=reconstruction.finalize(len(x_bd))["metrics"]["normalized_mse"],
+        l0=n_codes / len(x_bd),
+        dead_share=1 - float(fired_s.sum()) / sae.d_sae,
+    )
+
+
+def _finding(own: Figures, others: list[Figures], n_tokens: int) -> str | None:
+    """What to tell the user, or None."""
+    if own.normalized_mse is None:
+        return None
+    measured = [(figures.normalized_mse, figures) for figures in others if figures.normalized_mse is not None]
+    lowest = min((error for error, _ in measured), default=math.inf)
+    # Of those that reconstruct about equally well the sparsest: more features always can.
+    good = [pair for pair in measured if pair[0] <= lowest + AT_LEAST]
+    error, best = min(good, key=lambda pair: (pair[1].l0, pair[0]), default=(math.inf, own))
+    start = f"on {n_tokens:,} tokens the SAE as it is read gives {_words(own)}"
+    if error < min(CLEARLY * own.normalized_mse, own.normalized_mse - AT_LEAST, 1):
+        return f"{start}; {best.reading}: {_words(best)}. If it was trained so, use {best.flags}."
+    if own.normalized_mse > 1:
+        return (
+            f"{start}: worse than the mean activation would do, and no other reading that was tried does better. "
+            "Is it the SAE of this model and layer, and were the activations normalised?"
+        )
+    return None
+
+
+def _words(figures: Figures) -> str:
+    error = "not computable" if figures.normalized_mse is None else f"{figures.normalized_mse:.4f}"
+    return f"normalized MSE {error}, L0 {figures.l0:.1f}, {figures.dead_share:.1%} of features silent"

@@ -1,0 +1,49 @@
+"""Signals that ask a run to leave: noted at once, obeyed at the next batch boundary."""
+
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Self
+
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SAME_S = 2.0
+"""Launchers pass a signal on to a process that has had it from the terminal already: so soon it is the same one."""
+
+
+class Signals:
+    """Catches the signals of schedulers and terminals while it is entered; the first one is only noted.
+
+    A second one, some time after the first, ends the process at once, as it would have without this. Nothing is
+    caught outside the main thread, where Python allows no handlers.
+
+    Args:
+        rank: of this process; rank 0 says what goes on.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._former: dict[signal.Signals, object] = {}
+        self._since = 0.0
+        self.received = ""
+        """Name of the first signal, "" before it."""
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._note) for number in ASKING}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # as signal.signal returned it
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self._since = signal.Signals(number).name, time.monotonic()
+            if self._rank == 0:
+                text = f"saev-dist: {self.received}: leaving after this batch and a snapshot; a second signal leaves at once.\n"
+                os.write(2, text.encode())  # print is not safe within a print
+        elif time.monotonic() - self._since > SAME_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)

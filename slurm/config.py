@@ -1,0 +1,122 @@
+"""What a user can set about a launch; the jobs' own flags are `saev_dist.config`'s."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from saev_dist.errors import ConfigError
+
+RunPaths = Annotated[tuple[Path, ...], tyro.conf.arg(aliases=("--run-dir",))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launcher:
+    """Put a job of saev-dist on a Slurm cluster, follow it, and let it survive preemption.
+
+    Write the launcher's flags, then a command, then the command's own flags (`… extract --help` explains those):
+
+      extract FLAGS               as `saev-dist extract FLAGS`; several values after --sae or --shards make a job array
+      replay FLAGS                as `saev-dist replay FLAGS`; several values after --run make a job array
+      pipeline FLAGS [-- FLAGS]   extract, then replay once it is done; replay's flags after the --
+      status --run DIR …          the job that works on a run: state, progress of each rank, last lines of its log
+      cancel --run DIR …          end it
+    """
+
+    config: Path | None = None
+    """TOML file of defaults for these flags, such as configs/slurm/one_node_8gpu.toml."""
+    cluster: Literal["slurm", "local", "debug"] = "slurm"
+    """local: processes on this machine, one after another. debug: this process. Both always wait."""
+
+    partition: str | None = None
+    """Default: the cluster's."""
+    account: str | None = None
+    """Whom to charge."""
+    qos: str | None = None
+    """Quality of service."""
+    nodes: int = 1
+    """Nodes per job."""
+    gpus_per_node: int = 1
+    """GPUs per node, and as many ranks. 0: a CPU partition, with --tasks-per-node ranks."""
+    tasks_per_node: int | None = None
+    """Ranks per node. Default: one per GPU; one without GPUs."""
+    cpus_per_gpu: int = 4
+    """CPU cores per rank, also where there are no GPUs."""
+    mem_gb: float | None = None
+    """Host memory per node, GB. Default: the partition's."""
+    time_h: float = 4.0
+    """Time limit of one attempt, hours. A job that reaches it goes on in the next."""
+    constraint: str | None = None
+    """Features that the nodes must have."""
+    exclude: str | None = None
+    """Nodes to avoid."""
+    array_parallelism: int = 16
+    """Jobs of an array that run at the same time."""
+    setup: tuple[str, ...] = ()
+    """Shell lines to run on the first node before the ranks start, such as "module load cuda"."""
+    slurm_args: tuple[str, ...] = ()
+    """Further options of sbatch, KEY=VALUE, or KEY alone for one without a value: reservation=night exclusive."""
+
+    margin_s: int = 120
+    """So many seconds before the time limit the job is told to leave; a snapshot must fit in."""
+    signal: Literal["USR1", "USR2"] = "USR2"
+    """The signal that tells it, also at a preemption where the cluster sends one."""
+    max_requeues: int = 20
+    """A job that has been requeued so often does not requeue itself again."""
+
+    logs: Path | None = None
+    """Directory for logs. Default: slurm/ in --out or --run."""
+    wait: bool = False
+    """Follow the job to its end: progress, then the result; exit code 1 if it failed."""
+    dry_run: bool = False
+    """Print the plan and the sbatch file, and submit nothing."""
+
+    def __post_init__(self) -> None:
+        lowest = {"nodes": 1, "gpus_per_node": 0, "cpus_per_gpu": 1, "array_parallelism": 1, "margin_s": 0, "max_requeues": 0}
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name} must be at least {low}, got {getattr(self, name)}.")
+        if self.tasks_per_node is not None and self.tasks_per_node < 1:
+            raise ConfigError(f"tasks_per_node must be at least 1, got {self.tasks_per_node}.")
+        if self.tasks_per_node is not None and self.gpus_per_node and self.tasks_per_node != self.gpus_per_node:
+            raise ConfigError(
+                f"a rank takes one GPU, so --tasks-per-node {self.tasks_per_node} does not go with "
+                f"--gpus-per-node {self.gpus_per_node}; leave it out."
+            )
+        if self.mem_gb is not None and self.mem_gb <= 0:
+            raise ConfigError(f"mem_gb must be above 0, got {self.mem_gb:g}.")
+        if self.time_h * 3600 <= self.margin_s:
+            raise ConfigError(f"a time limit of {self.time_h:g} h leaves nothing before --margin-s {self.margin_s}.")
+        if self.cluster == "local" and self.nodes > 1:
+            raise ConfigError(f"--cluster local is one node, got --nodes {self.nodes}.")
+        for text in self.slurm_args:
+            if not re.fullmatch(r"[a-z][a-z-]*(=.+)?", text.strip()):
+                raise ConfigError(f"--slurm-args takes KEY=VALUE with a long option of sbatch as KEY, got {text!r}.")
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def n_ranks(self) -> int:
+        return 1 if self.cluster == "debug" else self.nodes * self.ranks_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Tell what the last job launched for each run directory is doing."""
+
+    run: RunPaths
+    """Run directories."""
+    lines: int = 3
+    """How many of the last lines of the log to show."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cancel:
+    """End the job that works on each run directory. What it has done stays: launched again it goes on."""
+
+    run: RunPaths
+    """Run directories."""

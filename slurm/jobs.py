@@ -1,0 +1,121 @@
+"""What is known of a launched job, on disk: who it is, and how each of its ranks ended.
+
+    <run>/slurm/jobs.jsonl             one line per job launched for the run, the latest last
+    <logs>/<job id>_<rank>_log.out     a rank's output, of all attempts; srun's own messages are in rank 0's
+    <logs>/<job id>_<rank>_end.json    how the rank's latest attempt ended
+
+A rank removes its own end.json when it starts, and writes the number of its attempt into the new one: the end of an
+attempt before a requeue is never taken for that of the one under way.
+"""
+
+import json
+import os
+import re
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from saev_dist.errors import RunError
+
+TAIL_BYTES = 16_384
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One job as it was launched. JSON keeps it."""
+
+    cluster: Literal["slurm", "local"]
+    kind: Literal["extract", "replay"]
+    job_id: str
+    """Slurm's, such as 123, or 123_4 in an array; the controlling process's on --cluster local."""
+    run: Path
+    folder: Path
+    """Of its logs and its ranks' ends."""
+    n_ranks: int
+    max_requeues: int
+    time_h: float
+    mem_gb: float | None
+
+    def log_fpath(self, rank: int) -> Path:
+        return self.folder / f"{self.job_id}_{rank}_log.out"
+
+    def ends(self) -> list["End"]:
+        """The ends that ranks have written, by rank."""
+        found = [End.read(end_fpath(self.folder, self.job_id, rank)) for rank in range(self.n_ranks)]
+        return [end for end in found if end is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """How one rank ended."""
+
+    rank: int
+    attempt: int
+    """0, and one more for each requeue."""
+    outcome: Literal["done", "failed", "crashed", "left"]
+    """failed: an error that the user can mend. crashed: any other. left: told to by a signal."""
+    error: str = ""
+    is_echo: bool = False
+    """The error is another rank's."""
+    host: str = ""
+    at: float = 0.0
+    """Unix time."""
+
+    def write(self, fpath: Path) -> None:
+        temporary = fpath.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(replace(self, host=os.uname().nodename, at=time.time()))) + "\n")
+        os.replace(temporary, fpath)
+
+    @classmethod
+    def read(cls, fpath: Path) -> "End | None":
+        try:
+            return cls(**json.loads(fpath.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None  # not there yet, or on its way through a network file system
+
+
+def end_fpath(folder: Path, job_id: str, rank: int) -> Path:
+    return folder / f"{job_id}_{rank}_end.json"
+
+
+def remember(job: Job) -> None:
+    """Append the job to its run's list."""
+    fpath = job.run / "slurm" / "jobs.jsonl"
+    fpath.parent.mkdir(parents=True, exist_ok=True)
+    with open(fpath, "a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(job), default=str) + "\n")
+
+
+def launched(run: Path) -> list[Job]:
+    """The jobs launched for a run, the latest last.
+
+    Raises:
+        RunError: the list is damaged.
+    """
+    fpath = run / "slurm" / "jobs.jsonl"
+    try:
+        lines = fpath.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as err:
+        raise RunError(f"{fpath}: {err.strerror}.") from None
+    try:
+        return [_job(json.loads(line)) for line in lines]
+    except (ValueError, TypeError, KeyError):
+        raise RunError(f"{fpath} is damaged: each line should be a job. Remove it; the run itself does not need it.") from None
+
+
+def _job(fields: dict[str, Any]) -> Job:
+    return Job(**fields | {"run": Path(fields["run"]), "folder": Path(fields["folder"])})
+
+
+def tail(fpath: Path, n_lines: int) -> list[str]:
+    """The last lines of a log that are not empty; carriage returns of bars end lines, too."""
+    try:
+        with open(fpath, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return [line for line in re.split(r"[\r\n]+", text) if line.strip()][-n_lines:]

@@ -1,0 +1,229 @@
+"""`python -m slurm.launch [launcher flags] COMMAND [flags]`: see `config.Launcher` for what it does.
+
+Importing this loads neither torch nor NumPy: submitting takes a fraction of a second.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import tyro
+
+from saev_dist.cli import with_toml
+from saev_dist.config import Extract, Replay
+from saev_dist.errors import ConfigError, SaevDistError
+from slurm.config import Cancel, Launcher, Status
+from slurm.jobs import Job, launched, remember, tail
+from slurm.progress import describe
+from slurm.queue import ask
+from slurm.submit import run_here, sbatch_text, submit
+from slurm.sweep import configs, is_finished, run_dpath
+from slurm.watch import describe_state, follow, verdict
+
+COMMANDS = ("extract", "replay", "pipeline", "status", "cancel")
+SWITCHES = ("--wait", "--no-wait", "--dry-run", "--no-dry-run")
+PROG = "python -m slurm.launch"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, launch, and exit: 0 submitted (with --wait: done), 1 an error or a failed job, 2 wrong usage."""
+    try:
+        sys.exit(0 if run(sys.argv[1:] if argv is None else argv) else 1)
+    except SaevDistError as err:
+        print(f"slurm.launch: error: {err}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("slurm.launch: no longer waiting; a job on Slurm goes on (status, cancel).", file=sys.stderr)
+        sys.exit(130)
+
+
+def run(argv: list[str]) -> bool:
+    """Do what the arguments say; False if a job that was waited for failed."""
+    flags, command, rest = split(argv)
+    launcher: Launcher = tyro.cli(Launcher, prog=PROG, args=with_toml(flags, Launcher))
+    match command:
+        case "extract":
+            return launch(launcher, configs(Extract, rest), [])
+        case "replay":
+            return launch(launcher, [], configs(Replay, rest))
+        case "pipeline":
+            at = rest.index("--") if "--" in rest else len(rest)
+            extracts = configs(Extract, rest[:at])
+            (pattern,) = configs(Replay, [*rest[at + 1 :], "--run", str(extracts[0].out)])
+            return launch(launcher, extracts, [replace(pattern, run=cfg.out) for cfg in extracts])
+        case "status":
+            return status(tyro.cli(Status, prog=f"{PROG} status", args=rest))
+        case "cancel":
+            return cancel(tyro.cli(Cancel, prog=f"{PROG} cancel", args=rest))
+    tyro.cli(Launcher, prog=PROG, args=["--help"])
+    return False
+
+
+def split(argv: list[str]) -> tuple[list[str], str, list[str]]:
+    """The launcher's flags, the command, and its flags. A command's word may also be a flag's value."""
+    for i, word in enumerate(argv):
+        former = argv[i - 1] if i else ""
+        is_value = former.startswith("--") and "=" not in former and former not in SWITCHES
+        if word in COMMANDS and not is_value:
+            return argv[:i], word, argv[i + 1 :]
+    if not {"-h", "--help"} & set(argv):
+        print(f"{PROG}: a command is missing: one of {', '.join(COMMANDS)}; --help explains.", file=sys.stderr)
+        sys.exit(2)
+    return argv, "", []
+
+
+def launch(launcher: Launcher, extracts: Sequence[Extract], replays: Sequence[Replay]) -> bool:
+    """Submit what is not finished: extracts, and replays after those of the same run."""
+    finished = [cfg for cfg in extracts if is_finished(cfg)]
+    for cfg in finished:
+        print(f"{cfg.out} is finished: no extract.")
+    todo = [cfg for cfg in extracts if cfg not in finished]
+    to_wait_for = {cfg.out for cfg in todo}
+    at_once = [cfg for cfg in replays if cfg.run not in to_wait_for]
+    later = [cfg for cfg in replays if cfg.run in to_wait_for]
+    if launcher.dry_run:
+        return show_plan(launcher, todo, at_once, later)
+    for batch in (todo, at_once):
+        _check_free(batch)
+    if launcher.cluster != "slurm":
+        return _run_one_by_one(launcher, [*at_once, *todo], later)
+    jobs: list[Job] = []
+    if at_once:
+        jobs += _submitted(launcher, at_once)
+    if todo:
+        first = _submitted(launcher, todo)
+        jobs += first
+        if later:
+            # Each of an array's jobs waits for its counterpart.
+            array_id = first[0].job_id.split("_")[0]
+            jobs += _submitted(launcher, later, f"{'aftercorr' if len(first) > 1 else 'afterok'}:{array_id}")
+    return follow(jobs) if launcher.wait else True
+
+
+def _submitted(launcher: Launcher, cfgs: Sequence[Extract | Replay], dependency: str = "") -> list[Job]:
+    jobs = submit(launcher, cfgs, _logs_dpath(launcher, cfgs), dependency)
+    for job in jobs:
+        remember(job)
+        print(f"{job.kind} {job.job_id}  {job.run}  logs in {job.folder}", flush=True)
+    return jobs
+
+
+def _run_one_by_one(launcher: Launcher, first: Sequence[Extract | Replay], later: Sequence[Replay]) -> bool:
+    """On this machine: each job to its end, and a replay after its extract if that succeeded."""
+    all_well = True
+    after = {cfg.run: cfg for cfg in later}
+    for cfg in first:
+        well = True
+        for part in (cfg, after.get(run_dpath(cfg))):
+            if part is None or not well:
+                continue
+            if launcher.cluster == "debug":
+                run_here(part, _logs_dpath(launcher, [part]))
+            else:
+                well = follow(_submitted(launcher, [part]))
+        all_well &= well
+    return all_well
+
+
+def _logs_dpath(launcher: Launcher, cfgs: Sequence[Extract | Replay]) -> Path:
+    """Where the folders of these jobs go: beside the runs where there are several."""
+    dpath = launcher.logs
+    if dpath is None:
+        runs = [run_dpath(cfg) for cfg in cfgs]
+        dpath = (runs[0] if len(runs) == 1 else runs[0].parent) / "slurm"
+    if "%" in str(dpath):
+        raise ConfigError(f"{dpath}: Slurm would put something in place of the %; choose other --logs.")
+    return dpath.absolute()
+
+
+def _check_free(cfgs: Sequence[Extract | Replay]) -> None:
+    """Refuse a run directory on which an earlier job still works."""
+    former = [jobs[-1] for cfg in cfgs if (jobs := launched(run_dpath(cfg)))]
+    states = ask(former)
+    for job in former:
+        if states[job.job_id].is_under_way and states[job.job_id].name != "UNKNOWN":
+            raise ConfigError(
+                f"{job.run}: {job.kind} {job.job_id} works on it ({describe_state(job, states[job.job_id])}). "
+                f"Wait for it, or end it: {PROG} cancel --run {job.run}"
+            )
+
+
+def show_plan(launcher: Launcher, todo: Sequence[Extract], at_once: Sequence[Replay], later: Sequence[Replay]) -> bool:
+    """Print what would be submitted."""
+    if todo:
+        print(plan_text(todo[0], launcher), end="\n\n")
+    after = "aftercorr:EXTRACT" if len(later) > 1 else "afterok:EXTRACT"
+    groups: list[tuple[Sequence[Extract | Replay], str]] = [(at_once, ""), (todo, ""), (later, after)]
+    for cfgs, dependency in groups:
+        if not cfgs:
+            continue
+        kind = type(cfgs[0]).__name__.lower()
+        print(f"{kind}: {len(cfgs)} job(s) of {launcher.nodes} node(s) × {launcher.ranks_per_node} rank(s)")
+        for cfg in cfgs:
+            print(f"  {run_dpath(cfg)}")
+        if launcher.cluster == "slurm":
+            print(sbatch_text(launcher, kind, len(cfgs), _logs_dpath(launcher, cfgs), dependency))
+    print("dry run: nothing was submitted.")
+    return True
+
+
+def plan_text(cfg: Extract, launcher: Launcher) -> str:
+    """What `saev-dist extract --dry-run` would print on the cluster; this machine need have no GPU."""
+    import torch
+
+    from saev_dist.estimate import estimate
+    from saev_dist.extract import open_job
+    from saev_dist.report import describe_plan
+    from saev_dist.world import World
+
+    world = World(cfg.timeout_s)
+    world.size = launcher.n_ranks
+    job = open_job(replace(cfg, device="cpu"), world)
+    device = torch.device("cuda" if launcher.gpus_per_node and cfg.device != "cpu" else "cpu")
+    need = estimate(cfg, job.shards, job.sae, job.plan, device)
+    return describe_plan(cfg, job.shards, job.sae, job.plan, need, launcher.n_ranks)
+
+
+def status(cfg: Status) -> bool:
+    """Print what the latest job of each run is doing."""
+    jobs = _latest(cfg.run)
+    states = ask(jobs)
+    for job in jobs:
+        state = states[job.job_id]
+        text = describe_state(job, state) if state.is_under_way else verdict(job, state)[1]
+        print(f"{job.run}\n  {job.kind} {job.job_id}  {text}")
+        for line in describe(job) if state.is_under_way else []:
+            print(f"  {line}")
+        for line in tail(job.log_fpath(0), cfg.lines):
+            print(f"  | {line}")
+    return True
+
+
+def cancel(cfg: Cancel) -> bool:
+    """End the latest job of each run, if it is under way."""
+    jobs = _latest(cfg.run)
+    states = ask(jobs)
+    for job in jobs:
+        if not states[job.job_id].is_under_way:
+            print(f"{job.kind} {job.job_id} has ended already: {job.run}")
+            continue
+        command = ["scancel", job.job_id] if job.cluster == "slurm" else ["kill", "-INT", job.job_id]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise ConfigError(f"{' '.join(command)}: {done.stderr.strip()}")
+        print(f"{job.kind} {job.job_id} cancelled: {job.run}")
+    return True
+
+
+def _latest(runs: Sequence[Path]) -> list[Job]:
+    jobs = [launched(run.absolute()) for run in runs]
+    for run_path, found in zip(runs, jobs, strict=True):
+        if not found:
+            raise ConfigError(f"{run_path}: no job was launched for it ({run_path}/slurm/jobs.jsonl is missing).")
+    return [found[-1] for found in jobs]
+
+
+if __name__ == "__main__":
+    main()

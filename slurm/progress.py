@@ -1,0 +1,95 @@
+"""How far a run is, read from its directory and its ranks' logs."""
+
+import json
+import os
+import re
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from slurm.jobs import Job, tail
+
+# What `saev_dist.progress` writes, behind the rank.
+LINE = re.compile(r"(?:extract|replay) +[\d.]+%.*ETA .*")
+MARK = b"saev-dist partial 1\n"
+
+
+def describe(job: Job) -> list[str]:
+    """Lines on the whole and on each rank, as far as anything is known."""
+    kept = _kept(job.run) if job.kind == "extract" else None
+    lines = [] if kept is None else [kept.text()]
+    for rank in range(job.n_ranks):
+        said = next((found[0] for line in reversed(tail(job.log_fpath(rank), 50)) if (found := LINE.search(line))), "")
+        snapshot = kept.of_rank(rank) if kept else ""
+        if said or snapshot:
+            lines.append(f"rank {rank}: {'; '.join(filter(None, (said, snapshot)))}")
+    return lines
+
+
+class Kept:
+    """What the partials of an unfinished extract cover.
+
+    Args:
+        n_batches: of the plan.
+        headers: of the partials that count, each with its age in seconds.
+        attempt_s: how long the attempt under way has run.
+    """
+
+    def __init__(self, n_batches: int, headers: list[tuple[dict[str, Any], float]], attempt_s: float) -> None:
+        self._n_batches, self._attempt_s = n_batches, attempt_s
+        self._n_kept = sum(_n_batches(header, own=False) for header, _ in headers)
+        self._new: dict[int, tuple[int, float]] = {}
+        for header, age_s in headers:
+            if age_s < attempt_s:
+                self._new[int(header["owner"].split("-")[0])] = (_n_batches(header, own=True), age_s)
+
+    def text(self) -> str:
+        """One line on all ranks."""
+        text = f"{self._n_kept / self._n_batches:.1%} of {self._n_batches:,} batches are kept on the disk"
+        rate = sum(n / (self._attempt_s - age_s) for n, age_s in self._new.values())
+        if not rate:
+            return f"{text}; no snapshot of this attempt yet"
+        done_since = sum(n * age_s / (self._attempt_s - age_s) for n, age_s in self._new.values())
+        left_s = max(0.0, (self._n_batches - self._n_kept - done_since) / rate)
+        return f"{text}; ETA {timedelta(seconds=round(left_s))} at the rate of the last snapshots"
+
+    def of_rank(self, rank: int) -> str:
+        if rank not in self._new:
+            return ""
+        n, age_s = self._new[rank]
+        return f"snapshot {age_s:,.0f} s ago, {n:,} batches since this attempt began"
+
+
+def _kept(run: Path) -> Kept | None:
+    """None where no extract is under way, or its files cannot be read just now."""
+    # NumPy, and no torch: whoever follows a job waits on a login node.
+    from saev_dist.data.shards import Shards
+    from saev_dist.plan import Plan
+
+    dpath = run / "partials"
+    try:
+        now = time.time()
+        config = json.loads((dpath / "run.json").read_bytes())["config"]
+        shards = Shards.open(Path(config["shards"]), config["layer"])
+        plan = Plan(shards.examples, min(max(1, config["batch_tokens"] // shards.n_patches), max(shards.examples)))
+        found = [_header(fpath) for fpath in sorted(dpath.glob("*.partial"))]
+        ages = {header["owner"]: (header, now - mtime) for header, mtime in found}  # of an owner the newest is last
+        absorbed = {owner for header, _ in found for owner in header["absorbed"]}
+        live = [ages[owner] for owner in ages.keys() - absorbed]
+        return Kept(plan.n_batches, live, now - os.stat(dpath / "lock").st_mtime)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _header(fpath: Path) -> tuple[dict[str, Any], float]:
+    """A partial's header and when it was written; `saev_dist.partials` has the format."""
+    with open(fpath, "rb") as file:
+        if file.readline() != MARK:
+            raise ValueError
+        header: dict[str, Any] = json.loads(file.readline())
+        return header, os.fstat(file.fileno()).st_mtime
+
+
+def _n_batches(header: dict[str, Any], *, own: bool) -> int:
+    return sum(s["stop"] - s["first"] for s in header["segments"] if not own or s["owner"] == header["owner"])

@@ -1,0 +1,163 @@
+"""Hand jobs to Slurm, or to this machine, through submitit."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from functools import partial
+from importlib import import_module
+from io import StringIO
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError
+
+from saev_dist.config import Extract, Replay
+from saev_dist.errors import ConfigError
+from slurm.config import Launcher
+from slurm.jobs import Job
+from slurm.sweep import run_dpath
+from slurm.task import Task
+
+# submitit would count a signal as a time-out if it comes within 10 minutes of the limit, and give up after a few;
+# `Task` counts requeues itself.
+NO_LIMIT = 1_000_000
+# Of the shell that submits; in the job they would be taken for its own. Slurm's own settings must stay.
+KEPT = ("SLURM_CONF", "SBATCH_", "SLURM_CLUSTERS")
+
+
+class SbatchText(submitit.SlurmExecutor):
+    """Says what would be submitted, also where there is no Slurm."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+    def text(self, n_jobs: int) -> str:
+        if n_jobs > 1:
+            self.parameters["map_count"] = n_jobs
+        return self._make_submission_file_text(self._submitit_command_str, "")
+
+
+def sbatch_text(launcher: Launcher, kind: str, n_jobs: int, logs: Path, dependency: str = "") -> str:
+    """The file that `submit` would give to sbatch."""
+    executor = SbatchText(logs, max_num_timeout=NO_LIMIT)
+    executor.update_parameters(**_parameters(launcher, kind, dependency))
+    return executor.text(n_jobs)
+
+
+def submit(launcher: Launcher, cfgs: Sequence[Extract | Replay], logs: Path, dependency: str = "") -> list[Job]:
+    """Submit one job for each config, several as one array.
+
+    Args:
+        cfgs: of one kind.
+        logs: where logs and ranks' ends go.
+        dependency: as sbatch takes it.
+
+    Raises:
+        ConfigError: Slurm refuses, or there is none.
+    """
+    kind = type(cfgs[0]).__name__.lower()
+    tasks = [Task(cfg=cfg, n_threads=launcher.cpus_per_gpu, max_requeues=launcher.max_requeues) for cfg in cfgs]
+    with _clean_environment(launcher.signal):
+        if launcher.cluster == "local":
+            local = submitit.LocalExecutor(logs, max_num_timeout=NO_LIMIT)
+            local.update_parameters(
+                timeout_min=launcher.time_h * 60,
+                signal_delay_s=launcher.margin_s,
+                gpus_per_node=launcher.gpus_per_node,
+                tasks_per_node=launcher.ranks_per_node,
+                setup=list(launcher.setup),
+                stderr_to_stdout=True,
+            )
+            submitted = local.submit_array(tasks)
+        else:
+            try:
+                executor = submitit.SlurmExecutor(logs, max_num_timeout=NO_LIMIT)
+                executor.update_parameters(**_parameters(launcher, kind, dependency))
+                with redirect_stderr(StringIO()):  # submitit prints what it raises
+                    submitted = executor.submit_array(tasks)
+            except FailedJobError as err:
+                raise ConfigError(f"Slurm refuses the {kind} job: {_brief(str(err))}") from None
+            except (FileNotFoundError, RuntimeError) as err:
+                raise ConfigError(f"cannot submit: {err} --cluster local runs on this machine.") from None
+    return [
+        Job(
+            cluster=launcher.cluster,  # type: ignore[arg-type]  # debug does not come here
+            kind=kind,  # type: ignore[arg-type]
+            job_id=job.job_id,
+            run=run_dpath(cfg),
+            folder=job.paths.folder,
+            n_ranks=launcher.n_ranks,
+            max_requeues=launcher.max_requeues,
+            time_h=launcher.time_h,
+            mem_gb=launcher.mem_gb,
+        )
+        for job, cfg in zip(submitted, cfgs, strict=True)
+    ]
+
+
+def run_here(cfg: Extract | Replay, logs: Path) -> None:
+    """Do the job in this process, as one rank; what it raises is raised."""
+    logs.mkdir(parents=True, exist_ok=True)
+    job = submitit.DebugExecutor(logs).submit(partial(_run, cfg))
+    if (err := job.exception()) is not None:  # results() would open a debugger
+        raise err
+
+
+def _run(cfg: Extract | Replay) -> None:
+    import_module(f"saev_dist.{type(cfg).__name__.lower()}").run(cfg)
+
+
+def _parameters(launcher: Launcher, kind: str, dependency: str) -> dict[str, Any]:
+    # submitit itself takes the signal's name from the environment, when it is imported: in the job, that is.
+    further: dict[str, Any] = {"signal": f"{launcher.signal}@{launcher.margin_s}"}
+    further["requeue" if launcher.max_requeues else "no-requeue"] = True
+    if dependency:
+        further["kill-on-invalid-dep"] = "yes"
+    for text in launcher.slurm_args:
+        key, equals, value = text.strip().partition("=")
+        further[key] = value if equals else True
+    parameters = {
+        "job_name": f"saev-{kind}",
+        "partition": launcher.partition,
+        "account": launcher.account,
+        "qos": launcher.qos,
+        "time": ceil(launcher.time_h * 60),
+        "nodes": launcher.nodes,
+        "ntasks_per_node": launcher.ranks_per_node,
+        "gpus_per_node": launcher.gpus_per_node or None,
+        "cpus_per_task": launcher.cpus_per_gpu,
+        "mem": None if launcher.mem_gb is None else f"{ceil(launcher.mem_gb * 1024)}M",
+        "constraint": launcher.constraint,
+        "exclude": launcher.exclude,
+        "dependency": dependency or None,
+        "setup": list(launcher.setup) or None,
+        "array_parallelism": launcher.array_parallelism,
+        "stderr_to_stdout": True,
+        # Since Slurm 22.05 srun does not take this from sbatch, and each rank would have one core.
+        "srun_args": [f"--cpus-per-task={launcher.cpus_per_gpu}"],
+        "additional_parameters": further,
+    }
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+@contextmanager
+def _clean_environment(signal_name: str) -> Iterator[None]:
+    """Without what an enclosing job or torchrun left; sbatch hands the rest on."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith(KEPT)}
+    with submitit.helpers.clean_env():
+        os.environ.update(kept | {"SUBMITIT_PREEMPT_SIGNAL": signal_name})
+        yield
+
+
+def _brief(text: str) -> str:
+    """The last line of sbatch's complaint, with what to do where its words do not tell."""
+    line = text.strip().splitlines()[-1].removeprefix("sbatch: error: ")
+    hints = {
+        "node configuration is not available": "no node has that much: lower --gpus-per-node, --cpus-per-gpu or --mem-gb",
+        "generic resource": "has this partition GPUs? --gpus-per-node 0 asks for none",
+        "time limit": "lower --time-h: the job goes on in another attempt",
+    }
+    return f"{line}." + "".join(f" ({hint}.)" for words, hint in hints.items() if words in line)

@@ -1,0 +1,115 @@
+"""From a command's flags to its runs: one config each, also where a flag or a TOML file names several inputs."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, TypeVar
+
+from saev_dist.cli import parse_flags, with_toml
+from saev_dist.config import Extract, Replay, SaeRules
+from saev_dist.errors import ConfigError
+
+C = TypeVar("C", Extract, Replay)
+AXES: dict[type, tuple[str, ...]] = {Extract: ("shards", "sae"), Replay: ("run",)}
+ALIASES = {"run": ("--run", "--run-dir")}
+# What the job itself finds out, or what changes no artifact: the rest of a manifest's identity is the config's own.
+FOUND_OUT = ("layer", "device")
+
+
+def configs(command: type[C], flags: list[str]) -> list[C]:
+    """The config of each run that `flags` and their TOML file describe; every input of one crossed with every other.
+
+    With several inputs `--out` is the directory that holds the runs, each named by what tells its inputs apart.
+
+    Raises:
+        ConfigError: two inputs are the same, or the TOML file is wrong.
+    """
+    flags = with_toml(flags, command, lists=AXES[command])
+    inputs: dict[str, list[str]] = {}  # by axis
+    for name in AXES[command]:
+        values, flags = _take(flags, ALIASES.get(name, (f"--{name}",)))
+        if values:
+            inputs[name] = values
+    given: list[str] = []
+    for name, values in inputs.items():
+        given += [f"--{name}", values[0]]
+    first: Any = parse_flags([command.__name__.lower(), *flags, *given], prog="python -m slurm.launch")
+    combinations = [
+        dict(zip(inputs, paths, strict=True)) for paths in product(*([Path(v) for v in vs] for vs in inputs.values()))
+    ]
+    if len(combinations) == 1:
+        return [_absolute(first)]
+    if command is Replay:
+        return [_absolute(replace(first, **paths)) for paths in combinations]
+    labels = {name: dict(zip(map(Path, values), _labels(values), strict=True)) for name, values in inputs.items()}
+    names = ["-".join(labels[name][path] for name, path in paths.items() if len(inputs[name]) > 1) for paths in combinations]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"these inputs would share a run directory: {', '.join(names)}. Launch them one by one.")
+    return [_absolute(replace(first, out=first.out / name, **paths)) for name, paths in zip(names, combinations, strict=True)]
+
+
+def run_dpath(cfg: Extract | Replay) -> Path:
+    return cfg.out if isinstance(cfg, Extract) else cfg.run
+
+
+def is_finished(cfg: Extract | Replay) -> bool:
+    """Whether an extract need not be launched: its manifest is there, of these settings, younger than SAE and shards.
+
+    Anything else is left to the job, which compares contents and refuses another run's directory.
+    """
+    if isinstance(cfg, Replay) or cfg.force or (cfg.out / "partials" / "run.json").exists():
+        return False
+    manifest_fpath = cfg.out / "manifest.json"
+    try:
+        manifest = json.loads(manifest_fpath.read_bytes())
+        wrote = manifest_fpath.stat().st_mtime
+        if not cfg.sae.is_file():  # a directory's time does not tell when its files were written
+            return False
+        inputs = [cfg.sae, *(cfg.shards / name for name in ("metadata.json", "shards.json"))]
+        if any(fpath.stat().st_mtime > wrote for fpath in inputs):
+            return False
+        identity = manifest["identity"]
+        settings = json.loads(json.dumps(asdict(cfg), default=str))
+        same = all(settings[name] == identity[name] for name in identity.keys() & settings.keys() - set(FOUND_OUT))
+        rules = [field.name for field in fields(SaeRules)]  # as they were asked for; the identity has what came of them
+        asked = settings["layer"] in (None, identity["layer"]) and all(settings[n] == manifest["config"][n] for n in rules)
+        return same and asked and [manifest["sae"]["path"], manifest["shards"]["path"]] == [str(cfg.sae), str(cfg.shards)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _take(flags: Sequence[str], names: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The values after the last of these flags, and the flags without any of them."""
+    values: list[str] = []
+    rest: list[str] = []
+    taking = False
+    for word in flags:
+        name, equals, value = word.partition("=")
+        if name in names:
+            taking, values = not equals, [value] if equals else []
+        elif taking and not word.startswith("--"):
+            values.append(word)
+        else:
+            taking = False
+            rest.append(word)
+    if len(set(values)) < len(values):
+        raise ConfigError(f"{names[0]} names {max(values, key=values.count)} twice.")
+    return values, rest
+
+
+def _labels(values: list[str]) -> list[str]:
+    """What tells paths apart: their parts without those that all begin or end with."""
+    parts = [list(Path(value.removesuffix(".pt")).absolute().parts) for value in values]
+    for end in (0, -1):
+        while min(map(len, parts)) > 1 and len({path[end] for path in parts}) == 1:
+            for path in parts:
+                del path[end]
+    return ["-".join(path) for path in parts]
+
+
+def _absolute(cfg: Any) -> Any:
+    """The config with paths that hold wherever the job starts."""
+    paths = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
+    return replace(cfg, **{name: path.absolute() for name, path in paths.items() if isinstance(path, Path)})

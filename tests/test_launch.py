@@ -1,0 +1,351 @@
+"""The launcher without a Slurm: its flags, its runs, jobs on this machine, and how it reads what became of a job."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import slurm.watch
+from saev_dist.config import Extract, Replay
+from saev_dist.errors import ConfigError, SaevDistError
+from slurm.config import Launcher
+from slurm.jobs import End, Job, end_fpath, launched
+from slurm.launch import main, split
+from slurm.progress import Kept, describe
+from slurm.queue import State, ask
+from slurm.sweep import configs, is_finished
+from slurm.watch import follow, verdict
+from tests.ranks import ENV, artifact_hashes, run_cli
+from tests.synthetic import make_acts, make_sae, make_shards
+
+ROOT = Path(__file__).parent.parent
+INPUTS = ["--shards", "s", "--sae", "a.pt", "--out", "o"]
+
+
+@pytest.fixture
+def args(tmp_path: Path) -> list[str]:
+    shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
+    return ["--shards", str(shards), "--sae", str(sae), "--batch-tokens", "10", "--top-k", "4", "--no-progress"]
+
+
+def launch(*args: object, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "slurm.launch", *map(str, args)]
+    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=timeout_s)
+
+
+# ---- what is to be run
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--nodes", "2", "extract", "--out", "o"], (["--nodes", "2"], "extract", ["--out", "o"])),
+        (["--wait", "replay", "--run", "extract"], (["--wait"], "replay", ["--run", "extract"])),
+        (["--partition", "extract", "pipeline"], (["--partition", "extract"], "pipeline", [])),
+        (["--setup", "module load cuda", "status"], (["--setup", "module load cuda"], "status", [])),
+        (["--partition=x", "cancel", "--run", "r"], (["--partition=x"], "cancel", ["--run", "r"])),
+        (["--help"], (["--help"], "", [])),
+    ],
+)
+def test_the_command_parts_the_flags(argv, parts):
+    assert split(argv) == parts
+
+
+def test_a_missing_command_is_wrong_usage(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--nodes", "2"])
+    assert "a command is missing: one of extract, replay" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["extract"], ["status"]])
+def test_help_is_the_jobs_own(command):
+    done = launch(*command, "--help")
+    expected = {"": "--gpus-per-node", "extract": "--rank-by", "status": "--lines"}["".join(command)]
+    assert done.returncode == 0 and expected in done.stdout and "slurm.launch" in done.stdout
+
+
+def test_one_input_is_one_run_with_paths_that_hold_anywhere():
+    (cfg,) = configs(Extract, [*INPUTS, "--top-k", "7"])
+    assert cfg == Extract(shards=Path("s").absolute(), sae=Path("a.pt").absolute(), out=Path("o").absolute(), top_k=7)
+
+
+def test_several_inputs_are_runs_named_by_what_tells_them_apart():
+    found = configs(Extract, ["--shards", "x/a/s", "x/b/s", "--sae", "1/sae.pt", "2/sae.pt", "--out", "o"])
+    assert [cfg.out.relative_to(Path("o").absolute()).name for cfg in found] == ["a-1", "a-2", "b-1", "b-2"]
+    assert {(cfg.shards.parent.name, cfg.sae.parent.name) for cfg in found} == {(s, a) for s in "ab" for a in "12"}
+    assert [cfg.run.name for cfg in configs(Replay, ["--run-dir", "o/a", "o/b", "--n-features", "3"])] == ["a", "b"]
+
+
+def test_a_toml_file_may_list_inputs_and_flags_override_them(tmp_path):
+    fpath = tmp_path / "sweep.toml"
+    fpath.write_text('shards = "s"\nsae = ["p/one.pt", "p/two.pt"]\nout = "o"\ntop_k = 9\n')
+    found = configs(Extract, ["--config", str(fpath)])
+    assert [(cfg.out.name, cfg.top_k) for cfg in found] == [("one", 9), ("two", 9)]
+    (cfg,) = configs(Extract, ["--config", str(fpath), "--sae=three.pt"])
+    assert cfg.sae.name == "three.pt"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sae", "a.pt", "b.pt", "a.pt"], "--sae names a.pt twice"),
+        (["--sae", "a-b.pt", "a/b.pt"], "would share a run directory"),
+    ],
+)
+def test_inputs_that_cannot_be_told_apart_are_refused(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        configs(Extract, ["--shards", "s", "--out", "o", *flags])
+
+
+def test_only_this_very_run_counts_as_finished(tmp_path, args):
+    out = tmp_path / "run"
+    (cfg,) = configs(Extract, [*args, "--out", str(out)])
+    assert not is_finished(cfg)
+    assert run_cli("extract", *args, "--out", out).returncode == 0
+    assert is_finished(cfg) and is_finished(replace(cfg, read_ahead=9))
+    for other in ({"top_k": 5}, {"layer": 3}, {"force": True}, {"pre_bias": True}, {"sae": tmp_path / "other.pt"}):
+        assert not is_finished(replace(cfg, **other)), other
+    os.utime(cfg.sae, (time.time() + 9,) * 2)  # trained again since
+    assert not is_finished(cfg)
+
+
+@pytest.mark.parametrize("fpath", sorted((ROOT / "configs" / "slurm").glob("*.toml")), ids=lambda fpath: fpath.name)
+def test_presets_are_defaults_that_flags_override(fpath, capsys, args, tmp_path):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--config", str(fpath), "--dry-run", "--cpus-per-gpu", "3", "extract", *args, "--out", str(tmp_path / "run")])
+    text = capsys.readouterr().out
+    assert "#SBATCH --cpus-per-task=3" in text and "#SBATCH --mem=" in text
+    assert ("--gpus-per-node=8" in text) == ("cpu" not in fpath.name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"nodes": 0}, "nodes must be at least 1"),
+        ({"gpus_per_node": 2, "tasks_per_node": 3}, "a rank takes one GPU"),
+        ({"time_h": 0.01}, "leaves nothing before --margin-s"),
+        ({"mem_gb": 0.0}, "mem_gb must be above 0"),
+        ({"slurm_args": ("--reservation=x",)}, "takes KEY=VALUE"),
+        ({"cluster": "local", "nodes": 2}, "local is one node"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Launcher(**settings)
+
+
+def test_a_dry_run_prints_plan_and_sbatch_file_and_needs_no_slurm(tmp_path, args, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    flags = ["--nodes", "3", "--gpus-per-node", "4", "--mem-gb", "1.5", "--time-h", "0.5", "--qos", "low", "--exclude", "n[1-2]",
+             "--constraint", "h200&ib", "--margin-s", "60", "--signal", "USR1", "--max-requeues", "0", "--array-parallelism", "2",
+             "--slurm-args", "comment=it's mine", "exclusive", "--setup", "module load cuda", "ulimit -l unlimited"]  # fmt: skip
+    with pytest.raises(SystemExit, match="0"):
+        main([*flags, "--dry-run", "pipeline", *args, "--sae", args[3], "x y.pt", "z.pt", "--out", str(tmp_path / "it's")])
+    out = capsys.readouterr().out
+    assert "batches on 12 rank(s)" in out and out.count("#!/bin/bash") == 2
+    for line in ("array=0-2%2", "nodes=3", "gpus-per-node=4", "ntasks-per-node=4", "mem=1536M", "time=30", "qos=low", "exclude='n[1-2]'",
+                 "constraint='h200&ib'", "no-requeue", "signal=USR1@60", "exclusive", "comment='it'\"'\"'s mine'"):  # fmt: skip
+        assert out.count(f"#SBATCH --{line}\n") == 2, line
+    assert out.count("#SBATCH --dependency=aftercorr:EXTRACT\n") == 1
+    assert "\nmodule load cuda\nulimit -l unlimited\n" in out
+    assert not (tmp_path / "it's").exists()
+
+
+def test_where_there_is_no_slurm_it_says_so(tmp_path, args):
+    done = subprocess.run(
+        [sys.executable, "-m", "slurm.launch", "extract", *args, "--out", str(tmp_path / "run")],
+        env=ENV | {"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("slurm.launch: error: cannot submit: ") and "--cluster local" in line
+
+
+# ---- jobs on this machine
+
+
+def test_local_ranks_have_the_bytes_of_one_process_and_the_gallery_follows(tmp_path, args):
+    run = tmp_path / 'a "run" of it\'s own'
+    done = launch(
+        "--cluster", "local", "--gpus-per-node", 2, "pipeline", *args, "--out", run, "--", "--no-pictures", "--n-features", 3
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"extract \d+ done.*tokens +115 of 23 images.*replay \d+ done.*gallery", done.stdout, re.S)
+    assert [job.kind for job in launched(run)] == ["extract", "replay"]
+    assert launch("status", "--run", run).stdout.splitlines()[1].startswith("  replay")
+    (run / "slurm").rename(tmp_path / "logs")
+    (run / "visuals").rename(tmp_path / "visuals")
+    assert run_cli("extract", *args, "--out", tmp_path / "alone").returncode == 0
+    assert artifact_hashes(run) == artifact_hashes(tmp_path / "alone")
+
+
+def test_a_local_job_that_is_told_to_leave_comes_back_and_has_the_same_bytes(tmp_path):
+    shards, sae = make_shards(tmp_path / "shards", make_acts(2500), imgs_per_shard=1000), make_sae(tmp_path / "sae.pt")
+    args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 0.2, "--out"]
+    run = tmp_path / "run"
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(launch, "--cluster", "local", "--gpus-per-node", 2, *args, run)
+        while not list(run.glob("partials/*.partial")):
+            assert not waiting.done(), waiting.result()
+            time.sleep(0.02)
+        (job,) = launched(run)
+        lines = "\n".join(describe(job))
+        os.kill(int(job.job_id), signal.SIGTERM)
+        done = waiting.result()
+    assert re.match(r"[\d.]+% of 2,500 batches are kept on the disk", lines), lines
+    assert done.returncode == 0, done.stderr
+    assert {(end.attempt, end.outcome) for end in job.ends()} == {(1, "done")}
+    (run / "slurm").rename(tmp_path / "logs")
+    assert run_cli(*args, tmp_path / "alone").returncode == 0
+    assert artifact_hashes(run) == artifact_hashes(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("cluster", ["local", "debug"])
+def test_bad_input_is_one_line_and_no_gallery_follows(tmp_path, args, cluster):
+    done = launch("--cluster", cluster, "pipeline", *args, "--layer", 77, "--out", tmp_path / "run", "--", "--no-pictures")
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line]
+    assert "layer 77" in line and "Traceback" not in done.stdout and "replay" not in done.stdout
+
+
+def test_debug_runs_here(tmp_path, args):
+    done = launch(
+        "--cluster", "debug", "--gpus-per-node", 2, "pipeline", *args, "--out", tmp_path / "run", "--", "--no-pictures"
+    )
+    assert done.returncode == 0 and "1 rank(s)" in done.stdout
+    assert (tmp_path / "run" / "visuals" / "index.html").exists()
+
+
+# ---- what became of a job
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(
+        cluster="slurm",
+        kind="extract",
+        job_id="12_3",
+        run=tmp_path / "run",
+        folder=tmp_path,
+        n_ranks=2,
+        max_requeues=5,
+        time_h=4,
+        mem_gb=64,
+    )
+
+
+def ended(job: Job, *ends: End) -> Job:
+    for end in ends:
+        end.write(end_fpath(job.folder, job.job_id, end.rank))
+    return job
+
+
+LEFT = [End(rank=rank, attempt=5, outcome="left", error="SIGUSR2") for rank in (0, 1)]
+ECHO = End(rank=0, attempt=0, outcome="failed", error="rank 1: no such layer", is_echo=True)
+BAD = End(rank=1, attempt=0, outcome="failed", error="no such layer")
+
+
+@pytest.mark.parametrize(
+    ("state", "ends", "text"),
+    [
+        ("OUT_OF_MEMORY", [], "failed: out of memory: it had 64 GB per node. Raise --mem-gb"),
+        ("TIMEOUT", [], "failed: the time limit of 4 h, with no requeue in time: raise --margin-s. Launch it again"),
+        ("NODE_FAIL", [], "failed: a node went down (n1). Launch it again"),
+        ("CANCELLED", LEFT, "cancelled. Launch it again"),
+        ("FAILED", LEFT, "stopped: SIGUSR2, after 5 of at most 5 requeues. Launch it again"),
+        ("FAILED", [ECHO, BAD], "failed: rank 1: no such layer Log: "),
+        ("FAILED", [replace(BAD, outcome="crashed", error="KeyError: 3")], "crashed: rank 1: KeyError: 3 (rank 0 left no word"),
+        ("FAILED", [], "failed: ranks 0, 1 left no word: killed, perhaps for want of memory. Last in the log: oh dear"),
+        ("FORGOTTEN", [], "failed: ranks 0, 1 left no word"),
+    ],
+)
+def test_a_failure_is_told_by_its_cause(job, state, ends, text):
+    job.log_fpath(0).write_text("a line\noh dear\n")
+    well, found = verdict(ended(job, *ends), State(name=state, nodes="n1"))
+    assert not well and found.startswith(text), found
+
+
+def test_a_replay_whose_extract_failed_says_so(job):
+    assert "did not succeed" in verdict(job, State(name="CANCELLED", reason="DependencyNeverSatisfied"))[1]
+
+
+def test_success_is_the_word_of_all_ranks_whatever_slurm_remembers(job):
+    ended(job, *(End(rank=rank, attempt=1, outcome="done") for rank in (0, 1)))
+    assert verdict(job, State(name="FORGOTTEN"))[0] and verdict(job, State(name="COMPLETED"))[0]
+
+
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    for name, text in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+
+INVALID = "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1"
+NO_ACCOUNTING = "echo Slurm accounting storage is disabled >&2; exit 1"
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct", "name"),
+    [
+        (INVALID, NO_ACCOUNTING, "FORGOTTEN"),
+        (INVALID, "echo '12_3|CANCELLED by 1000|00:01:00|n1'", "CANCELLED"),
+        ("echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1", "exit 1", "UNKNOWN"),
+        ("printf '%-40s%-20s%-50s%-12s%-12s%-20s%-200s\\n' 12_3 PENDING Resources 2 0 0:00 ''", "exit 1", "PENDING"),
+    ],
+)
+def test_slurm_is_asked_with_and_without_accounting(tmp_path, monkeypatch, job, squeue, sacct, name):
+    commands(tmp_path, monkeypatch, squeue=squeue, sacct=sacct)
+    state = ask([job])["12_3"]
+    assert state.name == name
+    if name == "PENDING":
+        assert (state.reason, state.n_requeues) == ("Resources", 2)
+
+
+def test_a_job_that_nobody_remembers_is_not_waited_for_without_end(tmp_path, monkeypatch, job, capsys):
+    commands(tmp_path, monkeypatch, squeue=INVALID, sacct=NO_ACCOUNTING)
+    monkeypatch.setattr(slurm.watch, "POLL_S", (0.01, 0.01))
+    monkeypatch.setattr(slurm.watch, "FORGOTTEN_S", 0.05)
+    assert follow([job]) is False
+    assert "left no word" in capsys.readouterr().err
+
+
+def test_a_requeue_that_looks_like_an_end_for_a_moment_is_none(monkeypatch, job, capsys):
+    names = iter(["RUNNING", "NODE_FAIL", "PENDING", "RUNNING", "COMPLETED"])
+    ended(job, *(End(rank=rank, attempt=1, outcome="done") for rank in (0, 1)))
+    monkeypatch.setattr(slurm.watch, "ask", lambda jobs: {"12_3": State(name=next(names))})
+    monkeypatch.setattr(slurm.watch, "POLL_S", (0.0, 0.0))
+    assert follow([job]) is True
+    assert next(names, None) is None
+
+
+def test_a_rate_is_that_of_this_attempt():
+    def header(rank: int, owner: str, first: int, stop: int) -> dict:
+        return {"owner": f"{rank:05d}-{owner}", "segments": [{"first": first, "stop": stop, "owner": f"{rank:05d}-{owner}"}]}
+
+    old, new = header(0, "aa", 0, 400), header(1, "bb", 400, 500)
+    text = Kept(1000, [(old, 5000.0), (new, 100.0)], attempt_s=200.0).text()
+    assert text.startswith("50.0% of 1,000 batches are kept") and "ETA 0:06:40" in text  # 1 batch/s; 100 done since
+    assert "no snapshot of this attempt yet" in Kept(1000, [(old, 5000.0)], attempt_s=200.0).text()
+
+
+def test_a_run_that_nobody_launched_is_said(tmp_path, capsys):
+    for command in ("status", "cancel"):
+        with pytest.raises(SystemExit, match="1"):
+            main([command, "--run", str(tmp_path)])
+        assert "no job was launched for it" in capsys.readouterr().err
+
+
+def test_a_damaged_list_of_jobs_is_named(tmp_path):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "jobs.jsonl").write_text("{}\n")
+    with pytest.raises(SaevDistError, match=r"jobs\.jsonl is damaged"):
+        launched(tmp_path)
