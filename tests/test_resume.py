@@ -201,7 +201,8 @@ def long_run(tmp_path):
 def test_a_signal_to_one_rank_makes_all_leave_with_75(tmp_path, server, long_run, name, n_ranks):
     out = tmp_path / "run"
     attempt = server.start(*long_run, out, n_ranks=n_ranks)
-    wait_for(lambda: list(out.glob("partials/*.bin")))
+    # A rank that has done nothing yet writes no partial.
+    wait_for(lambda: all(list(out.glob(f"partials/*.{rank:05d}-*.bin")) for rank in range(n_ranks)))
     os.kill(attempt.pids[-1], getattr(signal, name))
     codes = server.wait(attempt, timeout_s=20)
     assert codes == [75] * n_ranks, attempt.output()
