@@ -106,6 +106,16 @@ def launched(run: Path) -> list[Job]:
         raise RunError(f"{fpath} is damaged: each line should be a job. Remove it; the run itself does not need it.") from None
 
 
+def latest(run: Path) -> list[Job]:
+    """The last extract launched for a run and the last replay since, whichever there are."""
+    found: dict[str, Job] = {}
+    for job in launched(run):
+        if job.kind == "extract":
+            found.clear()
+        found[job.kind] = job
+    return list(found.values())
+
+
 def _job(fields: dict[str, Any]) -> Job:
     return Job(**fields | {"run": Path(fields["run"]), "folder": Path(fields["folder"])})
 

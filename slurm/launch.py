@@ -3,7 +3,6 @@
 Importing this loads neither torch nor NumPy: submitting takes a fraction of a second.
 """
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,10 +13,11 @@ import tyro
 from saev_dist.cli import with_toml
 from saev_dist.config import Extract, Replay
 from saev_dist.errors import ConfigError, SaevDistError
+from saev_dist.files import writing
 from slurm.config import Cancel, Launcher, Status
-from slurm.jobs import Job, launched, remember, tail
+from slurm.jobs import Job, latest, remember, tail
 from slurm.progress import describe
-from slurm.queue import ask
+from slurm.queue import ask, call
 from slurm.submit import run_here, sbatch_text, submit
 from slurm.sweep import configs, is_finished, run_dpath
 from slurm.watch import describe_state, follow, verdict
@@ -65,7 +65,7 @@ def split(argv: list[str]) -> tuple[list[str], str, list[str]]:
     """The launcher's flags, the command, and its flags. A command's word may also be a flag's value."""
     for i, word in enumerate(argv):
         former = argv[i - 1] if i else ""
-        is_value = former.startswith("--") and "=" not in former and former not in SWITCHES
+        is_value = former.startswith("--") and "=" not in former and former.replace("_", "-") not in SWITCHES
         if word in COMMANDS and not is_value:
             return argv[:i], word, argv[i + 1 :]
     if not {"-h", "--help"} & set(argv):
@@ -83,7 +83,7 @@ def launch(launcher: Launcher, extracts: Sequence[Extract], replays: Sequence[Re
     to_wait_for = {cfg.out for cfg in todo}
     at_once = [cfg for cfg in replays if cfg.run not in to_wait_for]
     later = [cfg for cfg in replays if cfg.run in to_wait_for]
-    if launcher.dry_run:
+    if launcher.dry_run or any(cfg.dry_run for cfg in extracts):  # extract's own flag cannot mean a job that only plans
         return show_plan(launcher, todo, at_once, later)
     for batch in (todo, at_once):
         _check_free(batch)
@@ -103,7 +103,11 @@ def launch(launcher: Launcher, extracts: Sequence[Extract], replays: Sequence[Re
 
 
 def _submitted(launcher: Launcher, cfgs: Sequence[Extract | Replay], dependency: str = "") -> list[Job]:
-    jobs = submit(launcher, cfgs, _logs_dpath(launcher, cfgs), dependency)
+    logs = _logs_dpath(launcher, cfgs)
+    for dpath in (logs, *(run_dpath(cfg) / "slurm" for cfg in cfgs)):  # before there is a job that nobody could note
+        with writing(dpath):
+            dpath.mkdir(parents=True, exist_ok=True)
+    jobs = submit(launcher, cfgs, logs, dependency)
     for job in jobs:
         remember(job)
         print(f"{job.kind} {job.job_id}  {job.run}  logs in {job.folder}", flush=True)
@@ -133,14 +137,15 @@ def _logs_dpath(launcher: Launcher, cfgs: Sequence[Extract | Replay]) -> Path:
     if dpath is None:
         runs = [run_dpath(cfg) for cfg in cfgs]
         dpath = (runs[0] if len(runs) == 1 else runs[0].parent) / "slurm"
-    if "%" in str(dpath):
-        raise ConfigError(f"{dpath}: Slurm would put something in place of the %; choose other --logs.")
+    # Slurm puts something in place of a %, a backslash keeps it from doing so where it is meant to, a newline ends a line.
+    if bad := set("%\\\n") & set(str(dpath)):
+        raise ConfigError(f"{dpath}: Slurm takes no {min(bad)!r} in the name of a log; choose other --logs.")
     return dpath.absolute()
 
 
 def _check_free(cfgs: Sequence[Extract | Replay]) -> None:
     """Refuse a run directory on which an earlier job still works."""
-    former = [jobs[-1] for cfg in cfgs if (jobs := launched(run_dpath(cfg)))]
+    former = [job for cfg in cfgs for job in latest(run_dpath(cfg))]
     states = ask(former)
     for job in former:
         if states[job.job_id].is_under_way and states[job.job_id].name != "UNKNOWN":
@@ -187,7 +192,7 @@ def plan_text(cfg: Extract, launcher: Launcher) -> str:
 
 
 def status(cfg: Status) -> bool:
-    """Print what the latest job of each run is doing."""
+    """Print what the latest jobs of each run are doing."""
     jobs = _latest(cfg.run)
     states = ask(jobs)
     for job in jobs:
@@ -202,27 +207,27 @@ def status(cfg: Status) -> bool:
 
 
 def cancel(cfg: Cancel) -> bool:
-    """End the latest job of each run, if it is under way."""
+    """End the latest jobs of each run, those that are under way."""
     jobs = _latest(cfg.run)
     states = ask(jobs)
-    for job in jobs:
+    for job in reversed(jobs):  # else Slurm cancels the replay itself, for want of its extract
         if not states[job.job_id].is_under_way:
             print(f"{job.kind} {job.job_id} has ended already: {job.run}")
             continue
         command = ["scancel", job.job_id] if job.cluster == "slurm" else ["kill", "-INT", job.job_id]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
+        if (done := call(*command)).returncode != 0:
             raise ConfigError(f"{' '.join(command)}: {done.stderr.strip()}")
         print(f"{job.kind} {job.job_id} cancelled: {job.run}")
     return True
 
 
 def _latest(runs: Sequence[Path]) -> list[Job]:
-    jobs = [launched(run.absolute()) for run in runs]
-    for run_path, found in zip(runs, jobs, strict=True):
-        if not found:
+    jobs: list[Job] = []
+    for run_path in runs:
+        if not (found := latest(run_path.absolute())):
             raise ConfigError(f"{run_path}: no job was launched for it ({run_path}/slurm/jobs.jsonl is missing).")
-    return [found[-1] for found in jobs]
+        jobs += found
+    return jobs
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from saev_dist.errors import SaevDistError
 from slurm.jobs import Job, tail
 
 # What `saev_dist.progress` writes, behind the rank.
@@ -63,7 +64,7 @@ class Kept:
 
 def _kept(run: Path) -> Kept | None:
     """None where no extract is under way, or its files cannot be read just now."""
-    # NumPy, and no torch: whoever follows a job waits on a login node.
+    # NumPy, and no torch: whoever follows a job waits on a login node, which need not even see the shards.
     from saev_dist.data.shards import Shards
     from saev_dist.plan import Plan
 
@@ -78,7 +79,7 @@ def _kept(run: Path) -> Kept | None:
         absorbed = {owner for header, _ in found for owner in header["absorbed"]}
         live = [ages[owner] for owner in ages.keys() - absorbed]
         return Kept(plan.n_batches, live, now - os.stat(dpath / "lock").st_mtime)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, SaevDistError):
         return None
 
 

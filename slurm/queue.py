@@ -47,7 +47,7 @@ def _squeue(ids: list[str]) -> dict[str, State]:
     # Once per array: a list of all its members may be too long for a command line.
     arrays = sorted({job_id.split("_")[0] for job_id in ids})
     layout = ",".join(f"{name}:{width}" for name, width in FIELDS.items())
-    done = _run("squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(arrays)}", f"--Format={layout}")
+    done = call("squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(arrays)}", f"--Format={layout}")
     if done.returncode != 0 and "Invalid job id" not in done.stderr:
         return {job_id: State(name="UNKNOWN", reason=done.stderr.strip()) for job_id in ids}
     found: dict[str, State] = {}
@@ -68,7 +68,7 @@ def _squeue(ids: list[str]) -> dict[str, State]:
 
 def _sacct(ids: list[str]) -> dict[str, State]:
     layout = "--format=JobID,State,Elapsed,NodeList"
-    done = _run("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={','.join(ids)}", layout)
+    done = call("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={','.join(ids)}", layout)
     rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 3]
     return {
         job_id: State(name=state.split()[0], elapsed=elapsed, nodes=nodes)  # "CANCELLED by 1000"
@@ -86,7 +86,8 @@ def _process(job: Job) -> State:
     return State(name="RUNNING" if is_there else "ENDED", nodes=os.uname().nodename)
 
 
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
+def call(*command: str) -> subprocess.CompletedProcess[str]:
+    """The command's outcome; where there is no such command, one that says so."""
     try:
         return subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:

@@ -80,7 +80,7 @@ def submit(launcher: Launcher, cfgs: Sequence[Extract | Replay], logs: Path, dep
                     submitted = executor.submit_array(tasks)
             except FailedJobError as err:
                 raise ConfigError(f"Slurm refuses the {kind} job: {_brief(str(err))}") from None
-            except (FileNotFoundError, RuntimeError) as err:
+            except (OSError, RuntimeError) as err:
                 raise ConfigError(f"cannot submit: {err} --cluster local runs on this machine.") from None
     return [
         Job(

@@ -57,8 +57,13 @@ def _is_over(job: Job, state: State, n_polls: int) -> bool:
 
 def verdict(job: Job, state: State) -> tuple[bool, str]:
     """Whether an ended job succeeded, and one line on how or why not."""
-    ends = {end.rank: end for end in job.ends()}
-    if set(ends) == set(range(job.n_ranks)) and all(end.outcome == "done" for end in ends.values()):
+    found = job.ends()
+    # What a rank left of an earlier attempt is not how this one ended.
+    attempt = max((end.attempt for end in found), default=0) if state.n_requeues is None else state.n_requeues
+    ends = {end.rank: end for end in found if end.attempt == attempt}
+    all_done = set(ends) == set(range(job.n_ranks)) and all(end.outcome == "done" for end in ends.values())
+    # Every rank's exit code was 0, though a network file system may not show yet what they wrote.
+    if all_done or state.name == "COMPLETED":
         return True, f"done: {job.run}"
     log = f" Log: {job.log_fpath(0)}"
     go_on = "Launch it again to go on where it stopped."
@@ -109,15 +114,18 @@ def describe_state(job: Job, state: State) -> str:
     """One line."""
     match state.name:
         case "PENDING":
-            return f"waits in the queue: {state.reason or 'not looked at yet'}"
+            return f"waits in the queue: {state.reason or 'not looked at yet'}{_requeues(state)}"
         case "RUNNING" | "COMPLETING":
-            requeues = f", requeued {state.n_requeues} times" if state.n_requeues else ""
-            return f"{' '.join(filter(None, (state.name.lower(), state.elapsed)))} on {state.nodes}{requeues}"
+            return f"{' '.join(filter(None, (state.name.lower(), state.elapsed)))} on {state.nodes}{_requeues(state)}"
         case "UNKNOWN":
             return f"no answer from Slurm: {state.reason}"
         case "FORGOTTEN":
             return "Slurm no longer knows it"
     return state.name.lower()
+
+
+def _requeues(state: State) -> str:
+    return f", requeued {state.n_requeues} time{'s' if state.n_requeues > 1 else ''}" if state.n_requeues else ""
 
 
 def _ranks(ranks: list[int]) -> str:

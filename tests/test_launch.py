@@ -1,5 +1,6 @@
 """The launcher without a Slurm: its flags, its runs, jobs on this machine, and how it reads what became of a job."""
 
+import json
 import os
 import re
 import signal
@@ -14,14 +15,14 @@ import pytest
 
 import slurm.watch
 from saev_dist.config import Extract, Replay
-from saev_dist.errors import ConfigError, SaevDistError
+from saev_dist.errors import ConfigError, RunError, SaevDistError
 from slurm.config import Launcher
-from slurm.jobs import End, Job, end_fpath, launched
-from slurm.launch import main, split
+from slurm.jobs import End, Job, end_fpath, latest, launched, remember
+from slurm.launch import main, run, split
 from slurm.progress import Kept, describe
 from slurm.queue import State, ask
 from slurm.sweep import configs, is_finished
-from slurm.watch import follow, verdict
+from slurm.watch import describe_state, follow, verdict
 from tests.ranks import ENV, artifact_hashes, run_cli
 from tests.synthetic import make_acts, make_sae, make_shards
 
@@ -51,6 +52,7 @@ def launch(*args: object, timeout_s: float = 120) -> subprocess.CompletedProcess
         (["--partition", "extract", "pipeline"], (["--partition", "extract"], "pipeline", [])),
         (["--setup", "module load cuda", "status"], (["--setup", "module load cuda"], "status", [])),
         (["--partition=x", "cancel", "--run", "r"], (["--partition=x"], "cancel", ["--run", "r"])),
+        (["--dry_run", "extract"], (["--dry_run"], "extract", [])),
         (["--help"], (["--help"], "", [])),
     ],
 )
@@ -156,6 +158,24 @@ def test_a_dry_run_prints_plan_and_sbatch_file_and_needs_no_slurm(tmp_path, args
     assert out.count("#SBATCH --dependency=aftercorr:EXTRACT\n") == 1
     assert "\nmodule load cuda\nulimit -l unlimited\n" in out
     assert not (tmp_path / "it's").exists()
+
+
+def test_extracts_own_dry_run_submits_nothing_either(tmp_path, args, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["extract", *args, "--out", str(tmp_path / "run"), "--dry-run"])
+    assert "nothing was submitted" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["50%", "a\\b", "a\nb"])
+def test_names_that_slurm_would_read_otherwise_are_refused(tmp_path, args, name):
+    with pytest.raises(ConfigError, match="choose other --logs"):
+        run(["--dry-run", "extract", *args, "--out", str(tmp_path / name)])
+
+
+def test_a_run_that_cannot_be_written_is_said_before_anything_is_submitted(tmp_path, args):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="file/run/slurm"):
+        run(["--logs", str(tmp_path / "logs"), "extract", *args, "--out", str(tmp_path / "file" / "run")])
 
 
 def test_where_there_is_no_slurm_it_says_so(tmp_path, args):
@@ -264,6 +284,7 @@ BAD = End(rank=1, attempt=0, outcome="failed", error="no such layer")
         ("FAILED", [ECHO, BAD], "failed: rank 1: no such layer Log: "),
         ("FAILED", [replace(BAD, outcome="crashed", error="KeyError: 3")], "crashed: rank 1: KeyError: 3 (rank 0 left no word"),
         ("FAILED", [], "failed: ranks 0, 1 left no word: killed, perhaps for want of memory. Last in the log: oh dear"),
+        ("FAILED", [replace(LEFT[0], attempt=6)], "stopped: SIGUSR2, after 6 of at most 5 requeues"),
         ("FORGOTTEN", [], "failed: ranks 0, 1 left no word"),
     ],
 )
@@ -280,6 +301,48 @@ def test_a_replay_whose_extract_failed_says_so(job):
 def test_success_is_the_word_of_all_ranks_whatever_slurm_remembers(job):
     ended(job, *(End(rank=rank, attempt=1, outcome="done") for rank in (0, 1)))
     assert verdict(job, State(name="FORGOTTEN"))[0] and verdict(job, State(name="COMPLETED"))[0]
+
+
+def test_slurm_may_know_of_a_success_before_the_ranks_words_are_seen(job):
+    assert verdict(job, State(name="COMPLETED"))[0] and not verdict(job, State(name="FAILED"))[0]
+
+
+@pytest.mark.parametrize("outcome", ["done", "left", "failed"])
+def test_words_of_an_earlier_attempt_are_not_taken_for_the_outcome(job, outcome):
+    ended(job, *(End(rank=rank, attempt=0, outcome=outcome) for rank in (0, 1)))
+    assert verdict(job, State(name="FAILED", n_requeues=1))[1].startswith("failed: ranks 0, 1 left no word")
+    ended(job, replace(BAD, attempt=1))
+    assert verdict(job, State(name="FORGOTTEN"))[1].startswith("failed: rank 1: no such layer (rank 0 left no word")
+
+
+def test_the_jobs_of_a_run_are_its_last_extract_and_the_replay_since(job):
+    def ids() -> list[str]:
+        return [found.job_id for found in latest(job.run)]
+
+    assert ids() == []
+    for number, kind, expected in (
+        (1, "replay", ["1"]),
+        (2, "extract", ["2"]),
+        (3, "replay", ["2", "3"]),
+        (4, "replay", ["2", "4"]),
+        (5, "extract", ["5"]),
+    ):
+        remember(replace(job, job_id=str(number), kind=kind))
+        assert ids() == expected
+
+
+def test_requeues_are_counted_wherever_the_job_is(job):
+    waiting, running = State(name="PENDING", reason="BeginTime", n_requeues=1), State(name="RUNNING", nodes="n1", n_requeues=2)
+    assert describe_state(job, waiting) == "waits in the queue: BeginTime, requeued 1 time"
+    assert describe_state(job, running) == "running on n1, requeued 2 times"
+
+
+def test_progress_needs_no_sight_of_the_shards(job):
+    (job.run / "partials").mkdir(parents=True)
+    config = {"shards": "/only/on/the/nodes", "layer": None, "batch_tokens": 10}
+    (job.run / "partials" / "run.json").write_text(json.dumps({"config": config}))
+    job.log_fpath(1).write_text("[rank 1] extract  45.2%  ETA 0:01:02\n")
+    assert describe(job) == ["rank 1: extract  45.2%  ETA 0:01:02"]
 
 
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
@@ -342,6 +405,15 @@ def test_a_run_that_nobody_launched_is_said(tmp_path, capsys):
         with pytest.raises(SystemExit, match="1"):
             main([command, "--run", str(tmp_path)])
         assert "no job was launched for it" in capsys.readouterr().err
+
+
+def test_away_from_the_cluster_status_and_cancel_say_so(job, monkeypatch, capsys):
+    remember(job)
+    monkeypatch.setenv("PATH", str(job.run))
+    assert run(["status", "--run", str(job.run)])
+    assert "no answer from Slurm: squeue is not on PATH" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="scancel is not on PATH"):
+        run(["cancel", "--run", str(job.run)])
 
 
 def test_a_damaged_list_of_jobs_is_named(tmp_path):
