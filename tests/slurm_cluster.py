@@ -52,8 +52,9 @@ SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 GresTypes=gpu
-# SIGTERM to SIGKILL, and how soon the scheduler looks: quick, for tests. Finished jobs are remembered all day.
-KillWait=15
+# SIGTERM to SIGKILL: time for ranks to leave on a machine that has much to do. The scheduler looks often, for tests.
+# Finished jobs are remembered all day.
+KillWait=60
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 MinJobAge=86400
@@ -118,12 +119,12 @@ class Cluster:
                 ),
                 f"--socket={self.dpath}/munge.sock",
             )
-            self._until(lambda: (self.dpath / "munge.sock").exists(), 10, "munged")
+            self._until(lambda: (self.dpath / "munge.sock").exists(), 60, "munged")
             self._start("slurmctld", "-D")
             for name in NODES:
                 self._start("slurmd", "-D", "-N", name)
             self._until(
-                lambda: self.ask("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() == ["idle"] * N_NODES, 30, "nodes"
+                lambda: self.ask("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() == ["idle"] * N_NODES, 120, "nodes"
             )
         except BaseException:
             self.__exit__()

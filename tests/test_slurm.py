@@ -16,13 +16,15 @@ import pytest
 
 from slurm.jobs import Job, launched
 from tests.ranks import ENV, artifact_hashes, run_cli
-from tests.slurm_cluster import Cluster, missing
+from tests.slurm_cluster import NODES, Cluster, missing
 from tests.synthetic import make_acts, make_sae, make_shards
 
 if (reason := missing()) and "REQUIRE_SLURM" not in os.environ:
     pytest.skip(reason, allow_module_level=True)
 
 SETTINGS = ("--batch-tokens", "10", "--top-k", "4", "--no-progress")
+# What is waited for comes within seconds on a machine that does nothing else. CI does.
+PATIENCE_S = 300.0
 RANKS = ("--gpus-per-node", "2", "--cpus-per-gpu", "1")  # per node
 
 
@@ -40,7 +42,7 @@ def launch(cluster: Cluster) -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def call(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "slurm.launch", *map(str, args)]
-        return subprocess.run(command, env=ENV | cluster.env | env, capture_output=True, text=True, timeout=150)
+        return subprocess.run(command, env=ENV | cluster.env | env, capture_output=True, text=True, timeout=PATIENCE_S)
 
     return call
 
@@ -61,7 +63,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[object
     alone = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # while others wait
 
     def expected() -> dict[str, str]:
-        assert alone.wait(timeout=120) == 0
+        assert alone.wait(timeout=PATIENCE_S) == 0
         return artifact_hashes(dpath / "alone")
 
     yield flags, expected
@@ -142,10 +144,10 @@ def latest(run: Path) -> Job:
     return launched(run)[-1]
 
 
-def until(ready: Callable[[], Any], timeout_s: float = 60) -> Any:
+def until(ready: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
     end = time.monotonic() + timeout_s
     while not (answer := ready()):
-        assert time.monotonic() < end
+        assert time.monotonic() < end, f"waited {timeout_s} s"
         time.sleep(0.05)
     return answer
 
@@ -195,15 +197,16 @@ def test_what_no_node_can_give_is_refused_at_once(launch, inputs, tmp_path):
 def test_a_job_that_must_wait_says_why_and_can_be_cancelled(launch, cluster, inputs, tmp_path):
     run = tmp_path / "run"
     done = launch(
-        "--gpus-per-node", 1, "--cpus-per-gpu", 1, "--slurm-args", "begin=now+1hour", "extract", *inputs, "--out", run
+        "--gpus-per-node", 1, "--cpus-per-gpu", 1, "--slurm-args", "begin=now+1hour", "pipeline", *inputs, "--out", run
     )
     assert done.returncode == 0
-    assert re.search(r"extract \d+  waits in the queue: BeginTime", launch("status", "--run", run).stdout)
+    both = r"extract \d+  waits in the queue: BeginTime.*replay \d+  waits in the queue: (BeginTime|Dependency)"
+    assert re.search(both, launch("status", "--run", run).stdout, re.S)
     second = launch("--gpus-per-node", 1, "extract", *inputs, "--out", run)
     assert second.returncode == 1 and "works on it (waits in the queue: BeginTime)" in second.stderr
-    assert "cancelled" in launch("cancel", "--run-dir", run).stdout
+    assert re.search(r"replay \d+ cancelled.*extract \d+ cancelled", launch("cancel", "--run-dir", run).stdout, re.S)
     assert re.search(r"extract \d+  cancelled\. Launch it again", launch("status", "--run", run).stdout)
-    assert "has ended already" in launch("cancel", "--run", run).stdout
+    assert launch("cancel", "--run", run).stdout.count("has ended already") == 2
 
 
 def test_submitting_takes_less_than_a_second_and_loads_no_torch(launch, cluster, inputs, tmp_path):
@@ -273,13 +276,13 @@ def test_at_the_time_limit_and_when_preempted_it_comes_back_with_the_same_bytes(
     def requeues() -> int:
         return int(cluster.ask("squeue", "--noheader", "--states=all", "--jobs", job.job_id, "--Format=RestartCnt").strip())
 
-    until(lambda: requeues() == 1, 120)  # the time limit
-    first = until(lambda: has_snapshot(run, 1), 60)
-    until(lambda: has_snapshot(run, 1, after=first), 60)
+    until(lambda: requeues() == 1)  # the time limit
+    first = until(lambda: has_snapshot(run, 1))
+    until(lambda: has_snapshot(run, 1, after=first))
     urgent = cluster.ask("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent", "--wrap=sleep 1")  # fmt: skip
-    until(lambda: requeues() == 2, 60)  # preempted
-    until(lambda: "COMPLETED" in cluster.ask("scontrol", "show", "job", urgent.strip()), 60)
-    until(lambda: (run / "manifest.json").exists(), 300)
+    until(lambda: requeues() == 2)  # preempted
+    until(lambda: "COMPLETED" in cluster.ask("scontrol", "show", "job", urgent.strip()))
+    until(lambda: (run / "manifest.json").exists(), 2 * PATIENCE_S)
     until(lambda: "done:" in launch("status", "--run", run).stdout)
     assert job.log_fpath(0).read_text().count("SIGUSR2: leaving after this batch") >= 2
     assert run_cli("extract", *flags, "--out", tmp_path / "alone", timeout_s=400).returncode == 0
@@ -305,9 +308,29 @@ def test_a_node_that_goes_down_costs_an_attempt(launch, cluster, slow, tmp_path)
     assert launch("--nodes", 2, "--gpus-per-node", 1, "--cpus-per-gpu", 1, "extract", *flags, "--out", run).returncode == 0
     until(lambda: has_snapshot(run, 2))
     cluster.ask("scontrol", "update", "nodename=127.0.0.2", "state=down", "reason=test")
-    until(lambda: (run / "manifest.json").exists(), 120)
+    until(lambda: (run / "manifest.json").exists())
     until(lambda: "done:" in launch("status", "--run", run).stdout)
     assert {end.attempt for end in latest(run).ends()} == {1}
+    assert artifacts(run) == expected()
+
+
+@full
+def test_on_another_node_it_goes_on_and_the_gallery_follows(launch, cluster, slow, tmp_path):
+    flags, expected = slow
+    run = tmp_path / "run"
+    assert launch(*RANKS, "pipeline", *flags, "--out", run, "--", "--no-pictures", "--n-features", 3).returncode == 0
+    extract, replay = launched(run)
+    until(lambda: has_snapshot(run, 2))
+    here = cluster.ask("squeue", "--noheader", "--jobs", extract.job_id, "--format=%N").strip()
+    cluster.ask("scontrol", "update", f"nodename={here}", "state=drain", "reason=test")  # takes no new job
+    cluster.ask("scancel", "--signal=USR2", extract.job_id)
+    until(lambda: (run / "manifest.json").exists())
+    (there,) = set(NODES) - {here}
+    assert f"NodeList={there}" in cluster.ask("scontrol", "show", "job", extract.job_id)
+    cluster.ask("scontrol", "update", f"nodename={here}", "state=resume")
+    until(lambda: launch("status", "--run", run).stdout.count("done:") == 2)
+    assert {end.attempt for end in extract.ends()} == {1} and {end.attempt for end in replay.ends()} == {0}
+    assert (run / "visuals" / "index.html").exists()
     assert artifacts(run) == expected()
 
 
