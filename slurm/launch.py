@@ -214,7 +214,11 @@ def cancel(cfg: Cancel) -> bool:
         if not states[job.job_id].is_under_way:
             print(f"{job.kind} {job.job_id} has ended already: {job.run}")
             continue
-        command = ["scancel", job.job_id] if job.cluster == "slurm" else ["kill", "-INT", job.job_id]
+        if job.cluster == "slurm":
+            command = ["scancel", job.job_id]
+        else:  # with --setup a shell is between, which keeps signals to itself
+            child = call("pgrep", "--parent", job.job_id, "--full", "submitit.local._local").stdout.strip()
+            command = ["kill", "-INT", child or job.job_id]
         if (done := call(*command)).returncode != 0:
             raise ConfigError(f"{' '.join(command)}: {done.stderr.strip()}")
         print(f"{job.kind} {job.job_id} cancelled: {job.run}")

@@ -1,6 +1,7 @@
 """Hand jobs to Slurm, or to this machine, through submitit."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
@@ -154,10 +155,12 @@ def _clean_environment(signal_name: str) -> Iterator[None]:
 
 def _brief(text: str) -> str:
     """The last line of sbatch's complaint, with what to do where its words do not tell."""
-    line = text.strip().splitlines()[-1].removeprefix("sbatch: error: ")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith('Try "sbatch')]
+    line = re.sub(r"^sbatch: (error: )?", "", lines[-1].strip())
     hints = {
         "node configuration is not available": "no node has that much: lower --gpus-per-node, --cpus-per-gpu or --mem-gb",
         "generic resource": "has this partition GPUs? --gpus-per-node 0 asks for none",
+        "unrecognized option": "see --slurm-args",
         "time limit": "lower --time-h: the job goes on in another attempt",
     }
     return f"{line}." + "".join(f" ({hint}.)" for words, hint in hints.items() if words in line)

@@ -13,6 +13,8 @@ POLL_S = (1.0, 10.0)
 """Between two questions to Slurm: at first, and in the long run."""
 REPORT_S = 30.0
 FORGOTTEN_S = 20.0
+NEVER = ("PartitionConfig", "PartitionNodeLimit", "PartitionTimeLimit")
+"""Slurm's reasons for which a job waits until somebody changes it or the partition."""
 
 
 def follow(jobs: Sequence[Job]) -> bool:
@@ -91,7 +93,8 @@ def verdict(job: Job, state: State) -> tuple[bool, str]:
         return False, f"{text} Log: {job.log_fpath(first.rank)}"
     if left := [end for end in ends.values() if end.outcome == "left"]:
         times = max(end.attempt for end in left)
-        return False, f"stopped: {left[0].error}, after {times} of at most {job.max_requeues} requeues. {go_on}{log}"
+        why = left[0].error.split(":")[0]  # "SIGUSR2 on rank 1: stopped, and what is done is kept in …"
+        return False, f"stopped: {why}, after {times} of at most {job.max_requeues} requeues. {go_on}{log}"
     if silent:
         last = tail(job.log_fpath(silent[0]), 1) or ["nothing"]
         return (
@@ -114,7 +117,8 @@ def describe_state(job: Job, state: State) -> str:
     """One line."""
     match state.name:
         case "PENDING":
-            return f"waits in the queue: {state.reason or 'not looked at yet'}{_requeues(state)}"
+            never = " (this partition will never start it: cancel it, and ask for less)" if state.reason in NEVER else ""
+            return f"waits in the queue: {state.reason or 'not looked at yet'}{never}{_requeues(state)}"
         case "RUNNING" | "COMPLETING":
             return f"{' '.join(filter(None, (state.name.lower(), state.elapsed)))} on {state.nodes}{_requeues(state)}"
         case "UNKNOWN":

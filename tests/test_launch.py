@@ -228,6 +228,23 @@ def test_a_local_job_that_is_told_to_leave_comes_back_and_has_the_same_bytes(tmp
     assert artifact_hashes(run) == artifact_hashes(tmp_path / "alone")
 
 
+def test_a_local_job_can_be_cancelled_behind_a_shell_too(tmp_path):
+    shards, sae = make_shards(tmp_path / "shards", make_acts(20_000), imgs_per_shard=5000), make_sae(tmp_path / "sae.pt")
+    args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 0.2, "--out"]
+    out = tmp_path / "run"
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(launch, "--cluster", "local", "--gpus-per-node", 0, "--setup", "true", "--wait", *args, out)
+        while not list(out.glob("partials/*.partial")):
+            assert not waiting.done(), waiting.result()
+            time.sleep(0.02)
+        assert run(["cancel", "--run", str(out)])
+        done = waiting.result()
+    assert done.returncode == 1 and re.search(
+        r"^extract \d+ (stopped: SIGINT, after 0 of|failed: rank 0 left)", done.stderr, re.M
+    )
+    assert not (out / "manifest.json").exists()
+
+
 @pytest.mark.parametrize("cluster", ["local", "debug"])
 def test_bad_input_is_one_line_and_no_gallery_follows(tmp_path, args, cluster):
     done = launch("--cluster", cluster, "pipeline", *args, "--layer", 77, "--out", tmp_path / "run", "--", "--no-pictures")
@@ -268,7 +285,7 @@ def ended(job: Job, *ends: End) -> Job:
     return job
 
 
-LEFT = [End(rank=rank, attempt=5, outcome="left", error="SIGUSR2") for rank in (0, 1)]
+LEFT = [End(rank=rank, attempt=5, outcome="left", error="SIGUSR2: stopped, and all is kept. Do.") for rank in (0, 1)]
 ECHO = End(rank=0, attempt=0, outcome="failed", error="rank 1: no such layer", is_echo=True)
 BAD = End(rank=1, attempt=0, outcome="failed", error="no such layer")
 
