@@ -49,7 +49,8 @@ def _squeue(ids: list[str]) -> dict[str, State]:
     layout = ",".join(f"{name}:{width}" for name, width in FIELDS.items())
     done = call("squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(arrays)}", f"--Format={layout}")
     if done.returncode != 0 and "Invalid job id" not in done.stderr:
-        return {job_id: State(name="UNKNOWN", reason=done.stderr.strip()) for job_id in ids}
+        why = (done.stderr.strip().splitlines() or [f"squeue: exit code {done.returncode}"])[-1]
+        return {job_id: State(name="UNKNOWN", reason=why) for job_id in ids}
     found: dict[str, State] = {}
     for line in done.stdout.splitlines():
         texts, at = {}, 0

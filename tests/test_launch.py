@@ -379,6 +379,7 @@ NO_ACCOUNTING = "echo Slurm accounting storage is disabled >&2; exit 1"
         (INVALID, NO_ACCOUNTING, "FORGOTTEN"),
         (INVALID, "echo '12_3|CANCELLED by 1000|00:01:00|n1'", "CANCELLED"),
         ("echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1", "exit 1", "UNKNOWN"),
+        ("printf 'squeue: error: DNS\\nsqueue: fatal: no configuration\\n' >&2; exit 1", "exit 1", "UNKNOWN"),
         ("printf '%-40s%-20s%-50s%-12s%-12s%-20s%-200s\\n' 12_3 PENDING Resources 2 0 0:00 ''", "exit 1", "PENDING"),
     ],
 )
@@ -386,6 +387,7 @@ def test_slurm_is_asked_with_and_without_accounting(tmp_path, monkeypatch, job, 
     commands(tmp_path, monkeypatch, squeue=squeue, sacct=sacct)
     state = ask([job])["12_3"]
     assert state.name == name
+    assert "\n" not in state.reason
     if name == "PENDING":
         assert (state.reason, state.n_requeues) == ("Resources", 2)
 

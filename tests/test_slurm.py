@@ -278,7 +278,7 @@ def test_at_the_time_limit_and_when_preempted_it_comes_back_with_the_same_bytes(
     shards, sae = make_shards(tmp_path / "shards", make_acts(60_000), imgs_per_shard=5000), make_sae(tmp_path / "sae.pt")
     flags = ["--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 1]
     run = tmp_path / "run"
-    done = launch("--nodes", 1, "--gpus-per-node", 1, "--cpus-per-gpu", 1, "--time-h", 0.03, "--margin-s", 100, "extract", *flags, "--out", run)  # fmt: skip
+    done = launch("--nodes", 1, "--gpus-per-node", 1, "--cpus-per-gpu", 1, "--time-h", 0.03, "--margin-s", 110, "extract", *flags, "--out", run)  # fmt: skip
     assert done.returncode == 0, done.stderr
     job = latest(run)
 
@@ -294,7 +294,7 @@ def test_at_the_time_limit_and_when_preempted_it_comes_back_with_the_same_bytes(
     until(lambda: (run / "manifest.json").exists(), 2 * PATIENCE_S)
     until(lambda: "done:" in launch("status", "--run", run).stdout)
     assert job.log_fpath(0).read_text().count("SIGUSR2: leaving after this batch") >= 2
-    assert run_cli("extract", *flags, "--out", tmp_path / "alone", timeout_s=400).returncode == 0
+    assert run_cli("extract", *flags, "--out", tmp_path / "alone", timeout_s=2 * PATIENCE_S).returncode == 0
     assert artifacts(run) == artifacts(tmp_path / "alone")
 
 
@@ -338,17 +338,23 @@ def test_a_node_that_goes_down_costs_an_attempt(launch, cluster, slow, tmp_path)
 def test_on_another_node_it_goes_on_and_the_gallery_follows(launch, cluster, slow, tmp_path):
     flags, expected = slow
     run = tmp_path / "run"
-    assert launch(*RANKS, "pipeline", *flags, "--out", run, "--", "--no-pictures", "--n-features", 3).returncode == 0
+    assert (
+        launch(
+            *RANKS, "--signal", "USR1", "pipeline", *flags, "--out", run, "--", "--no-pictures", "--n-features", 3
+        ).returncode
+        == 0
+    )
     extract, replay = launched(run)
     until(lambda: has_snapshot(run, 2))
     here = cluster.ask("squeue", "--noheader", "--jobs", extract.job_id, "--format=%N").strip()
     cluster.ask("scontrol", "update", f"nodename={here}", "state=drain", "reason=test")  # takes no new job
-    cluster.ask("scancel", "--signal=USR2", extract.job_id)
+    cluster.ask("scancel", "--signal=USR1", extract.job_id)
     until(lambda: (run / "manifest.json").exists())
     (there,) = set(NODES) - {here}
     assert f"NodeList={there}" in cluster.ask("scontrol", "show", "job", extract.job_id)
     cluster.ask("scontrol", "update", f"nodename={here}", "state=resume")
     until(lambda: launch("status", "--run", run).stdout.count("done:") == 2)
+    assert "SIGUSR1: leaving after this batch" in extract.log_fpath(0).read_text()
     assert {end.attempt for end in extract.ends()} == {1} and {end.attempt for end in replay.ends()} == {0}
     assert (run / "visuals" / "index.html").exists()
     assert artifacts(run) == expected()
