@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slurm.jobs import Job
 
-FIELDS = {"JobArrayID": 40, "State": 20, "Reason": 50, "RestartCnt": 12, "exit_code": 12, "TimeUsed": 20, "NodeList": 200}
+FIELDS = {"JobArrayID": 40, "State": 20, "Reason": 50, "RestartCnt": 12, "TimeUsed": 20, "NodeList": 200}
 # Any other state is an end, unless a requeue follows.
 UNDER_WAY = {
     "PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING",

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from saev_dist.cli import parse_flags, with_toml
 from saev_dist.config import Extract, Replay, SaeRules
 from saev_dist.errors import ConfigError
+from saev_dist.sae.hub import is_hub_name
 
 C = TypeVar("C", Extract, Replay)
 AXES: dict[type, tuple[str, ...]] = {Extract: ("shards", "sae"), Replay: ("run",)}
@@ -110,6 +111,7 @@ def _labels(values: list[str]) -> list[str]:
 
 
 def _absolute(cfg: Any) -> Any:
-    """The config with paths that hold wherever the job starts."""
-    paths = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
-    return replace(cfg, **{name: path.absolute() for name, path in paths.items() if isinstance(path, Path)})
+    """The config with paths that hold wherever the job starts; hf://owner/repo is none."""
+    values = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
+    paths = {name: path for name, path in values.items() if isinstance(path, Path) and not is_hub_name(path)}
+    return replace(cfg, **{name: path.absolute() for name, path in paths.items()})

@@ -85,6 +85,12 @@ def test_several_inputs_are_runs_named_by_what_tells_them_apart():
     assert [cfg.run.name for cfg in configs(Replay, ["--run-dir", "o/a", "o/b", "--n-features", "3"])] == ["a", "b"]
 
 
+def test_a_repository_on_the_hub_stays_one():
+    found = configs(Extract, ["--shards", "s", "--sae", "hf://owner/one", "hf://owner/two@v1", "b.pt", "--out", "o"])
+    assert [cfg.sae for cfg in found] == [Path("hf:/owner/one"), Path("hf:/owner/two@v1"), Path("b.pt").absolute()]
+    assert len({cfg.out for cfg in found}) == 3 and not any(is_finished(cfg) for cfg in found)
+
+
 def test_a_toml_file_may_list_inputs_and_flags_override_them(tmp_path):
     fpath = tmp_path / "sweep.toml"
     fpath.write_text('shards = "s"\nsae = ["p/one.pt", "p/two.pt"]\nout = "o"\ntop_k = 9\n')
@@ -380,7 +386,7 @@ NO_ACCOUNTING = "echo Slurm accounting storage is disabled >&2; exit 1"
         (INVALID, "echo '12_3|CANCELLED by 1000|00:01:00|n1'", "CANCELLED"),
         ("echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1", "exit 1", "UNKNOWN"),
         ("printf 'squeue: error: DNS\\nsqueue: fatal: no configuration\\n' >&2; exit 1", "exit 1", "UNKNOWN"),
-        ("printf '%-40s%-20s%-50s%-12s%-12s%-20s%-200s\\n' 12_3 PENDING Resources 2 0 0:00 ''", "exit 1", "PENDING"),
+        ("printf '%-40s%-20s%-50s%-12s%-20s%-200s\\n' 12_3 PENDING Resources 2 0:00 ''", "exit 1", "PENDING"),
     ],
 )
 def test_slurm_is_asked_with_and_without_accounting(tmp_path, monkeypatch, job, squeue, sacct, name):
