@@ -121,11 +121,12 @@ def _job(fields: dict[str, Any]) -> Job:
 
 
 def tail(fpath: Path, n_lines: int) -> list[str]:
-    """The last lines of a log that are not empty; carriage returns of bars end lines, too."""
+    """The last lines of a log that say something: neither empty nor submitit's own; a bar's carriage returns end lines, too."""
     try:
         with open(fpath, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
             text = file.read().decode(errors="replace")
     except OSError:
         return []
-    return [line for line in re.split(r"[\r\n]+", text) if line.strip()][-n_lines:]
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip() and not line.startswith("submitit INFO")]
+    return lines[max(0, len(lines) - n_lines) :]

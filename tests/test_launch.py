@@ -17,7 +17,7 @@ import slurm.watch
 from saev_dist.config import Extract, Replay
 from saev_dist.errors import ConfigError, RunError, SaevDistError
 from slurm.config import Launcher
-from slurm.jobs import End, Job, end_fpath, latest, launched, remember
+from slurm.jobs import End, Job, end_fpath, latest, launched, remember, tail
 from slurm.launch import main, run, split
 from slurm.progress import Kept, describe
 from slurm.queue import State, ask
@@ -358,6 +358,13 @@ def test_requeues_are_counted_wherever_the_job_is(job):
     waiting, running = State(name="PENDING", reason="BeginTime", n_requeues=1), State(name="RUNNING", nodes="n1", n_requeues=2)
     assert describe_state(job, waiting) == "waits in the queue: BeginTime, requeued 1 time"
     assert describe_state(job, running) == "running on n1, requeued 2 times"
+
+
+def test_a_logs_last_lines_are_those_of_the_job(job):
+    fpath = job.log_fpath(0)
+    fpath.write_text("one\ntwo 10%\rtwo 20%\n\nthree\nsubmitit INFO (2026) - Job completed successfully\n")
+    assert [tail(fpath, n) for n in (0, 2, 9)] == [[], ["two 20%", "three"], ["one", "two 10%", "two 20%", "three"]]
+    assert tail(job.log_fpath(1), 3) == []
 
 
 def test_progress_needs_no_sight_of_the_shards(job):
