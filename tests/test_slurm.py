@@ -372,6 +372,6 @@ def test_a_replay_that_is_told_to_leave_goes_on(launch, cluster, slow, tmp_path)
     until(lambda: any(fpath.stat().st_size for fpath in run.glob("visuals.partial/records.*.bin")))
     cluster.ask("scancel", "--signal=USR2", job.job_id)
     until(lambda: (run / "visuals" / "index.html").exists())
-    until(lambda: "done:" in launch("status", "--run", run).stdout)
+    until(lambda: launch("status", "--run", run).stdout.count("done:") == 2)
     assert {end.attempt for end in job.ends()} == {1}
     assert "visuals.partial. Run the same command again" in job.log_fpath(0).read_text()
