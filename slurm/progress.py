@@ -4,6 +4,7 @@ import json
 import os
 import re
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from slurm.jobs import Job, tail
 
 # What `saev_dist.progress` writes, behind the rank.
 LINE = re.compile(r"(?:extract|replay) +[\d.]+%.*ETA .*")
+TRIES = 5
 MARK = b"saev-dist partial 1\n"
 
 
@@ -74,13 +76,21 @@ def _kept(run: Path) -> Kept | None:
         config = json.loads((dpath / "run.json").read_bytes())["config"]
         shards = Shards.open(Path(config["shards"]), config["layer"])
         plan = Plan(shards.examples, min(max(1, config["batch_tokens"] // shards.n_patches), max(shards.examples)))
-        found = [_header(fpath) for fpath in sorted(dpath.glob("*.partial"))]
+        found = _headers(dpath)
         ages = {header["owner"]: (header, now - mtime) for header, mtime in found}  # of an owner the newest is last
         absorbed = {owner for header, _ in found for owner in header["absorbed"]}
         live = [ages[owner] for owner in ages.keys() - absorbed]
         return Kept(plan.n_batches, live, now - os.stat(dpath / "lock").st_mtime)
     except (OSError, ValueError, KeyError, SaevDistError):
         return None
+
+
+def _headers(dpath: Path) -> list[tuple[dict[str, Any], float]]:
+    """Of all partials, by name: each owner's from old to new."""
+    for _ in range(TRIES - 1):
+        with suppress(FileNotFoundError):  # replaced by a newer one since the directory was read
+            return [_header(fpath) for fpath in sorted(dpath.glob("*.partial"))]
+    return [_header(fpath) for fpath in sorted(dpath.glob("*.partial"))]
 
 
 def _header(fpath: Path) -> tuple[dict[str, Any], float]:

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from slurm.jobs import Job, launched
+from slurm.queue import ask
+from slurm.watch import describe_state
 from tests.ranks import ENV, artifact_hashes, run_cli
 from tests.slurm_cluster import NODES, Cluster, missing
 from tests.synthetic import make_acts, make_sae, make_shards
@@ -94,7 +96,7 @@ def meanwhile(launch, cluster, slow, tmp_path_factory) -> Iterator[dict[str, Fut
         with ThreadPoolExecutor() as pool:
             waiting = pool.submit(launch, *command)
             until(lambda: (run / "slurm" / "jobs.jsonl").exists() and has_snapshot(run, 2))
-            os.kill(pid_of_rank(latest(run), 1), signal.SIGKILL)
+            os.kill(until(lambda: pid_of_rank(latest(run), 1)), signal.SIGKILL)
             return waiting.result(), command, run
 
     def by_hand() -> tuple[str, str, Path]:
@@ -233,7 +235,7 @@ main(sys.argv[1:])"""
     until(lambda: (run / "manifest.json").exists())
 
 
-def test_told_to_leave_and_requeued_it_goes_on_and_has_the_same_bytes(launch, cluster, slow, tmp_path):
+def test_told_to_leave_and_requeued_it_goes_on_and_has_the_same_bytes(launch, cluster, slow, tmp_path, monkeypatch):
     flags, expected = slow
     run = tmp_path / "run"
     assert launch("--nodes", 2, "--gpus-per-node", 1, "--cpus-per-gpu", 1, "extract", *flags, "--out", run).returncode == 0
@@ -243,7 +245,8 @@ def test_told_to_leave_and_requeued_it_goes_on_and_has_the_same_bytes(launch, cl
     second = until(lambda: has_snapshot(run, 2, after=first))
     cluster.ask("scontrol", "requeue", job.job_id)  # Slurm requeues it
     until(lambda: has_snapshot(run, 2, after=first | second))
-    assert re.search(r"running .* on 127\.0\.0\.\[1-2\], requeued 2 times", launch("status", "--run", run).stdout)
+    monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])  # `status` itself might start too late to see it run
+    assert re.search(r"running .* on 127\.0\.0\.\[1-2\], requeued 2 times", describe_state(job, ask([job])[job.job_id]))
     until(lambda: (run / "manifest.json").exists())
     until(lambda: "done:" in launch("status", "--run", run).stdout)
     assert {(end.rank, end.attempt, end.outcome) for end in job.ends()} == {(0, 2, "done"), (1, 2, "done")}
@@ -281,7 +284,7 @@ def test_at_the_time_limit_and_when_preempted_it_comes_back_with_the_same_bytes(
     alone = ThreadPoolExecutor().submit(
         run_cli, "extract", *flags, "--out", tmp_path / "alone", timeout_s=2 * PATIENCE_S
     )  # while Slurm waits
-    done = launch("--nodes", 1, "--gpus-per-node", 1, "--cpus-per-gpu", 1, "--time-h", 0.03, "--margin-s", 110, "extract", *flags, "--out", run)  # fmt: skip
+    done = launch("--nodes", 1, "--gpus-per-node", 1, "--cpus-per-gpu", 1, "--time-h", 0.0333, "--margin-s", 110, "extract", *flags, "--out", run)  # fmt: skip
     assert done.returncode == 0, done.stderr
     job = latest(run)
 
