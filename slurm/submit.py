@@ -68,6 +68,7 @@ def submit(launcher: Launcher, cfgs: Sequence[Extract | Replay], logs: Path, dep
                 timeout_min=launcher.time_h * 60,
                 signal_delay_s=launcher.margin_s,
                 gpus_per_node=launcher.gpus_per_node,
+                visible_gpus=_visible_gpus(launcher.gpus_per_node),
                 tasks_per_node=launcher.ranks_per_node,
                 setup=list(launcher.setup),
                 stderr_to_stdout=True,
@@ -97,6 +98,21 @@ def submit(launcher: Launcher, cfgs: Sequence[Extract | Replay], logs: Path, dep
         )
         for job, cfg in zip(submitted, cfgs, strict=True)
     ]
+
+
+def _visible_gpus(n_wanted: int) -> tuple[int, ...]:
+    """Those that the shell leaves to the job; () for all. submitit by itself would take the machine's first ones.
+
+    Raises:
+        ConfigError: they are too few.
+    """
+    text = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        return ()
+    gpus = tuple(map(int, text.split(",")))
+    if len(gpus) < n_wanted:
+        raise ConfigError(f"--gpus-per-node {n_wanted}, but CUDA_VISIBLE_DEVICES={text} leaves {len(gpus)} of this machine's.")
+    return gpus
 
 
 def run_here(cfg: Extract | Replay, logs: Path) -> None:

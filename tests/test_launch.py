@@ -235,21 +235,28 @@ def test_a_local_job_that_is_told_to_leave_comes_back_and_has_the_same_bytes(tmp
     assert artifact_hashes(run) == artifact_hashes(tmp_path / "alone")
 
 
-def test_a_local_job_can_be_cancelled_behind_a_shell_too(tmp_path):
+def test_a_local_job_has_the_gpus_of_its_shell_and_can_be_cancelled_behind_another(tmp_path, monkeypatch):
+    monkeypatch.setitem(ENV, "CUDA_VISIBLE_DEVICES", "5,7,8")
     shards, sae = make_shards(tmp_path / "shards", make_acts(20_000), imgs_per_shard=5000), make_sae(tmp_path / "sae.pt")
     args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 0.2, "--out"]
-    out = tmp_path / "run"
+    out, show = tmp_path / "run", f"echo $CUDA_VISIBLE_DEVICES >{tmp_path}/gpus"
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(launch, "--cluster", "local", "--gpus-per-node", 0, "--setup", "true", "--wait", *args, out)
+        waiting = pool.submit(launch, "--cluster", "local", "--gpus-per-node", 2, "--setup", show, "--wait", *args, out)
         while not list(out.glob("partials/*.partial")):
             assert not waiting.done(), waiting.result()
             time.sleep(0.02)
         assert run(["cancel", "--run", str(out)])
         done = waiting.result()
     assert done.returncode == 1 and re.search(
-        r"^extract \d+ (stopped: SIGINT, after 0 of|failed: rank 0 left)", done.stderr, re.M
+        r"^extract \d+ (stopped: SIGINT.*, after 0 of|failed: ranks? [01])", done.stderr, re.M
     )
-    assert not (out / "manifest.json").exists()
+    assert not (out / "manifest.json").exists() and (tmp_path / "gpus").read_text() == "5,7\n"
+
+
+def test_more_gpus_than_the_shell_leaves_are_refused(tmp_path, args, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(ConfigError, match="--gpus-per-node 2, but CUDA_VISIBLE_DEVICES=3 leaves 1"):
+        run(["--cluster", "local", "--gpus-per-node", "2", "extract", *args, "--out", str(tmp_path / "run")])
 
 
 @pytest.mark.parametrize("cluster", ["local", "debug"])
