@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -102,21 +102,23 @@ def run(cfg: Replay) -> None:
                     _tidy(job)
                 print(f"{job.visuals_dpath / 'index.html'} is this gallery, finished: open it. (--force draws it again.)")
             return
-        if world.rank == 0:
-            _begin(job, afresh=cfg.force and not world.restarted)
-        world.wait()
-        todo = _without(job.slots, _records(job))
-        world.wait()  # nobody appends before all have read
-        report = _draw(job, world, device, deal(todo, world.size)[world.rank])
-        reports = world.collect(report)
-        _write_features(job, job.features[world.rank :: world.size])
-        world.wait()
-        if world.rank == 0:
-            with writing(job.partial_dpath):
-                _write_page(job)
-                _publish(job)
-            print(_summary(job, reports))
-        world.wait()
+        # Two replays in one directory would mix their pictures, and an `extract --force` would change what is drawn.
+        with Run(cfg.run).lock() if world.rank == 0 else nullcontext():
+            if world.rank == 0:
+                _begin(job, afresh=cfg.force and not world.restarted)
+            world.wait()
+            todo = _without(job.slots, _records(job))
+            world.wait()  # nobody appends before all have read
+            report = _draw(job, world, device, deal(todo, world.size)[world.rank])
+            reports = world.collect(report)
+            _write_features(job, job.features[world.rank :: world.size])
+            world.wait()
+            if world.rank == 0:
+                with writing(job.partial_dpath):
+                    _write_page(job)
+                    _publish(job)
+                print(_summary(job, reports))
+            world.wait()
 
 
 def open_job(cfg: Replay) -> Job:

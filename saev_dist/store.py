@@ -151,9 +151,7 @@ class Run:
                 self.partials_dpath.rmdir()
 
     def _in_use(self, holder: str) -> RunError:
-        return RunError(
-            f"{self.dpath} is in use by {holder.strip() or 'another process'}. Wait for it, stop it, or choose another --out."
-        )
+        return RunError(f"{self.dpath} is in use by {holder.strip() or 'another process'}. Wait for it, or stop it.")
 
     def begin(self, identity: dict[str, Any], config: dict[str, Any], n_batches: int, *, afresh: bool) -> None:
         """Note what is under way here, unless it is noted already. The lock must be held.

@@ -26,6 +26,7 @@ from saev_dist.errors import DataError, RunError
 from saev_dist.render.geometry import Geometry
 from saev_dist.render.heatmap import highlight
 from saev_dist.sae.saev import save_saev
+from saev_dist.store import Run
 from tests.ranks import ENV, run_cli
 from tests.synthetic import BATCH_TOPK, RELU, TOPK, dense_codes, make_acts, make_sae, make_shards, make_weights
 from tests.test_verify import fails
@@ -166,9 +167,10 @@ def publish_until(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return change_or_die
 
     def publish_or_die(job):
-        for owner, name in ((os, "replace"), (shutil, "rmtree"), (Path, "unlink")):
-            monkeypatch.setattr(owner, name, mortal(getattr(owner, name)))
-        publish(job)
+        with pytest.MonkeyPatch.context() as dying:
+            for owner, name in ((os, "replace"), (shutil, "rmtree"), (Path, "unlink")):
+                dying.setattr(owner, name, mortal(getattr(owner, name)))
+            publish(job)
 
     monkeypatch.setattr(replay, "_publish", publish_or_die)
 
@@ -226,6 +228,16 @@ def test_a_replay_that_is_killed_outright_goes_on_with_any_number_of_ranks(tmp_p
     done = run_cli(*args, n_ranks=3)
     assert done.returncode == 0, done.stderr
     assert tree(run / "visuals") == whole
+
+
+def test_a_second_replay_of_one_run_is_refused(tmp_path, capsys):
+    """Each would take the other's pictures for its own."""
+    run = make_run(tmp_path)
+    with Run(run).lock():
+        assert f"{run} is in use by process {os.getpid()} on " in fails(capsys, "replay", "--run", run, "--no-progress")
+        assert not (run / "visuals.partial").exists()
+    replay.run(make_replay(run))
+    assert not (run / "partials").exists()
 
 
 def test_a_linked_gallery_is_replaced_and_what_it_links_to_stays(tmp_path):
