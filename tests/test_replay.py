@@ -423,6 +423,7 @@ def test_bad_requests_are_refused(tmp_path, capsys):
     assert "no such feature" in fails(capsys, "replay", "--run", run, "--features", 24)
     assert "Widen --log-freq-range" in fails(capsys, "replay", "--run", run, "--log-freq-range", -9, -8)
     assert "found nothing" in fails(capsys, "replay", "--run", run, "--images", tmp_path / "gone")
+    assert "seed must not be negative" in fails(capsys, "replay", "--run", run, "--seed", -1)
     assert "has 8 patches; the shards have 6" in fails(capsys, "replay", "--run", run, "--grid", 2, 4)
     assert "is not a run" in fails(capsys, "replay", "--run", tmp_path)
     assert "holds no SAE. An SAE is one of" in fails(capsys, "replay", "--run", run, "--sae", tmp_path)
