@@ -397,6 +397,19 @@ def test_pictures_of_every_mode_are_read_as_rgb(tmp_path, mode, extension):
     assert (read.mode, read.size) == ("RGB", (6, 4))
 
 
+def test_sound_pictures_with_odd_metadata_are_read_without_a_warning(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4)).save(tmp_path / "x.jpg", exif=exif)
+    content = bytearray((tmp_path / "x.jpg").read_bytes())
+    n_tags = content.index(b"Exif\0\0") + 14
+    content[n_tags : n_tags + 2] = b"\0\x09"  # of which there is one
+    (tmp_path / "x.jpg").write_bytes(content)
+    Image.new("P", (6, 4)).save(tmp_path / "x.png", transparency=bytes(8))
+    for name in ("x.jpg", "x.png"):
+        assert load_picture(tmp_path, name, in_data_set=False).size == (6, 4)
+
+
 def test_a_rotation_flag_is_left_alone_as_the_writers_loader_leaves_it(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: to be turned by a quarter when shown

@@ -154,6 +154,7 @@ def load_picture(root: Path, name: str, *, in_data_set: bool) -> Image.Image:
     where = f"{root}, picture {name}" if in_data_set else str(root / name)
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF data and the like, as many photographs have them
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = _data_set(root)[int(name)]["image"] if in_data_set else Image.open(root / name, formats=FORMATS)
             if picture is None:
