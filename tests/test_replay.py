@@ -502,7 +502,7 @@ def test_what_one_may_not_look_at_is_named(tmp_path, closed, words):
     command = [sys.executable, "-m", "saev_dist", "replay", "--run", run, "--images", images, "--all", "--n-images", "99"]
     if os.geteuid() == 0:  # root, but bound by permissions as everybody else
         command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", *command]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
     (tmp_path / closed).chmod(0o755)  # so that pytest can remove it
     if not words:
         assert done.returncode == 0 and (run / "visuals/index.html").exists(), done.stderr
@@ -569,7 +569,7 @@ if __name__ == "__main__":
         pids = [int(word) for word in parent.stdout.readline().split()]
         assert pids
         parent.kill()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while (alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < until:
         time.sleep(0.05)
     assert not alive
