@@ -441,16 +441,17 @@ def _write_page(job: Job) -> None:
 
 def _cards(job: Job) -> list[gallery.Card]:
     """What the grid shows of each chosen feature."""
-    names: dict[int, dict[int, int]] = {feature: {} for feature in job.features}
-    for slot in job.slots[job.slots["place"] < gallery.CARD_IMAGES]:
-        names[int(slot["feature"])][int(slot["place"])] = int(slot["img_i"])
+    rows: dict[int, list[Any]] = {feature: [] for feature in job.features}
+    for part in _records(job):
+        for i in np.flatnonzero(part["place"] < gallery.CARD_IMAGES):
+            rows[int(part["feature"][i])].append(part[i])
     return [
-        gallery.Card(
-            feature=feature,
-            heatmaps=tuple(draw.file_names(place, img_i, job.cfg.image_format)[1] for place, img_i in sorted(images.items())),
-            labels=tuple(job.pictures.label(img_i) if job.pictures else "" for _, img_i in sorted(images.items())),
+        gallery.card(
+            feature,
+            [_top_image(job, row) for row in sorted(own, key=lambda row: int(row["place"]))],
+            close_ups=job.pictures is not None,
         )
-        for feature, images in names.items()
+        for feature, own in rows.items()
     ]
 
 
