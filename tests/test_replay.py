@@ -319,7 +319,7 @@ def test_a_feature_that_never_fired_has_no_pictures(tmp_path):
 def test_without_pictures_heatmaps_lie_on_a_plain_ground(tmp_path, capsys):
     run = make_run(tmp_path)
     replay.run(make_replay(run, grid=(2, 3)))
-    assert "plain ground" in capsys.readouterr().out
+    assert "none found (name them with --images): heatmaps on a plain ground" in capsys.readouterr().out
     heatmaps = [np.asarray(Image.open(fpath)) for fpath in (run / "visuals/features").rglob("*-heatmap.png")]
     assert {heatmap.shape for heatmap in heatmaps} == {(48, 32, 3)}
     assert max(len(np.unique(heatmap.reshape(-1, 3), axis=0)) for heatmap in heatmaps) > 2
@@ -436,6 +436,7 @@ def test_bad_requests_are_refused(tmp_path, capsys):
     assert "no such feature" in fails(capsys, "replay", "--run", run, "--features", 24)
     assert "Widen --log-freq-range" in fails(capsys, "replay", "--run", run, "--log-freq-range", -9, -8)
     assert "found nothing" in fails(capsys, "replay", "--run", run, "--images", tmp_path / "gone")
+    assert "found no pictures" in fails(capsys, "replay", "--run", run, "--images", run)
     assert "seed must not be negative" in fails(capsys, "replay", "--run", run, "--seed", -1)
     assert "has 8 patches; the shards have 6" in fails(capsys, "replay", "--run", run, "--grid", 2, 4)
     assert "is not a run" in fails(capsys, "replay", "--run", tmp_path)

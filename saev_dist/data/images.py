@@ -86,7 +86,7 @@ def open_pictures(root: Path, n_examples: int) -> Pictures:
     for pictures in candidates:
         if pictures.n == n_examples:
             return pictures
-    found = " and ".join(f"{pictures.n:,} ({pictures.kind})" for pictures in candidates) or "none"
+    found = " and ".join(f"{pictures.n:,} ({pictures.kind})" for pictures in candidates) or "no"
     raise DataError(
         f"{root}: found {found} pictures; the shards have {n_examples:,} examples, and each needs its own. "
         "Set --images to what the activations were computed from, or --no-pictures for heatmaps alone."
