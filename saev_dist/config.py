@@ -193,8 +193,9 @@ class Replay:
         for name in ("patch_size", "workers"):
             if getattr(self, name) is not None:
                 _check_counts(self, name)
-        if self.n_features < 0:
-            raise ConfigError(f"n_features must not be negative, got {self.n_features}.")
+        for name in ("n_features", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
         for name in ("resize", "crop", "grid"):
             if min(getattr(self, name) or (1,)) < 1:
                 raise ConfigError(f"{name} must be two numbers of at least 1, got {getattr(self, name)}.")
@@ -233,8 +234,9 @@ class Verify:
 
     def __post_init__(self) -> None:
         _check_counts(self, "read_ahead", "timeout_s")
-        if self.n_features < 0:
-            raise ConfigError(f"n_features must not be negative, got {self.n_features}.")
+        for name in ("n_features", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,6 +101,12 @@ class FinishedRun:
         store, d_sae = Run(self.dpath), self.sae.d_sae
         percentile = self.manifest.sub("identity").get("percentile", float)
         histograms = store.load_tensors("histograms.pt", ("counts", "edges"))
+        sizes = [tuple(histograms[key].shape) for key in ("counts", "edges")]
+        if len(sizes[1]) != 1 or sizes[0] != (d_sae, sizes[1][0] - 1):
+            raise RunError(
+                f"{self.dpath / 'histograms.pt'} holds counts {sizes[0]} and edges {sizes[1]}; expected a row of counts for "
+                f"each of {d_sae:,} features, and an edge more than it has columns. Run extract again with --force."
+            )
         with np.errstate(divide="ignore"):
             return Statistics(
                 log10_freq_s=np.log10(store.load_tensor("sparsity.pt", (d_sae,)).double().numpy()),

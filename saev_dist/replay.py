@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -102,21 +102,23 @@ def run(cfg: Replay) -> None:
                     _tidy(job)
                 print(f"{job.visuals_dpath / 'index.html'} is this gallery, finished: open it. (--force draws it again.)")
             return
-        if world.rank == 0:
-            _begin(job, afresh=cfg.force and not world.restarted)
-        world.wait()
-        todo = _without(job.slots, _records(job))
-        world.wait()  # nobody appends before all have read
-        report = _draw(job, world, device, deal(todo, world.size)[world.rank])
-        reports = world.collect(report)
-        _write_features(job, job.features[world.rank :: world.size])
-        world.wait()
-        if world.rank == 0:
-            with writing(job.partial_dpath):
-                _write_page(job)
-                _publish(job)
-            print(_summary(job, reports))
-        world.wait()
+        # Two replays in one directory would mix their pictures, and an `extract --force` would change what is drawn.
+        with Run(cfg.run).lock() if world.rank == 0 else nullcontext():
+            if world.rank == 0:
+                _begin(job, afresh=cfg.force and not world.restarted)
+            world.wait()
+            todo = _without(job.slots, _records(job))
+            world.wait()  # nobody appends before all have read
+            report = _draw(job, world, device, deal(todo, world.size)[world.rank])
+            reports = world.collect(report)
+            _write_features(job, job.features[world.rank :: world.size])
+            world.wait()
+            if world.rank == 0:
+                with writing(job.partial_dpath):
+                    _write_page(job)
+                    _publish(job)
+                print(_summary(job, reports))
+            world.wait()
 
 
 def open_job(cfg: Replay) -> Job:
@@ -439,16 +441,17 @@ def _write_page(job: Job) -> None:
 
 def _cards(job: Job) -> list[gallery.Card]:
     """What the grid shows of each chosen feature."""
-    names: dict[int, dict[int, int]] = {feature: {} for feature in job.features}
-    for slot in job.slots[job.slots["place"] < gallery.CARD_IMAGES]:
-        names[int(slot["feature"])][int(slot["place"])] = int(slot["img_i"])
+    rows: dict[int, list[Any]] = {feature: [] for feature in job.features}
+    for part in _records(job):
+        for i in np.flatnonzero(part["place"] < gallery.CARD_IMAGES):
+            rows[int(part["feature"][i])].append(part[i])
     return [
-        gallery.Card(
-            feature=feature,
-            heatmaps=tuple(draw.file_names(place, img_i, job.cfg.image_format)[1] for place, img_i in sorted(images.items())),
-            labels=tuple(job.pictures.label(img_i) if job.pictures else "" for _, img_i in sorted(images.items())),
+        gallery.card(
+            feature,
+            [_top_image(job, row) for row in sorted(own, key=lambda row: int(row["place"]))],
+            close_ups=job.pictures is not None,
         )
-        for feature, images in names.items()
+        for feature, own in rows.items()
     ]
 
 
@@ -481,7 +484,9 @@ def _summary(job: Job, reports: list[dict[str, Any]]) -> str:
     seconds = max(report["seconds"] for report in reports)
     n_fired = sum(math.isfinite(job.statistics.log10_freq_s[feature]) for feature in job.features)
     ground = (
-        f"{job.pictures.root} ({job.pictures.kind})" if job.pictures else "none found: heatmaps on a plain ground (--images)"
+        f"{job.pictures.root} ({job.pictures.kind})"
+        if job.pictures
+        else f"none{' found (name them with --images)' if job.cfg.pictures else ''}: heatmaps on a plain ground"
     )
     lines = {
         "features": f"{len(job.features):,} shown, {n_fired:,} of them fired, of {job.finished.sae.d_sae:,}",

@@ -151,9 +151,7 @@ class Run:
                 self.partials_dpath.rmdir()
 
     def _in_use(self, holder: str) -> RunError:
-        return RunError(
-            f"{self.dpath} is in use by {holder.strip() or 'another process'}. Wait for it, stop it, or choose another --out."
-        )
+        return RunError(f"{self.dpath} is in use by {holder.strip() or 'another process'}. Wait for it, or stop it.")
 
     def begin(self, identity: dict[str, Any], config: dict[str, Any], n_batches: int, *, afresh: bool) -> None:
         """Note what is under way here, unless it is noted already. The lock must be held.
@@ -233,13 +231,16 @@ class Run:
         """An artifact that is one tensor of this shape.
 
         Raises:
-            RunError: it is missing, damaged, or of another shape.
+            RunError: it is missing, damaged, or of another shape or type.
         """
         fpath = self.dpath / name
         tensor = self._load(fpath)
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise RunError(f"{fpath} holds {found}; the manifest promises a tensor {shape}. Run extract again with --force.")
+        dtype = torch.int64 if name in ("top_img_i.pt", "top_patch_i.pt") else torch.float32
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            found = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise RunError(
+                f"{fpath} holds {found}; the manifest promises a tensor {shape} of {dtype}. Run extract again with --force."
+            )
         return tensor
 
     def load_tensors(self, name: str, keys: tuple[str, ...]) -> dict[str, Tensor]:

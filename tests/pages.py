@@ -91,7 +91,7 @@ def write_gallery(
             pictures[(k + 1) % 3].save(dpath / "features" / str(s) / image.heatmap)
         (dpath / "features" / str(s) / "data.js").write_text(feature_js(view), encoding="utf-8")
     dpath.mkdir(exist_ok=True)
-    (dpath / "data.js").write_text(data_js(facts, table, [card(view) for view in views.values()]), encoding="utf-8")
+    (dpath / "data.js").write_text(data_js(facts, table, [card(s, view.images) for s, view in views.items()]), encoding="utf-8")
     (dpath / "index.html").write_text(index_html(facts), encoding="utf-8")
     return Gallery(dpath, facts, table, shown, views)
 

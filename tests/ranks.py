@@ -12,7 +12,7 @@ ENV |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def run_cli(
-    *args: object, n_ranks: int = 1, n_threads: int = 1, timeout_s: float = 120, torchrun: bool = False
+    *args: object, n_ranks: int = 1, n_threads: int = 1, timeout_s: float = 300, torchrun: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Run `saev-dist ARGS`: plain for one rank, under torchrun for several. A hang fails the test."""
     launcher: list[str] = []

@@ -277,7 +277,7 @@ def test_every_rank_stops_and_one_error_is_shown(tmp_path, name):
     spoil, message = CASES[name]
     case = Case(tmp_path)
     spoil(case)
-    done = run_cli(*case.args, "--batch-tokens", 10, n_ranks=3, timeout_s=60)
+    done = run_cli(*case.args, "--batch-tokens", 10, n_ranks=3)
     assert done.returncode == 1
     shown = [line for line in done.stderr.splitlines() if "saev-dist: error: " in line]
     assert len(shown) == 1 and message in shown[0], done.stderr

@@ -26,6 +26,7 @@ from saev_dist.errors import DataError, RunError
 from saev_dist.render.geometry import Geometry
 from saev_dist.render.heatmap import highlight
 from saev_dist.sae.saev import save_saev
+from saev_dist.store import Run
 from tests.ranks import ENV, run_cli
 from tests.synthetic import BATCH_TOPK, RELU, TOPK, dense_codes, make_acts, make_sae, make_shards, make_weights
 from tests.test_verify import fails
@@ -166,9 +167,10 @@ def publish_until(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return change_or_die
 
     def publish_or_die(job):
-        for owner, name in ((os, "replace"), (shutil, "rmtree"), (Path, "unlink")):
-            monkeypatch.setattr(owner, name, mortal(getattr(owner, name)))
-        publish(job)
+        with pytest.MonkeyPatch.context() as dying:
+            for owner, name in ((os, "replace"), (shutil, "rmtree"), (Path, "unlink")):
+                dying.setattr(owner, name, mortal(getattr(owner, name)))
+            publish(job)
 
     monkeypatch.setattr(replay, "_publish", publish_or_die)
 
@@ -226,6 +228,16 @@ def test_a_replay_that_is_killed_outright_goes_on_with_any_number_of_ranks(tmp_p
     done = run_cli(*args, n_ranks=3)
     assert done.returncode == 0, done.stderr
     assert tree(run / "visuals") == whole
+
+
+def test_a_second_replay_of_one_run_is_refused(tmp_path, capsys):
+    """Each would take the other's pictures for its own."""
+    run = make_run(tmp_path)
+    with Run(run).lock():
+        assert f"{run} is in use by process {os.getpid()} on " in fails(capsys, "replay", "--run", run, "--no-progress")
+        assert not (run / "visuals.partial").exists()
+    replay.run(make_replay(run))
+    assert not (run / "partials").exists()
 
 
 def test_a_linked_gallery_is_replaced_and_what_it_links_to_stays(tmp_path):
@@ -307,7 +319,7 @@ def test_a_feature_that_never_fired_has_no_pictures(tmp_path):
 def test_without_pictures_heatmaps_lie_on_a_plain_ground(tmp_path, capsys):
     run = make_run(tmp_path)
     replay.run(make_replay(run, grid=(2, 3)))
-    assert "plain ground" in capsys.readouterr().out
+    assert "none found (name them with --images): heatmaps on a plain ground" in capsys.readouterr().out
     heatmaps = [np.asarray(Image.open(fpath)) for fpath in (run / "visuals/features").rglob("*-heatmap.png")]
     assert {heatmap.shape for heatmap in heatmaps} == {(48, 32, 3)}
     assert max(len(np.unique(heatmap.reshape(-1, 3), axis=0)) for heatmap in heatmaps) > 2
@@ -385,6 +397,19 @@ def test_pictures_of_every_mode_are_read_as_rgb(tmp_path, mode, extension):
     assert (read.mode, read.size) == ("RGB", (6, 4))
 
 
+def test_sound_pictures_with_odd_metadata_are_read_without_a_warning(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4)).save(tmp_path / "x.jpg", exif=exif)
+    content = bytearray((tmp_path / "x.jpg").read_bytes())
+    n_tags = content.index(b"Exif\0\0") + 14
+    content[n_tags : n_tags + 2] = b"\0\x09"  # of which there is one
+    (tmp_path / "x.jpg").write_bytes(content)
+    Image.new("P", (6, 4)).save(tmp_path / "x.png", transparency=bytes(8))
+    for name in ("x.jpg", "x.png"):
+        assert load_picture(tmp_path, name, in_data_set=False).size == (6, 4)
+
+
 def test_a_rotation_flag_is_left_alone_as_the_writers_loader_leaves_it(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: to be turned by a quarter when shown
@@ -411,6 +436,8 @@ def test_bad_requests_are_refused(tmp_path, capsys):
     assert "no such feature" in fails(capsys, "replay", "--run", run, "--features", 24)
     assert "Widen --log-freq-range" in fails(capsys, "replay", "--run", run, "--log-freq-range", -9, -8)
     assert "found nothing" in fails(capsys, "replay", "--run", run, "--images", tmp_path / "gone")
+    assert "found no pictures" in fails(capsys, "replay", "--run", run, "--images", run)
+    assert "seed must not be negative" in fails(capsys, "replay", "--run", run, "--seed", -1)
     assert "has 8 patches; the shards have 6" in fails(capsys, "replay", "--run", run, "--grid", 2, 4)
     assert "is not a run" in fails(capsys, "replay", "--run", tmp_path)
     assert "holds no SAE. An SAE is one of" in fails(capsys, "replay", "--run", run, "--sae", tmp_path)
@@ -476,7 +503,7 @@ def test_what_one_may_not_look_at_is_named(tmp_path, closed, words):
     command = [sys.executable, "-m", "saev_dist", "replay", "--run", run, "--images", images, "--all", "--n-images", "99"]
     if os.geteuid() == 0:  # root, but bound by permissions as everybody else
         command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", *command]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
     (tmp_path / closed).chmod(0o755)  # so that pytest can remove it
     if not words:
         assert done.returncode == 0 and (run / "visuals/index.html").exists(), done.stderr
@@ -543,7 +570,7 @@ if __name__ == "__main__":
         pids = [int(word) for word in parent.stdout.readline().split()]
         assert pids
         parent.kill()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while (alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < until:
         time.sleep(0.05)
     assert not alive

@@ -230,7 +230,7 @@ def test_a_second_signal_leaves_at_once(tmp_path, whole):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(2.5)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=5)
+    process.communicate(timeout=30)
     assert process.returncode == -signal.SIGTERM
 
 

@@ -91,6 +91,17 @@ def test_one_altered_score_is_found_and_named(tmp_path, capsys):
     assert f"encoded again it is {values[feature, 2] - 0.5:.7g}" in line
 
 
+def test_artifacts_of_another_type_or_size_are_refused(tmp_path, capsys):
+    out = make_run(tmp_path)
+    images = torch.load(out / "top_img_i.pt", weights_only=True)
+    torch.save(images.half(), out / "top_img_i.pt")
+    assert "top_img_i.pt holds torch.float16 (24, 9)" in fails(capsys, "verify", "--run", out)
+    torch.save(images, out / "top_img_i.pt")
+    histograms = torch.load(out / "histograms.pt", weights_only=True)
+    torch.save(histograms | {"counts": histograms["counts"][1:]}, out / "histograms.pt")
+    assert "histograms.pt holds counts (23, 514) and edges (515,)" in fails(capsys, "verify", "--run", out)
+
+
 def test_a_swapped_sae_and_swapped_shards_are_refused_by_their_fingerprints(tmp_path, capsys):
     out = make_run(tmp_path)
     other_sae = make_sae(tmp_path / "other.pt", TOPK)

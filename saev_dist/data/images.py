@@ -86,7 +86,7 @@ def open_pictures(root: Path, n_examples: int) -> Pictures:
     for pictures in candidates:
         if pictures.n == n_examples:
             return pictures
-    found = " and ".join(f"{pictures.n:,} ({pictures.kind})" for pictures in candidates) or "none"
+    found = " and ".join(f"{pictures.n:,} ({pictures.kind})" for pictures in candidates) or "no"
     raise DataError(
         f"{root}: found {found} pictures; the shards have {n_examples:,} examples, and each needs its own. "
         "Set --images to what the activations were computed from, or --no-pictures for heatmaps alone."
@@ -154,6 +154,7 @@ def load_picture(root: Path, name: str, *, in_data_set: bool) -> Image.Image:
     where = f"{root}, picture {name}" if in_data_set else str(root / name)
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF data and the like, as many photographs have them
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = _data_set(root)[int(name)]["image"] if in_data_set else Image.open(root / name, formats=FORMATS)
             if picture is None:

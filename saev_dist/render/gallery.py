@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 CARD_IMAGES = 4
 """Pictures of a feature on the first screen."""
 MAX_BARS = 48
+CloseUp = tuple[str, float, float, float, float]
+"""A picture's file, and left, top, width and height of a frame on it, as shares of its own width and height."""
 
 _ENVIRONMENT = Environment(
     loader=PackageLoader("saev_dist.render"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -120,18 +122,37 @@ class Card:
 
     feature: int
     heatmaps: tuple[str, ...]
-    """Files in its folder, strongest first; none for a feature that never fired. The first `CARD_IMAGES` are shown."""
+    """Files in its folder, strongest first; none for a feature that never fired."""
     labels: tuple[str, ...]
     """Of those pictures."""
+    close_ups: tuple[CloseUp, ...]
+    """Of their winning patches, which the heatmaps all but hide; none where there is only a plain ground to see."""
 
 
-def card(view: FeatureView) -> Card:
-    """The card of a view."""
-    shown = view.images[:CARD_IMAGES]
+def card(feature: int, images: Sequence[TopImage], *, close_ups: bool = True) -> Card:
+    """The card of a feature with these images, strongest first."""
+    shown = images[:CARD_IMAGES]
     return Card(
-        feature=view.feature,
+        feature=feature,
         heatmaps=tuple(image.heatmap for image in shown),
         labels=tuple(image.label for image in shown),
+        close_ups=tuple(_close_up(image) for image in shown) if close_ups else (),
+    )
+
+
+def _close_up(image: TopImage) -> CloseUp:
+    """The winning patch in the middle of a frame twice its size. At an edge the frame reaches over it: if the patch were
+    moved in its frame, an edge in it would seem to be somewhere else than in the other close-ups."""
+    left, top, width, height = image.box
+    width, height = width / image.n_cols, height / image.n_rows
+    row, column = divmod(image.patch_i, image.n_cols)
+    x, y = left + (column - 0.5) * width, top + (row - 0.5) * height
+    return (
+        image.picture,
+        round(x / image.width, 5),
+        round(y / image.height, 5),
+        round(2 * width / image.width, 5),
+        round(2 * height / image.height, 5),
     )
 
 
@@ -156,7 +177,7 @@ def data_js(facts: Facts, table: FeatureTable, cards: Sequence[Card]) -> str:
     """`gallery = {...}`: columns of all features, and the cards of those with pictures.
 
     Columns are base64 of little-endian float32 (log10_freq, log10_mean, max, percentile) and float64 (n_active, exact up
-    to 2^53), d_sae numbers each. A card is `[feature, [heatmap, …], [label, …]]`.
+    to 2^53), d_sae numbers each. A card is `[feature, [heatmap, …], [label, …], [close-up, …]]`.
     """
     columns = {
         "log10_freq": _base64(table.log10_freq_s, "<f4"),
@@ -169,7 +190,7 @@ def data_js(facts: Facts, table: FeatureTable, cards: Sequence[Card]) -> str:
         "d_sae": facts.d_sae,
         "n_tokens": facts.n_tokens,
         "columns": columns,
-        "cards": [[c.feature, c.heatmaps[:CARD_IMAGES], c.labels[:CARD_IMAGES]] for c in cards],
+        "cards": [[c.feature, c.heatmaps, c.labels, c.close_ups] for c in cards],
     }
     return f"window.gallery = {_script_json(content)};\n"
 

@@ -27,7 +27,7 @@ const log10Mean = decode(data.columns.log10_mean, Float32Array);
 const largest = decode(data.columns.max, Float32Array);
 const percentile = decode(data.columns.percentile, Float32Array);
 const nActive = decode(data.columns.n_active, Float64Array);
-const cards = new Map(data.cards.map(([feature, heatmaps, labels]) => [feature, { heatmaps, labels }]));
+const cards = new Map(data.cards.map(([feature, heatmaps, labels, closeUps]) => [feature, { heatmaps, labels, closeUps }]));
 
 const fires = (s) => nActive[s] > 0;
 const share = (s) => nActive[s] / data.n_tokens;
@@ -322,7 +322,7 @@ const scatter = (() => {
 // ---------------------------------------------------------------- grid
 
 const link = (s) => address({ ...state, feature: s });
-const heatmapUrl = (s, name) => `features/${s}/${encodeURIComponent(name)}`;
+const pictureUrl = (s, name) => `features/${s}/${encodeURIComponent(name)}`;
 
 const grid = (() => {
   const CHUNK = 400; // a screenful is 20; the rest follow when the reader comes near
@@ -338,12 +338,23 @@ const grid = (() => {
     if (!fires(s)) tiles.textContent = "Nothing to show: no patch makes it fire.";
     else if (!shown) tiles.textContent = "No pictures rendered.";
     tiles.classList.toggle("without", !fires(s) || !shown);
-    if (fires(s) && shown) for (const [i, name] of shown.heatmaps.entries()) {
-      const image = document.createElement("img");
-      Object.assign(image, { loading: "lazy", decoding: "async", src: heatmapUrl(s, name), alt: shown.labels[i], draggable: false });
-      tiles.append(image);
+    if (fires(s) && shown) {
+      tiles.append(...shown.heatmaps.map((name, i) => picture(s, name, shown.labels[i])));
+      item.querySelector(".close-ups").append(...shown.closeUps.map((part) => closeUp(s, part)));
     }
     return item;
+  }
+
+  function picture(s, name, alt) {
+    const image = document.createElement("img");
+    return Object.assign(image, { loading: "lazy", decoding: "async", src: pictureUrl(s, name), alt, draggable: false });
+  }
+
+  function closeUp(s, [name, left, top, width, height]) {
+    const frame = document.createElement("span"), image = picture(s, name, ""), pct = (share) => `${100 * share}%`;
+    Object.assign(image.style, { left: pct(-left / width), top: pct(-top / height), width: pct(1 / width), height: pct(1 / height) });
+    frame.append(image);
+    return frame;
   }
 
   function more() {
@@ -532,7 +543,7 @@ function figureOf(feature, image, rank) {
   const [left, top, width, height] = image.box, cell = [width / image.n_cols, height / image.n_rows];
   stage.style.aspectRatio = `${image.width} / ${image.height}`;
   for (const [name, file] of [[".picture", image.picture], [".heatmap", image.heatmap]]) {
-    Object.assign(part(name), { width: image.width, height: image.height, src: heatmapUrl(feature, file), draggable: false });
+    Object.assign(part(name), { width: image.width, height: image.height, src: pictureUrl(feature, file), draggable: false });
   }
   const put = (mark, p) => {
     const column = p % image.n_cols, row = Math.floor(p / image.n_cols), pct = (px, of) => `${(100 * px) / of}%`;
