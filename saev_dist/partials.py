@@ -192,8 +192,11 @@ def names(dpath: Path) -> list[str]:
     return sorted(fpath.name for fpath in dpath.glob("*.partial"))
 
 
-def fault(fpath: Path) -> str:
+def fault(fpath: Path, check: Callable[[], None] = lambda: None) -> str:
     """Read a partial and its rows through; what is wrong with them, or "".
+
+    Args:
+        check: called between pieces; it may raise to stop, for the rows can be large.
 
     Raises:
         RunError: it cannot be read.
@@ -204,7 +207,7 @@ def fault(fpath: Path) -> str:
             for segment in read_header(fpath).segments:
                 for kind in segment.extents:
                     for _ in read_extent(fpath.parent, segment, kind):
-                        pass
+                        check()
     except DamagedError as err:
         return str(err)
     return ""

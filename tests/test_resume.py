@@ -198,15 +198,26 @@ def long_run(tmp_path):
     return [*args, "--no-progress", "--n-distributions", 0, "--out"]
 
 
+LATE = """
+import os, saev_dist.partials as p
+w = p.write
+if os.environ.get("RANK") == "2":
+    p.write = lambda *a: (time.sleep(2), w(*a))
+"""
+"""Rank 2 takes its time with a snapshot."""
+
+
 @pytest.mark.parametrize(("name", "n_ranks"), [("SIGTERM", 1), ("SIGINT", 1), ("SIGUSR1", 3), ("SIGUSR2", 1)])
 def test_a_signal_to_one_rank_makes_all_leave_with_75(tmp_path, server, long_run, name, n_ranks):
     out = tmp_path / "run"
-    attempt = server.start(*long_run, out, n_ranks=n_ranks, before=SLOW)
+    attempt = server.start(*long_run, out, n_ranks=n_ranks, before=SLOW + LATE)
     # A rank that has done nothing yet writes no partial.
     wait_for(lambda: all(list(out.glob(f"partials/*.{rank:05d}-*.bin")) for rank in range(n_ranks)))
     os.kill(attempt.pids[-1], getattr(signal, name))
+    server.wait(attempt, for_one=True)
+    n_partials = len(list(out.glob("partials/*.partial")))
+    assert n_partials == n_ranks, "a launcher that sees one rank leave kills the others: not while they write"
     assert server.wait(attempt) == [75] * n_ranks, attempt.output()
-    assert len(list(out.glob("partials/*.partial"))) == n_ranks
     lines = attempt.output().splitlines()
     assert sum("stopped, and what is done is kept in" in line for line in lines) == 1, lines
     codes, output = server.run(*long_run, out)
@@ -231,6 +242,33 @@ def test_a_second_signal_leaves_at_once_unless_it_comes_too_soon_to_be_another(t
             server.wait(attempt, timeout_s=1)
         server.kill(attempt)
     assert server.wait(attempt) == [code or -signal.SIGKILL]
+
+
+HIT = """
+import os, signal, saev_dist.{0} as m
+f = m.{1}
+m.{1} = lambda *a: (print("struck"), os.kill(os.getpid(), signal.SIGTERM), f(*a))[2]
+"""
+"""Code for `before`: the process has a signal whenever it calls a function."""
+
+
+@pytest.mark.parametrize("module", ["spill", "partials"])
+def test_a_signal_is_obeyed_while_rows_are_put_together_or_verified(tmp_path, server, whole, module):
+    args, expected, _ = whole
+    out = tmp_path / "run"
+    unfinished(server, args, out)
+    codes, output = server.run(*args, out, before=HIT.format(module, "read_extent"))
+    assert codes == [75] and "Run the same command again" in output and output.count("struck") == 1
+    assert list(out.glob("partials/*.partial")) and not list(out.glob("*.*"))
+    assert server.run(*args, out)[0] == [0]
+    assert artifact_hashes(out) == expected
+
+
+def test_a_signal_after_the_last_rename_does_not_make_a_finished_run_a_failed_one(tmp_path, server, whole):
+    args, expected, _ = whole
+    codes, output = server.run(*args, tmp_path / "run", n_ranks=2, before=HIT.format("extract", "summary"))
+    assert codes == [0, 0], output
+    assert artifact_hashes(tmp_path / "run") == expected
 
 
 def wait_for(condition) -> None:

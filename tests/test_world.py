@@ -108,6 +108,47 @@ def test_a_killed_rank_stops_the_others_and_is_named(tmp_path, args, victim, pha
     assert artifact_hashes(tmp_path / "run") == artifact_hashes(tmp_path / "alone")
 
 
+LEAVES = """
+import os, signal, sys, time
+from pathlib import Path
+from saev_dist.errors import SaevDistError, RunError
+from saev_dist.world import World
+import torch
+try:
+    with World(600) as world, world.obeying_signals(Path("kept")):
+        world.wait()
+        began = time.monotonic()
+        if world.rank:
+            world.exchange({"a": torch.zeros(1000)})
+        time.sleep(1)
+        if sys.argv[1] == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+            world.wait()
+        raise RunError("disk full")
+except SaevDistError as err:
+    assert time.monotonic() - began < 9, "rank 0 lingers for 10 s or more"
+    print(type(err).__name__, str(err)[:17])
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("signal", ["Preempted SIGTERM on rank 0"] * 3), ("error", ["RunError disk full"] + ["PeerError rank 0: disk full"] * 2)],
+)
+def test_ranks_inside_a_collective_leave_with_the_one_that_stays_outside(how, said):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = ENV | {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVES, how], env=common | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(3)
+    ]
+    assert [rank.communicate(timeout=180)[0].strip() for rank in ranks] == said
+
+
 def test_a_missing_address_is_said(args, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "saev_dist", *map(str, args), tmp_path / "run"],
