@@ -118,7 +118,8 @@ def run(cfg: Extract) -> None:
             job = replace(job, self_check=check(job.sae, job.shards, job.device, cfg.self_check, skip_bad=cfg.skip_bad_shards))
         with store.lock() if world.rank == 0 else nullcontext():
             if world.rank == 0:
-                store.begin(job.identity, _as_json(cfg), job.plan.n_batches, afresh=force)
+                identity = store.begin(job.identity, _as_json(cfg), job.plan.n_batches, afresh=force)
+                job = replace(job, identity=identity)
             work(job, store, world)
 
 
@@ -157,7 +158,8 @@ def open_job(cfg: Extract, world: World) -> Job:
     identity |= {
         "layer": shards.layer,
         "device": device.type,
-        "shards_sha256": shards.fingerprint(skip_bad=cfg.skip_bad_shards),
+        "shards_sha256": shards.fingerprint(),
+        "shards_probes": shards.probes(skip_bad=cfg.skip_bad_shards),
     }
     plan = Plan(shards.examples, min(max(1, cfg.batch_tokens // shards.n_patches), max(shards.examples)))
     return Job(cfg=cfg, shards=shards, loaded=loaded, overrides=overrides, plan=plan, device=device, identity=identity)

@@ -20,9 +20,10 @@ from hypothesis import HealthCheck, given, settings
 
 from saev_dist import partials
 from saev_dist.cli import main
-from saev_dist.errors import DamagedError
+from saev_dist.errors import DamagedError, RunError
 from saev_dist.plan import Plan
 from saev_dist.spill import Spill, covered
+from saev_dist.store import Run
 from tests.crash import SLOW, Fault, Server, compile_faults
 from tests.laws import KINDS, batches, fold, same
 from tests.ranks import ENV, artifact_hashes
@@ -296,6 +297,16 @@ def test_a_second_run_on_one_directory_is_refused(tmp_path, server, long_run):
     assert (out / "partials/lock").exists(), "the file stays, the lock does not"
     assert server.run(*long_run, out)[0] == [0]
     assert not (out / "partials").exists()
+
+
+def test_a_run_that_another_process_has_just_finished_is_not_computed_again(tmp_path, server, whole):
+    args, expected, _ = whole
+    assert server.run(*args, tmp_path / "run")[0] == [0]
+    store = Run(tmp_path / "run")
+    identity = store.manifest().get("identity", dict)
+    with pytest.raises(RunError, match="has just been finished by another process"), store.lock():
+        store.begin(identity, {}, N_BATCHES, afresh=False)
+    assert artifact_hashes(tmp_path / "run") == expected
 
 
 # ---- merge
@@ -604,6 +615,31 @@ def test_a_shard_that_cannot_be_read_stops_the_run_or_is_left_out(tmp_path, serv
     codes, output = server.run(*args, tmp_path / "b")  # the disk has been mended
     assert codes == [0] and "done before" in output
     assert artifact_hashes(tmp_path / "b") == expected
+
+
+def test_a_shard_may_go_bad_or_be_mended_while_the_run_is_under_way(tmp_path, server, whole):
+    args, expected, _ = whole
+    shards, args = make_shards(tmp_path / "shards", make_acts()), list(args)
+    args[args.index("--shards") + 1] = shards
+    first = shards / "acts000000.bin"
+    content = first.read_bytes()
+    killed(server, args, tmp_path / "a", at=4)  # two of its batches are done
+    first.write_bytes(content[:100])
+    killed(server, [*args[:-1], "--skip-bad-shards", "--out"], tmp_path / "b", at=4)
+    codes, output = server.run(*args, tmp_path / "a")
+    assert codes == [1] and "acts000000.bin holds 100 bytes" in output
+    codes, output = server.run(*args, tmp_path / "a", "--skip-bad-shards", n_ranks=2)
+    assert codes == [0, 0] and "3 images of 1 bad shards: acts000000.bin" in output and "done before" in output
+    codes, output = server.run("verify", "--run", tmp_path / "a", "--no-progress")
+    assert codes == [1] and "acts000000.bin" in output, "it needs images of the two batches"
+    first.write_bytes(content)
+    assert server.run("verify", "--run", tmp_path / "a", "--no-progress")[0] == [0]
+    codes, output = server.run(*args, tmp_path / "b", n_ranks=2)
+    assert codes == [0, 0] and "done before" in output, output
+    assert artifact_hashes(tmp_path / "b") == expected
+    first.write_bytes(content[::-1])
+    codes, output = server.run(*args, tmp_path / "a")
+    assert codes == [1] and "shards_probes: there" in output
 
 
 def test_a_read_that_fails_once_is_tried_again(tmp_path, server, whole):
