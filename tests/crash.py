@@ -158,6 +158,7 @@ class Server:
                 own |= {"FAULT_OPS": fault.ops, "FAULT_AT": str(fault.at), "FAULT_HOW": fault.how}
                 own |= {"FAULT_FOREVER": "1"} if fault.forever else {}
             attempt.logs.append(self.dpath / f"attempt{self._n_attempts}.{rank}.log")
+            attempt.logs[-1].touch()  # for a test that reads it before the rank has run
             job = {"args": list(map(str, args)), "env": own, "log": str(attempt.logs[-1]), "before": before}
             self._process.stdin.write(json.dumps(job) + "\n")
             attempt.pids.append(self._next("started", time.monotonic() + 60)["started"])
