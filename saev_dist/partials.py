@@ -251,17 +251,27 @@ def settle(dpath: Path, faults: Mapping[str, str], expected_fingerprint: str) ->
     for partial in found:
         if partial.fingerprint != expected_fingerprint:
             raise RunError(f"{dpath / partial.name} belongs to another run. Move it away, or start over with --force.")
+    try:
+        covered(segment for partial in found for segment in partial.segments)
+        live = found
+    except ValueError:  # a rank that the others had given up lived on, and wrote after they had started again
+        live = _disjoint(dpath, found)
+    with writing(dpath):
+        _remove_dead(dpath, live)
+    return sorted(live, key=lambda partial: partial.name)
+
+
+def _disjoint(dpath: Path, found: list[Partial]) -> list[Partial]:
+    """Partials that cover no batch twice, large ones first."""
     live: list[Partial] = []
     done: Intervals = ()
     for partial in sorted(found, key=lambda p: -sum(s.stop - s.first for s in p.segments)):
         try:
             done = union([done, covered(partial.segments)])
             live.append(partial)
-        except ValueError as err:  # a rank that the others had given up lived on, and wrote after they had started again
+        except ValueError as err:
             warn(f"{dpath / partial.name} is not needed: {err}.")
-    with writing(dpath):
-        _remove_dead(dpath, live)
-    return sorted(live, key=lambda partial: partial.name)
+    return live
 
 
 def _remove_dead(dpath: Path, live: list[Partial]) -> None:
