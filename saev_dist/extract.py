@@ -118,7 +118,8 @@ def run(cfg: Extract) -> None:
             job = replace(job, self_check=check(job.sae, job.shards, job.device, cfg.self_check, skip_bad=cfg.skip_bad_shards))
         with store.lock() if world.rank == 0 else nullcontext():
             if world.rank == 0:
-                store.begin(job.identity, _as_json(cfg), job.plan.n_batches, afresh=force)
+                identity = store.begin(job.identity, _as_json(cfg), job.plan.n_batches, afresh=force)
+                job = replace(job, identity=identity)
             work(job, store, world)
 
 
@@ -157,7 +158,8 @@ def open_job(cfg: Extract, world: World) -> Job:
     identity |= {
         "layer": shards.layer,
         "device": device.type,
-        "shards_sha256": shards.fingerprint(skip_bad=cfg.skip_bad_shards),
+        "shards_sha256": shards.fingerprint(),
+        "shards_probes": shards.probes(skip_bad=cfg.skip_bad_shards),
     }
     plan = Plan(shards.examples, min(max(1, cfg.batch_tokens // shards.n_patches), max(shards.examples)))
     return Job(cfg=cfg, shards=shards, loaded=loaded, overrides=overrides, plan=plan, device=device, identity=identity)
@@ -182,11 +184,11 @@ def _extract(job: Job, store: Run, world: World, *, encode: bool) -> None:
             segments = [Segment.from_json(obj) for report in reports for obj in report.pop("segments")]
             why = {int(batch_i): reason for report in reports for batch_i, reason in report.pop("left_out").items()}
             left_out = _left_out(job, segments, why)
-            names, metrics = _write(job, store, segments, whole, saev_percentile)
+            names, metrics = _write(job, store, world, segments, whole, saev_percentile)
         manifest = _manifest(job, world, reports, clock.seconds, metrics, left_out)
         store.publish(names, manifest)
         print(summary(cfg.out, manifest))
-    world.wait()
+    world.finish()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +199,8 @@ class Share:
     saev_percentile: SaevPercentile | None
     absorbed: list[Partial]
     """Partials that the state holds."""
+    fingerprint: str
+    """Of the run."""
     todo: Intervals
     bad: dict[int, str]
     """Batches of the share whose shard is known to be bad, and why."""
@@ -207,13 +211,22 @@ def _take_share(job: Job, store: Run, world: World) -> Share:
     cfg, dpath, plan = job.cfg, store.partials_dpath, job.plan
     first_rank = world.rank == 0
     found = world.tell(partials.names(dpath) if first_rank else None)
-    faults = world.collect({name: what for name in found[world.rank :: world.size] if (what := partials.fault(dpath / name))})
+    mine = found[world.rank :: world.size]
+    faults = world.collect({name: what for name in mine if (what := partials.fault(dpath / name, world.check))})
     live: list[Partial] = []
+    fingerprint = partials.fingerprint(job.identity)
     if first_rank:
         known = {name: what for part in faults for name, what in part.items()}
-        live = partials.settle(dpath, known, partials.fingerprint(job.identity))
+        live = partials.settle(dpath, known, fingerprint)
     bad_files = job.shards.bad_files() if first_rank and cfg.skip_bad_shards else {}
-    news = world.tell({"live": [p.name for p in live], "done": _done(live), "bad": list(bad_files.items())})
+    news = world.tell(
+        {
+            "live": [partial.name for partial in live],
+            "done": _done(live),
+            "bad": list(bad_files.items()),
+            "fingerprint": fingerprint,  # only rank 0 knows what the run began with
+        }
+    )
 
     bundle = make_bundle(job)
     absorbed: list[Partial] = []
@@ -235,6 +248,7 @@ def _take_share(job: Job, store: Run, world: World) -> Share:
         bundle=bundle,
         saev_percentile=saev_percentile,
         absorbed=absorbed,
+        fingerprint=news["fingerprint"],
         todo=plan.deal(subtract(left, bad_intervals), world.size)[world.rank],
         bad=bad_batches if first_rank else {},
     )
@@ -269,8 +283,7 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
 
     with ExitStack() as stack:
         spill = stack.enter_context(Spill(store.partials_dpath, partials.new_owner(world.rank), _row_kinds(cfg)))
-        fingerprint = partials.fingerprint(job.identity)
-        keeper = stack.enter_context(Keeper(spill, fingerprint, share.absorbed, cfg.snapshot_every))
+        keeper = stack.enter_context(Keeper(spill, share.fingerprint, share.absorbed, cfg.snapshot_every))
         stack.callback(progress.close)
         n_threads = batch_threads(job.plan.examples_per_batch * shards.n_patches, job.sae.d_sae, job.device)
         encoder = stack.enter_context(Encoder(job.sae, job.device, cfg.precision, n_threads))
@@ -396,15 +409,16 @@ def _left_out(job: Job, segments: list[Segment], why: Mapping[int, str]) -> list
 
 
 def _write(
-    job: Job, store: Run, segments: list[Segment], whole: Bundle, saev_percentile: SaevPercentile | None
+    job: Job, store: Run, world: World, segments: list[Segment], whole: Bundle, saev_percentile: SaevPercentile | None
 ) -> tuple[list[str], dict[str, Any]]:
-    """Stage all artifacts; return their names and the metrics."""
+    """Stage all artifacts; return their names and the metrics. It may take long, so it looks for signals."""
     cfg, shards, plan, d_sae = job.cfg, job.shards, job.plan, job.sae.d_sae
     artifacts = whole.finalize(plan.n_examples_in(covered(segments)) * shards.n_patches)
     metrics = artifacts.pop("metrics")
     if saev_percentile is not None:
         artifacts[f"percentiles_p{cfg.percentile:.10g}"] = saev_percentile.estimate_s
     for stem, content in artifacts.items():
+        world.check()
         store.stage_tensors(f"{stem}.pt", content)
     names = [f"{stem}.pt" for stem in artifacts]
 
@@ -418,6 +432,7 @@ def _write(
             dtype,
             n_columns=n_columns,
             filler=lambda batch_i: np.full(n_filler(plan[batch_i]) * n_columns, filler, dtype),
+            check=world.check,
         )
 
     n_features = min(cfg.n_distributions, d_sae)

@@ -61,7 +61,10 @@ class FinishedRun:
                 raise RunError(f"{path}, which {dpath} was made from, is not there; say with {flag} where it is now.")
         opened = Shards.open(shards_dpath, identity.get("layer", int))
         skipped = bool(manifest.get("left_out", list, []))
-        _same(opened.fingerprint(skip_bad=skipped), identity.get("shards_sha256", str), shards_dpath, dpath, "shards")
+        _same(opened.fingerprint(), identity.get("shards_sha256", str), shards_dpath, dpath, "shards")
+        for found, expected in zip(opened.probes(skip_bad=skipped), identity.get("shards_probes", list), strict=False):
+            if None not in (found, expected):  # a shard that could not be read then, or cannot now
+                _same(str(found), str(expected), shards_dpath, dpath, "shards")
         loaded = load_sae(sae_path, Overrides.from_json(made_with.sub("overrides")))
         _same(loaded.sha256, identity.get("sae_sha256", str), sae_path, dpath, "sae")
         for name, value in loaded.identity().items():

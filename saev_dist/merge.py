@@ -29,5 +29,6 @@ def run(cfg: Merge) -> None:
         # Nothing is encoded here, so the device is that of the run.
         job = replace(job, identity=job.identity | {"device": under_way.get("identity", dict).get("device")})
         store.is_finished(job.identity, force=False)
+        job = replace(job, identity=under_way.get("identity", dict))
         with store.lock():
             work(job, store, world, encode=False)

@@ -192,8 +192,11 @@ def names(dpath: Path) -> list[str]:
     return sorted(fpath.name for fpath in dpath.glob("*.partial"))
 
 
-def fault(fpath: Path) -> str:
+def fault(fpath: Path, check: Callable[[], None] = lambda: None) -> str:
     """Read a partial and its rows through; what is wrong with them, or "".
+
+    Args:
+        check: called between pieces; it may raise to stop, for the rows can be large.
 
     Raises:
         RunError: it cannot be read.
@@ -204,7 +207,7 @@ def fault(fpath: Path) -> str:
             for segment in read_header(fpath).segments:
                 for kind in segment.extents:
                     for _ in read_extent(fpath.parent, segment, kind):
-                        pass
+                        check()
     except DamagedError as err:
         return str(err)
     return ""
@@ -248,17 +251,27 @@ def settle(dpath: Path, faults: Mapping[str, str], expected_fingerprint: str) ->
     for partial in found:
         if partial.fingerprint != expected_fingerprint:
             raise RunError(f"{dpath / partial.name} belongs to another run. Move it away, or start over with --force.")
+    try:
+        covered(segment for partial in found for segment in partial.segments)
+        live = found
+    except ValueError:  # a rank that the others had given up lived on, and wrote after they had started again
+        live = _disjoint(dpath, found)
+    with writing(dpath):
+        _remove_dead(dpath, live)
+    return sorted(live, key=lambda partial: partial.name)
+
+
+def _disjoint(dpath: Path, found: list[Partial]) -> list[Partial]:
+    """Partials that cover no batch twice, large ones first."""
     live: list[Partial] = []
     done: Intervals = ()
     for partial in sorted(found, key=lambda p: -sum(s.stop - s.first for s in p.segments)):
         try:
             done = union([done, covered(partial.segments)])
             live.append(partial)
-        except ValueError as err:  # a rank that the others had given up lived on, and wrote after they had started again
+        except ValueError as err:
             warn(f"{dpath / partial.name} is not needed: {err}.")
-    with writing(dpath):
-        _remove_dead(dpath, live)
-    return sorted(live, key=lambda partial: partial.name)
+    return live
 
 
 def _remove_dead(dpath: Path, live: list[Partial]) -> None:

@@ -7,7 +7,7 @@ and 10^9 batches cost the same memory.
 Sets of batches are *intervals*: sorted, disjoint, non-touching half-open pairs `(first, stop)`.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -78,10 +78,11 @@ class Plan:
 
         Rank order is data order. A rank gets nothing when there are fewer batches than ranks.
         """
-        n_batches = sum(stop - first for first, stop in todo)
         done = [0]  # examples before each interval, counted within todo
-        for interval in todo:
-            done.append(done[-1] + self.n_examples_in((interval,)))
+        position = [0]  # and batches
+        for first, stop in todo:
+            done.append(done[-1] + self.n_examples_in(((first, stop),)))
+            position.append(position[-1] + stop - first)
 
         def cut(target: int) -> int:
             """The first position in todo (counted in batches) with at least `target` examples before it."""
@@ -92,23 +93,19 @@ class Plan:
             while low < high:
                 middle = (low + high) // 2
                 low, high = (middle + 1, high) if self.examples_before(middle) - base < target else (low, middle)
-            return sum(stop - first for first, stop in todo[:interval_i]) + low - first
+            return position[interval_i] + low - first
 
-        cuts = [0, *(cut(done[-1] * rank // n_ranks) for rank in range(1, n_ranks)), n_batches] if todo else [0, 0]
-        shares = [_slice(todo, low, high) for low, high in pairwise(cuts)]
+        def between(low: int, high: int) -> Intervals:
+            """The batches at positions low … high-1."""
+            out = []
+            for i in range(bisect_right(position, low) - 1, bisect_left(position, high)):
+                first, stop = todo[i]
+                out.append((first + max(0, low - position[i]), min(stop, first + high - position[i])))
+            return tuple(out)
+
+        cuts = [0, *(cut(done[-1] * rank // n_ranks) for rank in range(1, n_ranks)), position[-1]] if todo else [0, 0]
+        shares = [between(low, high) if low < high else () for low, high in pairwise(cuts)]
         return shares + [()] * (n_ranks - len(shares))
-
-
-def _slice(intervals: Intervals, low: int, high: int) -> Intervals:
-    """The batches at positions low … high-1 of the ordered set `intervals`."""
-    out, position = [], 0
-    for first, stop in intervals:
-        a = first + max(0, low - position)
-        b = min(stop, first + high - position)
-        if a < b:
-            out.append((a, b))
-        position += stop - first
-    return tuple(out)
 
 
 def union(parts: Iterable[Intervals]) -> Intervals:

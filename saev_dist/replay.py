@@ -118,7 +118,7 @@ def run(cfg: Replay) -> None:
                     _write_page(job)
                     _publish(job)
                 print(_summary(job, reports))
-            world.wait()
+            world.finish()
 
 
 def open_job(cfg: Replay) -> Job:

@@ -129,6 +129,7 @@ class Rows:
         n_batches: of the plan.
         dtype, n_columns: of a row.
         filler: the rows that stand for a batch that was left out.
+        check: called between pieces; it may raise to stop, for there can be many.
     """
 
     def __init__(
@@ -141,8 +142,9 @@ class Rows:
         *,
         n_columns: int = 1,
         filler: Callable[[int], NDArray[Any]],
+        check: Callable[[], None],
     ) -> None:
-        self._dpath, self.name, self._dtype, self._filler = dpath, name, dtype, filler
+        self._dpath, self.name, self._dtype, self._filler, self._check = dpath, name, dtype, filler, check
         self._row_bytes = np.dtype(dtype).itemsize * n_columns
         segments = list(segments)
         gaps = complement(covered(segments), n_batches)
@@ -173,7 +175,7 @@ class Rows:
 
         Raises:
             DamagedError: rows are not what was written.
-        RunError: they cannot be read.
+            RunError: they cannot be read.
         """
         chunk_bytes = max(1, COPY_BYTES // self._row_bytes) * self._row_bytes
         for first, stop, segment in self._pieces:
@@ -181,6 +183,7 @@ class Rows:
                 yield from map(self._filler, range(first, stop))
                 continue
             for data in read_extent(self._dpath, segment, self.name, chunk_bytes):
+                self._check()
                 yield np.frombuffer(data, dtype=self._dtype)
 
 

@@ -74,7 +74,7 @@ class Run:
     def is_under_way(self, identity: dict[str, Any]) -> bool:
         """Whether an attempt of this very run has begun here and not finished."""
         under_way = self.under_way()
-        return under_way is not None and under_way.get("identity", dict) == identity
+        return under_way is not None and not _differing(identity, under_way.get("identity", dict))
 
     def is_finished(self, identity: dict[str, Any], *, force: bool) -> bool:
         """Whether this very run is done; refuse a directory that another run occupies. Changes nothing.
@@ -100,8 +100,7 @@ class Run:
                 )
             return False
         theirs = holder.get("identity", dict)
-        differing = [key for key in sorted(identity | theirs) if identity.get(key) != theirs.get(key)]
-        if differing:
+        if differing := _differing(identity, theirs):
             details = "; ".join(
                 f"{key}: there {_brief(theirs.get(key))}, here {_brief(identity.get(key))}" for key in differing
             )
@@ -153,7 +152,7 @@ class Run:
     def _in_use(self, holder: str) -> RunError:
         return RunError(f"{self.dpath} is in use by {holder.strip() or 'another process'}. Wait for it, or stop it.")
 
-    def begin(self, identity: dict[str, Any], config: dict[str, Any], n_batches: int, *, afresh: bool) -> None:
+    def begin(self, identity: dict[str, Any], config: dict[str, Any], n_batches: int, *, afresh: bool) -> dict[str, Any]:
         """Note what is under way here, unless it is noted already. The lock must be held.
 
         Args:
@@ -161,14 +160,24 @@ class Run:
             config: all settings; JSON.
             n_batches: of the plan.
             afresh: forget an unfinished attempt, if there is one.
+
+        Returns:
+            The identity that the run began with: it may know shards that cannot be read now.
+
+        Raises:
+            RunError: another process has finished the run since `is_finished` looked; or the directory cannot be written.
         """
         run_fpath = self.partials_dpath / "run.json"
         with writing(self.partials_dpath):
             if afresh or not run_fpath.exists():
+                if self.is_finished(identity, force=afresh):
+                    raise RunError(f"{self.dpath} has just been finished by another process: nothing to do.")
                 self._clear()
                 self.stage_json("run.json.new", {"identity": identity, "config": config, "n_batches": n_batches})
                 os.replace(self.partials_dpath / "run.json.new", run_fpath)
                 fsync_dir(self.partials_dpath)
+        under_way = self.under_way()
+        return identity if under_way is None else under_way.get("identity", dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[BinaryIO]:
@@ -289,6 +298,17 @@ def _read_json(fpath: Path) -> Fields | None:
         return None
     except OSError as err:
         raise RunError(f"{fpath}: {err.strerror}.") from None
+
+
+def _agree(mine: Any, theirs: Any) -> bool:
+    """Whether two values of an identity are the same; None in a list stands for what could not be read."""
+    if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
+        return all(None in pair or pair[0] == pair[1] for pair in zip(mine, theirs, strict=True))
+    return bool(mine == theirs)
+
+
+def _differing(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    return [key for key in sorted(mine | theirs) if not _agree(mine.get(key), theirs.get(key))]
 
 
 def _brief(value: Any) -> str:

@@ -117,16 +117,16 @@ class World:
                 first = self._store.add("errors", 1) == 1
                 if first:
                     self._store.set("error", f"rank {self.rank}: {err}")
+            # A peer that waits for this rank inside a collective must not wait until it has lingered: gloo tells it now.
+            dist.destroy_process_group()
             # Whoever hosts the store must not take it away before the others have read it, and a launcher that sees
-            # this rank fail ends the others.
+            # a rank fail ends the others: it may not do so while they write their last partials.
             n_gone = self._store.add("gone", 1)
             until = time.monotonic() + (LEAVE_S if isinstance(err, Preempted) else ACKNOWLEDGE_S)
-            lingers = self.rank == 0 or not (err is None or isinstance(err, (PeerError, Preempted)))
+            lingers = self.rank == 0 or not (err is None or isinstance(err, PeerError))
             while lingers and n_gone < self.size - bool(self._lost) and time.monotonic() < until:
                 time.sleep(0.05)
                 n_gone = self._store.add("gone", 0)
-        if err is None:
-            dist.destroy_process_group()
         self._store = None
         if not first:  # the same fault was found, and shown, by another rank
             raise PeerError(str(err)) from err
@@ -168,6 +168,16 @@ class World:
             time.sleep(delay_s)
             delay_s = min(CHECK_EVERY_S, 1.5 * delay_s)
             n_here = self._ask(lambda store: store.add(key, 0))
+
+    def finish(self) -> None:
+        """The last `wait`, until rank 0 has put the result in place. Rank 0 itself does not look for signals and dead peers
+        any more: they come too late to make a finished job a failed one."""
+        if self.rank:
+            self.wait()
+        elif self._store is not None:
+            self._n_phases += 1
+            with suppress(*STORE_ERRORS):
+                self._store.add(f"phase{self._n_phases}", 1)
 
     def tell(self, message: Any = None) -> Any:
         """Rank 0's `message` (JSON), on every rank, once all are here."""

@@ -34,6 +34,7 @@ def child(job):
     os.environ.update(job["env"])
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1), os.dup2(log, 2)
+    exec(job["before"], {})
     main(job["args"])
 
 stdin = os.fdopen(0, "rb", buffering=0)  # select does not see what a buffer holds
@@ -68,6 +69,10 @@ while True:
             break
         print(json.dumps({"ended": pid, "code": os.waitstatus_to_exitcode(status)}), flush=True)
 """
+
+
+SLOW = "import time, saev_dist.extract as e; f = e._rows; e._rows = lambda *a: (time.sleep(0.02), f(*a))[1]"
+"""Code for `before`: batches take long enough for a test to strike among them, however loaded the machine is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +128,21 @@ class Server:
         self._process.stdout.close()
 
     def start(
-        self, *args: object, n_ranks: int = 1, fault: Fault | None = None, roots: tuple[Path, ...] = (), log: Path | None = None
+        self,
+        *args: object,
+        n_ranks: int = 1,
+        fault: Fault | None = None,
+        roots: tuple[Path, ...] = (),
+        log: Path | None = None,
+        before: str = "",
     ) -> Attempt:
-        """Start the program on `n_ranks` ranks; `fault` counts operations below `roots`, and `log` lists them."""
+        """Start the program on `n_ranks` ranks.
+
+        Args:
+            fault: counts operations below `roots`.
+            log: lists these operations.
+            before: Python code that each rank runs first.
+        """
         self._n_attempts += 1
         env = {"FAULT_ROOTS": ":".join(map(str, roots))}
         if n_ranks > 1:
@@ -141,7 +158,8 @@ class Server:
                 own |= {"FAULT_OPS": fault.ops, "FAULT_AT": str(fault.at), "FAULT_HOW": fault.how}
                 own |= {"FAULT_FOREVER": "1"} if fault.forever else {}
             attempt.logs.append(self.dpath / f"attempt{self._n_attempts}.{rank}.log")
-            job = {"args": list(map(str, args)), "env": own, "log": str(attempt.logs[-1])}
+            attempt.logs[-1].touch()  # for a test that reads it before the rank has run
+            job = {"args": list(map(str, args)), "env": own, "log": str(attempt.logs[-1]), "before": before}
             self._process.stdin.write(json.dumps(job) + "\n")
             attempt.pids.append(self._next("started", time.monotonic() + 60)["started"])
         return attempt

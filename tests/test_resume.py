@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from hypothesis import HealthCheck, given, settings
 
 from saev_dist import partials
 from saev_dist.cli import main
-from saev_dist.errors import DamagedError
-from saev_dist.spill import Spill
-from tests.crash import Fault, Server, compile_faults
+from saev_dist.errors import DamagedError, RunError
+from saev_dist.plan import Plan
+from saev_dist.spill import Spill, covered
+from saev_dist.store import Run
+from tests.crash import SLOW, Fault, Server, compile_faults
 from tests.laws import KINDS, batches, fold, same
 from tests.ranks import ENV, artifact_hashes
 from tests.soak import Soak
@@ -80,11 +83,13 @@ def test_one_five_and_two_ranks_do_each_their_part(tmp_path, server, whole):
     out = tmp_path / "run"
     killed(server, args, out, at=4)  # run.json and two partials
     killed(server, args, out, at=2, n_ranks=5, rank=1)
+    done = covered(segment for partial in partials.newest(out / "partials") for segment in partial.segments)
+    n_done = Plan([7, 7, 7, 2], 2).n_examples_in(done) * N_PATCHES
     codes, output = server.run(*args, out, n_ranks=2)
     assert codes == [0, 0], output
     assert artifact_hashes(out) == expected
     ranks = json.loads((out / "manifest.json").read_text())["ranks"]
-    assert sum(rank["n_tokens_before"] for rank in ranks) >= 40, "what was done is not done again"
+    assert sum(rank["n_tokens_before"] for rank in ranks) == n_done > 20, "what was done is not done again"
     assert sum(rank["n_tokens_before"] + rank["n_tokens"] for rank in ranks) == N_IMGS * N_PATCHES
     assert "tokens were done before" in output
 
@@ -108,12 +113,9 @@ def test_a_restart_by_torchrun_continues_by_itself(tmp_path, whole):
     process = subprocess.Popen(
         [*command, tmp_path / "slow.py"], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
-    while not list(out.glob("partials/00000-*.partial")):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: list(out.glob("partials/00000-*.partial")))
     os.kill(int(re.match(r"process (\d+) ", (out / "partials/lock").read_text())[1]), signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=90)
+    stdout, stderr = process.communicate(timeout=180)
     assert process.returncode == 0, stderr
     assert "tokens were done before" in stdout
     assert artifact_hashes(out) == expected
@@ -179,7 +181,7 @@ def test_another_sae_is_refused(tmp_path, server, whole):
 
 @pytest.fixture
 def long_run(tmp_path):
-    """A run of some seconds: a batch is one image."""
+    """1500 batches of one image: half a minute on one rank where they are SLOW."""
     shards = make_shards(tmp_path / "shards", make_acts(1500), imgs_per_shard=500)
     args = [
         "extract",
@@ -197,18 +199,28 @@ def long_run(tmp_path):
     return [*args, "--no-progress", "--n-distributions", 0, "--out"]
 
 
+LATE = """
+import os, saev_dist.partials as p
+w = p.write
+if os.environ.get("RANK") == "2":
+    p.write = lambda *a: (time.sleep(2), w(*a))
+"""
+"""Rank 2 takes its time with a snapshot."""
+
+
 @pytest.mark.parametrize(("name", "n_ranks"), [("SIGTERM", 1), ("SIGINT", 1), ("SIGUSR1", 3), ("SIGUSR2", 1)])
 def test_a_signal_to_one_rank_makes_all_leave_with_75(tmp_path, server, long_run, name, n_ranks):
     out = tmp_path / "run"
-    attempt = server.start(*long_run, out, n_ranks=n_ranks)
+    attempt = server.start(*long_run, out, n_ranks=n_ranks, before=SLOW + LATE)
     # A rank that has done nothing yet writes no partial.
     wait_for(lambda: all(list(out.glob(f"partials/*.{rank:05d}-*.bin")) for rank in range(n_ranks)))
     os.kill(attempt.pids[-1], getattr(signal, name))
-    codes = server.wait(attempt, timeout_s=20)
-    assert codes == [75] * n_ranks, attempt.output()
+    server.wait(attempt, for_one=True)
+    n_partials = len(list(out.glob("partials/*.partial")))
+    assert n_partials == n_ranks, "a launcher that sees one rank leave kills the others: not while they write"
+    assert server.wait(attempt) == [75] * n_ranks, attempt.output()
     lines = attempt.output().splitlines()
     assert sum("stopped, and what is done is kept in" in line for line in lines) == 1, lines
-    assert len(list(out.glob("partials/*.partial"))) == n_ranks
     codes, output = server.run(*long_run, out)
     assert codes == [0], output
     assert server.run(*long_run, tmp_path / "alone")[0] == [0]
@@ -217,25 +229,51 @@ def test_a_signal_to_one_rank_makes_all_leave_with_75(tmp_path, server, long_run
     assert 0 < done_before < 7500
 
 
-def test_a_second_signal_leaves_at_once(tmp_path, whole):
-    args, _, _ = whole
-    stuck = f"import time, saev_dist.extract as e; e._rows = lambda *a: (print('here', flush=True), time.sleep(60)); from saev_dist.cli import main; main({[*map(str, args), str(tmp_path / 'run')]!r})"  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-c", stuck], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "here\n"
-    process.send_signal(signal.SIGTERM)
-    assert "SIGTERM: leaving after this batch and a snapshot" in process.stderr.readline()
-    process.send_signal(signal.SIGTERM)  # what a launcher passes on a moment later is the same signal
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(2.5)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
-    assert process.returncode == -signal.SIGTERM
+@pytest.mark.parametrize(("same_s", "code"), [(1e9, None), (0, -signal.SIGTERM)])
+def test_a_second_signal_leaves_at_once_unless_it_comes_too_soon_to_be_another(tmp_path, server, whole, same_s, code):
+    stuck = f"import time, saev_dist.extract as e, saev_dist.signals as s; s.SAME_S = {same_s}\n"
+    stuck += "e._rows = lambda *a: (print('here', flush=True), time.sleep(600))"
+    attempt = server.start(*whole[0], tmp_path / "run", before=stuck)
+    wait_for(lambda: "here" in attempt.output())
+    os.kill(attempt.pids[0], signal.SIGTERM)
+    wait_for(lambda: "SIGTERM: leaving after this batch and a snapshot" in attempt.output())
+    os.kill(attempt.pids[0], signal.SIGTERM)
+    if code is None:
+        with pytest.raises(TimeoutError):
+            server.wait(attempt, timeout_s=1)
+        server.kill(attempt)
+    assert server.wait(attempt) == [code or -signal.SIGKILL]
+
+
+HIT = """
+import os, signal, saev_dist.{0} as m
+f = m.{1}
+m.{1} = lambda *a: (print("struck"), os.kill(os.getpid(), signal.SIGTERM), f(*a))[2]
+"""
+"""Code for `before`: the process has a signal whenever it calls a function."""
+
+
+@pytest.mark.parametrize("module", ["spill", "partials"])
+def test_a_signal_is_obeyed_while_rows_are_put_together_or_verified(tmp_path, server, whole, module):
+    args, expected, _ = whole
+    out = tmp_path / "run"
+    unfinished(server, args, out)
+    codes, output = server.run(*args, out, before=HIT.format(module, "read_extent"))
+    assert codes == [75] and "Run the same command again" in output and output.count("struck") == 1
+    assert list(out.glob("partials/*.partial")) and not list(out.glob("*.*"))
+    assert server.run(*args, out)[0] == [0]
+    assert artifact_hashes(out) == expected
+
+
+def test_a_signal_after_the_last_rename_does_not_make_a_finished_run_a_failed_one(tmp_path, server, whole):
+    args, expected, _ = whole
+    codes, output = server.run(*args, tmp_path / "run", n_ranks=2, before=HIT.format("extract", "summary"))
+    assert codes == [0, 0], output
+    assert artifact_hashes(tmp_path / "run") == expected
 
 
 def wait_for(condition) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -246,7 +284,7 @@ def wait_for(condition) -> None:
 
 def test_a_second_run_on_one_directory_is_refused(tmp_path, server, long_run):
     out = tmp_path / "run"
-    first = server.start(*long_run, out)
+    first = server.start(*long_run, out, before=SLOW)
     wait_for(lambda: list(out.glob("partials/*.bin")))
     for flags in ([], ["--force"]):
         codes, output = server.run(*long_run, out, *flags)
@@ -261,6 +299,16 @@ def test_a_second_run_on_one_directory_is_refused(tmp_path, server, long_run):
     assert not (out / "partials").exists()
 
 
+def test_a_run_that_another_process_has_just_finished_is_not_computed_again(tmp_path, server, whole):
+    args, expected, _ = whole
+    assert server.run(*args, tmp_path / "run")[0] == [0]
+    store = Run(tmp_path / "run")
+    identity = store.manifest().get("identity", dict)
+    with pytest.raises(RunError, match="has just been finished by another process"), store.lock():
+        store.begin(identity, {}, N_BATCHES, afresh=False)
+    assert artifact_hashes(tmp_path / "run") == expected
+
+
 # ---- merge
 
 
@@ -271,7 +319,7 @@ def test_merge_makes_the_artifacts_when_all_is_done(tmp_path, server, whole):
     assert codes == [1] and f"{out} is not a run" in output
     killed(server, args, out, at=6, n_ranks=2)
     codes, output = server.run("inspect", out)
-    assert codes == [0] and re.search(r"kept +[1-9]\d* of 13 batches \(.*%\), in 2 partials", output), output
+    assert codes == [0] and re.search(r"kept +[1-9]\d* of 13 batches \(.*%\), in [12] partials", output), output
     codes, output = server.run("merge", "--run", out)
     assert codes == [1] and re.search(r"batches \d+ to \d+(, \d+ to \d+)* of 13 are not done. Run extract again.", output)
     n_renames = 1 + N_BATCHES  # run.json, a partial after each batch
@@ -405,17 +453,17 @@ def test_a_state_that_went_through_a_partial_continues_as_if_it_had_not(tmp_path
 
 def test_a_snapshot_is_of_the_instant_it_was_asked_for(tmp_path, monkeypatch):
     """The stream goes on while it is written."""
-    write = partials.write
-    monkeypatch.setattr(partials, "write", lambda *args: (time.sleep(0.3), write(*args)))
+    write, go_on = partials.write, threading.Event()
+    monkeypatch.setattr(partials, "write", lambda *args: (go_on.wait(60), write(*args)))
     state = {"a": torch.arange(4)}
     with Spill(tmp_path, "00000-x", ["r"]) as spill, partials.Keeper(spill, "f", [], 1e-9) as keeper:
         spill.append(0, {"r": np.zeros(3)})
-        began = time.monotonic()
-        keeper.save_if_due(lambda: state)
-        assert time.monotonic() - began < 0.2, "it is written on another thread"
+        keeper.save_if_due(lambda: state)  # it returns, so it is written on another thread
         state["a"] += 10
         spill.append(1, {"r": np.ones(3)})
         keeper.save_if_due(lambda: state)  # the last one is under way: no second one
+        assert not list(tmp_path.glob("*.partial"))
+        go_on.set()
     (fpath,) = tmp_path.glob("*.partial")
     partial, kept = partials.load(fpath)
     assert kept["a"].tolist() == [0, 1, 2, 3]
@@ -567,6 +615,31 @@ def test_a_shard_that_cannot_be_read_stops_the_run_or_is_left_out(tmp_path, serv
     codes, output = server.run(*args, tmp_path / "b")  # the disk has been mended
     assert codes == [0] and "done before" in output
     assert artifact_hashes(tmp_path / "b") == expected
+
+
+def test_a_shard_may_go_bad_or_be_mended_while_the_run_is_under_way(tmp_path, server, whole):
+    args, expected, _ = whole
+    shards, args = make_shards(tmp_path / "shards", make_acts()), list(args)
+    args[args.index("--shards") + 1] = shards
+    first = shards / "acts000000.bin"
+    content = first.read_bytes()
+    killed(server, args, tmp_path / "a", at=4)  # two of its batches are done
+    first.write_bytes(content[:100])
+    killed(server, [*args[:-1], "--skip-bad-shards", "--out"], tmp_path / "b", at=4)
+    codes, output = server.run(*args, tmp_path / "a")
+    assert codes == [1] and "acts000000.bin holds 100 bytes" in output
+    codes, output = server.run(*args, tmp_path / "a", "--skip-bad-shards", n_ranks=2)
+    assert codes == [0, 0] and "3 images of 1 bad shards: acts000000.bin" in output and "done before" in output
+    codes, output = server.run("verify", "--run", tmp_path / "a", "--no-progress")
+    assert codes == [1] and "acts000000.bin" in output, "it needs images of the two batches"
+    first.write_bytes(content)
+    assert server.run("verify", "--run", tmp_path / "a", "--no-progress")[0] == [0]
+    codes, output = server.run(*args, tmp_path / "b", n_ranks=2)
+    assert codes == [0, 0] and "done before" in output, output
+    assert artifact_hashes(tmp_path / "b") == expected
+    first.write_bytes(content[::-1])
+    codes, output = server.run(*args, tmp_path / "a")
+    assert codes == [1] and "shards_probes: there" in output
 
 
 def test_a_read_that_fails_once_is_tried_again(tmp_path, server, whole):

@@ -69,13 +69,13 @@ def args(tmp_path):
 @pytest.mark.parametrize("slow_rank", [0, 2])
 def test_ranks_that_arrive_late_are_waited_for_without_torchrun(tmp_path, args, slow_rank):
     ranks = start_ranks(3, slow_rank, 4, *args, tmp_path / "run")
-    results = [rank.communicate(timeout=60) for rank in ranks]
+    results = [rank.communicate(timeout=180) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0, 0], results
     assert all(err == "" for _, err in results[1:]), results
     assert run_cli(*args, tmp_path / "alone").returncode == 0
     assert artifact_hashes(tmp_path / "run") == artifact_hashes(tmp_path / "alone")
     again = start_ranks(3, -1, 0, *args, tmp_path / "run")
-    results = [rank.communicate(timeout=60) for rank in again]
+    results = [rank.communicate(timeout=180) for rank in again]
     assert [rank.returncode for rank in again] == [0, 0, 0], results
     assert "nothing to do" in results[0][0]
 
@@ -85,7 +85,11 @@ def test_a_killed_rank_stops_the_others_and_is_named(tmp_path, args, victim, pha
     ranks = start_ranks(3, victim, 300, *args, tmp_path / "run", phase=phase)
     killed = ranks.pop(victim)
     assert killed.stdout.readline() == "delayed\n"
-    time.sleep(2)
+    n_partials, deadline = (2 if phase == "_stream" else 3), time.monotonic() + 60
+    while len(list((tmp_path / "run/partials").glob("*.partial"))) < n_partials:  # the others wait for the victim
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1)
     killed.kill()
     began = time.monotonic()
     errors = [rank.communicate(timeout=60)[1] for rank in ranks]
@@ -97,11 +101,52 @@ def test_a_killed_rank_stops_the_others_and_is_named(tmp_path, args, victim, pha
     assert not list((tmp_path / "run").glob("*.*"))
     killed.communicate()
     # What the others had done is there, and so is the victim's where it had finished its share.
-    assert len(list((tmp_path / "run/partials").glob("*.partial"))) == (2 if phase == "_stream" else 3)
+    assert len(list((tmp_path / "run/partials").glob("*.partial"))) == n_partials
     done = run_cli(*args, tmp_path / "run")
     assert done.returncode == 0 and "done before" in done.stdout, done.stderr
     assert run_cli(*args, tmp_path / "alone").returncode == 0
     assert artifact_hashes(tmp_path / "run") == artifact_hashes(tmp_path / "alone")
+
+
+LEAVES = """
+import os, signal, sys, time
+from pathlib import Path
+from saev_dist.errors import SaevDistError, RunError
+from saev_dist.world import World
+import torch
+try:
+    with World(600) as world, world.obeying_signals(Path("kept")):
+        world.wait()
+        began = time.monotonic()
+        if world.rank:
+            world.exchange({"a": torch.zeros(1000)})
+        time.sleep(1)
+        if sys.argv[1] == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+            world.wait()
+        raise RunError("disk full")
+except SaevDistError as err:
+    assert time.monotonic() - began < 9, "rank 0 lingers for 10 s or more"
+    print(type(err).__name__, str(err)[:17])
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("signal", ["Preempted SIGTERM on rank 0"] * 3), ("error", ["RunError disk full"] + ["PeerError rank 0: disk full"] * 2)],
+)
+def test_ranks_inside_a_collective_leave_with_the_one_that_stays_outside(how, said):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = ENV | {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVES, how], env=common | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(3)
+    ]
+    assert [rank.communicate(timeout=180)[0].strip() for rank in ranks] == said
 
 
 def test_a_missing_address_is_said(args, tmp_path):

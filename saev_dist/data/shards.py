@@ -144,29 +144,36 @@ class Shards:
                 )
         return faults
 
-    def fingerprint(self, *, skip_bad: bool = False) -> str:
-        """SHA-256 of what the reader uses: the description, the shard list, and a probe of the content.
-
-        Hashing terabytes would take hours, so the first 4 KiB of up to eight shards, evenly spread, stand
-        for the content: enough to tell other activations of the same shape apart, not to find one bad byte.
-
-        Args:
-            skip_bad: a probed shard that cannot be read is no error.
-
-        Raises:
-            DataError: a probed shard cannot be read.
-        """
+    def fingerprint(self) -> str:
+        """SHA-256 of what the reader uses beside the content: the description and the shard list."""
         described = [self.protocol, self.family, self.ckpt, list(self.layers), self.layer, self.n_patches]
         described += [self.cls_token, self.d_model, list(self.names), list(self.examples)]
-        digest = hashlib.sha256(json.dumps(described).encode())
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+    def probes(self, *, skip_bad: bool = False) -> list[str | None]:
+        """SHA-256 of the first 4 KiB of up to eight shards, evenly spread; None for one that is too short.
+
+        Hashing terabytes would take hours. This is enough to tell other activations of the same shape apart, not to
+        find one bad byte.
+
+        Args:
+            skip_bad: None also for one that cannot be read.
+
+        Raises:
+            DataError: one cannot be read.
+        """
         step = -(-len(self.names) // N_PROBES)
-        for name in self.names[::step]:
+        probes: list[str | None] = []
+        for name, n_examples in list(zip(self.names, self.examples, strict=True))[::step]:
             try:
-                digest.update(_read(self.dpath / name, PROBE_BYTES, "mend it, or leave it out with --skip-bad-shards"))
+                content = _read(self.dpath / name, PROBE_BYTES, "mend it, or leave it out with --skip-bad-shards")
             except DataError:
                 if not skip_bad:
                     raise
-        return digest.hexdigest()
+                content = b""
+            whole = len(content) >= min(PROBE_BYTES, n_examples * self.example_bytes)
+            probes.append(hashlib.sha256(content).hexdigest() if whole else None)
+        return probes
 
 
 def _dataset(md: Fields) -> str | None:
