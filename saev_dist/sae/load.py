@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -233,15 +234,18 @@ def _read_mean(fpath: Path) -> Tensor:
         with open(fpath, "rb") as file:
             body = file.read(64 * 1024 * 1024)
         if body.startswith(b"\x93NUMPY"):
-            mean = torch.from_numpy(np.load(fpath, allow_pickle=False).astype(np.float32))
+            # mapped: a size that the file has not got takes no memory
+            array = np.load(fpath, mmap_mode="r", allow_pickle=False)
+            mean = torch.from_numpy(array.astype(np.float64, casting="same_kind"))
         elif read_header(fpath) is not None:
             (mean,) = read_safetensors(fpath)[0].values()
         else:
             mean = load_torch(fpath, body)
     except OSError as err:
         raise ConfigError(f"{fpath}: {err.strerror}; --input-mean takes a file with a vector.") from None
-    except ValueError as err:
-        raise ConfigError(f"{fpath}: {str(err).splitlines()[0]}; --input-mean takes a file with one vector.") from None
+    except (ValueError, TypeError, OverflowError, MemoryError, RecursionError, TokenError) as err:
+        first = (str(err).splitlines() or [type(err).__name__])[0]
+        raise ConfigError(f"{fpath}: {first}; --input-mean takes a file with one vector.") from None
     if not isinstance(mean, Tensor) or mean.dim() != 1:
         raise ConfigError(f"{fpath} holds no vector; --input-mean takes a .npy, .pt or .safetensors file with one.")
     return take(fpath, {"mean": mean}, {"mean": (len(mean),)}, "--input-mean")["mean"]
