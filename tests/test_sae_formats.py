@@ -327,6 +327,9 @@ def test_a_threshold_can_be_given_where_the_file_lacks_it(tmp_path):
     x_bd = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     h_bs = x_bd @ state["W_enc"] + state["b_enc"]
     torch.testing.assert_close(encode(load(fpath, threshold=0.5), x_bd), torch.where(h_bs > 0.5, h_bs, 0))
+    value_bk, feature_bk = h_bs.topk(3)  # as saev encoded before it had thresholds
+    top_bs = torch.zeros_like(h_bs).scatter(1, feature_bk, value_bk)
+    torch.testing.assert_close(encode(load(fpath, activation="topk:3"), x_bd), top_bs)
 
 
 CONTRADICTIONS = {
@@ -361,6 +364,7 @@ def test_flags_replace_what_the_file_says(tmp_path):
         "reconstructs": True,
     }
     assert load(fpath, input_scale=0.5).rules()["input_scale"] == 0.5
+    assert load(DATA / "sae_lens/topk_none_pre", activation="topk:3").activation == TopK(3, relu=True)
 
 
 # What is refused, by name.
@@ -452,9 +456,10 @@ def test_a_directory_of_two_formats_needs_to_be_told(copy):
     assert load(dpath, sae_format="sae_lens").source.startswith("SAELens")
 
 
-def test_weights_without_their_config_are_refused(copy):
-    with pytest.raises(CheckpointError, match="no SAE by itself; name the directory that it is in"):
-        load(copy(LENS) / "sae_weights.safetensors")
+def test_one_file_of_a_directory_is_refused():
+    for name in ("sae_weights.safetensors", "cfg.json"):
+        with pytest.raises(CheckpointError, match="no SAE by itself; name the directory that it is in"):
+            load(DATA / LENS / name)
 
 
 def test_a_fingerprint_covers_config_and_weights(copy):

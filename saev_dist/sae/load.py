@@ -97,20 +97,25 @@ class Overrides:
         Raises:
             ConfigError: they contradict the file, each other, or leave out what it needs.
         """
-        given = {"--threshold": self.threshold, "--input-scale": self.input_scale}
-        if sae.missing and given[sae.missing] is None:
+        if sae.missing == "--input-scale" and self.input_scale is None:
             raise ConfigError(
-                f"{path} ({sae.source}) leaves out a number that its encoder needs; give it with {sae.missing}. "
+                f"{path} ({sae.source}) leaves out a number that its encoder needs; give it with --input-scale. "
                 "For a scale that was folded into the weights already that is 1."
-                if sae.missing == "--input-scale"
-                else f"{path} ({sae.source}) holds no threshold; give the one of its training with {sae.missing}."
+            )
+        if sae.missing == "--threshold" and self.threshold is None and self.activation is None:
+            raise ConfigError(
+                f"{path} ({sae.source}) holds no threshold; give the one of its training with --threshold, "
+                "or --activation topk:K with its K, which is how saev encoded such files."
             )
         sae = replace(sae, missing="", pre_bias=sae.pre_bias if self.pre_bias is None else self.pre_bias)
         if self.activation is not None:
             if self.threshold is not None or not isinstance(sae.activation, Relu | TopK | Threshold):
                 what = "--threshold" if self.threshold is not None else f"a {sae.activation.name} SAE"
                 raise ConfigError(f"--activation {self.activation} does not go with {what}; leave one out.")
-            sae = replace(sae, activation=_parse_activation(self.activation, sae.d_sae))
+            activation = _parse_activation(self.activation, sae.d_sae)
+            if isinstance(activation, TopK) and isinstance(sae.activation, TopK):  # another k, and nothing else
+                activation = replace(activation, relu=sae.activation.relu)
+            sae = replace(sae, activation=activation)
         if self.threshold is not None:
             if not isinstance(sae.activation, Threshold):
                 raise ConfigError(f"--threshold is for BatchTopK and JumpReLU; {path} is {sae.source}. Leave it out.")
@@ -184,7 +189,7 @@ def recognise(path: Path) -> str:
             return _recognise_directory(path)
         with open(path, "rb") as file:
             first = file.read(1)
-        if first == b"{":
+        if first == b"{" and path.name not in _names():
             return "saev"
         if (found := read_header(path)) is not None and plain.recognises(found[0]):
             return "plain"
