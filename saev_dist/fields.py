@@ -65,7 +65,10 @@ class Fields:
 
     def _typed(self, value: Any, kind: type[T], what: str) -> T:
         if kind is float and type(value) is int:
-            return cast(T, float(value))
+            try:
+                return cast(T, float(value))
+            except OverflowError:
+                raise self.error(f"{self.where}: {what} is beyond any float; it should be a number.") from None
         # bool is a subclass of int in Python, not in JSON
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             found = json.dumps(value)

@@ -228,7 +228,7 @@ def test_a_training_backup_is_scaled_by_its_norm_factor(copy, name):
     backup = {"step": 7, "ae": state, "optimizer": {"state": {}}, "config": {"lr": 1e-3}, "norm_factor": 3.5}
     torch.save(backup, dpath / "ae.pt")
     same_features(encode(load(dpath), 3.5 * x_bd) / 3.5, feats_bs)
-    for factor in (None, 0.0, float("nan"), "3"):
+    for factor in (None, 0.0, float("nan"), "3", torch.ones(2), torch.ones(1, device="meta")):
         torch.save(backup | {"norm_factor": factor}, dpath / "ae.pt")
         with pytest.raises(CheckpointError, match="cannot be scaled"):
             load(dpath)
@@ -302,9 +302,16 @@ def test_a_mean_and_a_scale_are_applied_first(tmp_path):
         )
     with pytest.raises(CheckpointError, match="more than tensors"):
         Overrides.of(Extract(shards=Path(), sae=Path(), out=Path(), input_mean=tmp_path / "pickle.npy"))
-    np.save(tmp_path / "mean.npy", np.array([object()]), allow_pickle=True)
-    with pytest.raises(ConfigError, match="takes a file with one vector"):
-        Overrides.of(Extract(shards=Path(), sae=Path(), out=Path(), input_mean=tmp_path / "mean.npy"))
+    np.save(tmp_path / "objects.npy", np.array([object()]), allow_pickle=True)
+    np.save(tmp_path / "complex.npy", np.ones(20, complex))
+    for name, header in {
+        "larger": "{'descr': '<f4', 'fortran_order': False, 'shape': (10000000000000,), }",
+        "no": "{'descr': ((((",
+    }.items():
+        (tmp_path / f"{name}.npy").write_bytes(b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(117).encode() + b"\n")
+    for name in ("objects", "complex", "larger", "no"):
+        with pytest.raises(ConfigError, match="takes a file with one vector"):
+            Overrides.of(Extract(shards=Path(), sae=Path(), out=Path(), input_mean=tmp_path / f"{name}.npy"))
 
 
 def test_a_threshold_can_be_given_where_the_file_lacks_it(tmp_path):
@@ -320,6 +327,9 @@ def test_a_threshold_can_be_given_where_the_file_lacks_it(tmp_path):
     x_bd = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     h_bs = x_bd @ state["W_enc"] + state["b_enc"]
     torch.testing.assert_close(encode(load(fpath, threshold=0.5), x_bd), torch.where(h_bs > 0.5, h_bs, 0))
+    value_bk, feature_bk = h_bs.topk(3)  # as saev encoded before it had thresholds
+    top_bs = torch.zeros_like(h_bs).scatter(1, feature_bk, value_bk)
+    torch.testing.assert_close(encode(load(fpath, activation="topk:3"), x_bd), top_bs)
 
 
 CONTRADICTIONS = {
@@ -354,6 +364,7 @@ def test_flags_replace_what_the_file_says(tmp_path):
         "reconstructs": True,
     }
     assert load(fpath, input_scale=0.5).rules()["input_scale"] == 0.5
+    assert load(DATA / "sae_lens/topk_none_pre", activation="topk:3").activation == TopK(3, relu=True)
 
 
 # What is refused, by name.
@@ -445,9 +456,10 @@ def test_a_directory_of_two_formats_needs_to_be_told(copy):
     assert load(dpath, sae_format="sae_lens").source.startswith("SAELens")
 
 
-def test_weights_without_their_config_are_refused(copy):
-    with pytest.raises(CheckpointError, match="no SAE by itself; name the directory that it is in"):
-        load(copy(LENS) / "sae_weights.safetensors")
+def test_one_file_of_a_directory_is_refused():
+    for name in ("sae_weights.safetensors", "cfg.json"):
+        with pytest.raises(CheckpointError, match="no SAE by itself; name the directory that it is in"):
+            load(DATA / LENS / name)
 
 
 def test_a_fingerprint_covers_config_and_weights(copy):
@@ -472,6 +484,7 @@ PLAIN_REFUSED = {
     "scale besides": ({"input_scale": 2.0}, "input_scale does not go with input_norm none"),
     "pre_bias missing": ({"pre_bias": None}, "has no field 'pre_bias'"),
     "mean missing": ({"input_norm": "given", "input_scale": 2.0}, "no tensor input_mean"),
+    "threshold huge": ({"activation": "threshold", "threshold": 10**400, "k": None, "relu": None}, "is beyond any float"),
     "threshold infinite": ({"activation": "threshold", "threshold": float("inf"), "k": None, "relu": None}, "threshold is inf"),
 }
 
@@ -489,9 +502,10 @@ def test_rules_of_the_plain_form_are_checked(tmp_path, name):
     with pytest.raises(CheckpointError) as caught:
         load(fpath)
     assert message in str(caught.value)
-    write_safetensors(fpath, state, metadata | {"version": "2"})
-    with pytest.raises(CheckpointError, match="version '2'"):
-        load(fpath)
+    for member, message in {"version": "version '2'", "source": "source is '2"}.items():
+        write_safetensors(fpath, state, metadata | {member: "2" if member == "version" else "2\x1b[2J\ud800"})
+        with pytest.raises(CheckpointError, match=message):
+            load(fpath)
 
 
 # What strangers may send.
@@ -523,6 +537,16 @@ def expanded(dpath: Path) -> None:
         {"encoder.weight": huge, "decoder.weight": huge, "encoder.bias": torch.ones(1), "bias": torch.ones(1)}, dpath / "ae.pt"
     )
     edit(dpath / "config.json", activation_dim=10**6, dict_size=10**6)
+
+
+def without_data(name: str):
+    """A tensor that has a shape and no numbers."""
+
+    def spoil(dpath: Path) -> None:
+        state = torch.load(dpath / "ae.pt", weights_only=True)
+        torch.save(state | {name: state[name].to("meta")}, dpath / "ae.pt")
+
+    return spoil
 
 
 def compressed(dpath: Path) -> None:
@@ -576,6 +600,8 @@ HOSTILE = {
     "state dict truncated": (DICTIONARY, lambda dpath: os.truncate(dpath / "ae.pt", 9000), "truncated or damaged"),
     "state dict a list": (DICTIONARY, lambda dpath: torch.save([torch.ones(1)], dpath / "ae.pt"), "holds a list; expected a state dict"),
     "tensor larger than its storage": ("dictionary_learning/standard", expanded, "is larger than what the file stores of it"),
+    "tensor without data": (DICTIONARY, without_data("b_dec"), "is larger than what the file stores of it"),
+    "k without data": (DICTIONARY, without_data("k"), "One of them is stale"),
     "compressed tensors": (DICTIONARY, compressed, "holds compressed tensors"),
 }  # fmt: skip
 

@@ -178,9 +178,11 @@ def test_the_hubs_cache_is_used_without_a_network(tmp_path, shards, cache, monke
 
 def test_the_hub_without_its_library_or_a_network_is_one_line(cache, monkeypatch, capsys):
     monkeypatch.setitem(ENV, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setitem(ENV, "HF_ENDPOINT", "http://127.0.0.1:9")
-    done = run_cli("inspect", "hf://owner/other")
-    assert done.returncode == 1 and "is not in the cache and cannot be downloaded" in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
+    for endpoint in ("http://127.0.0.1:9", "proxy.example"):  # refused; and no URL, which is an error of the HTTP library
+        monkeypatch.setitem(ENV, "HF_ENDPOINT", endpoint)
+        done = run_cli("inspect", "hf://owner/other")
+        assert done.returncode == 1, done.stderr
+        assert "hf://owner/other is not in the cache and cannot be downloaded" in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install 'saev-dist[hub]'" in fails(capsys, "inspect", "hf://owner/repo")

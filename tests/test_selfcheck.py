@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from saev_dist import demo
+from saev_dist import demo, selfcheck
 from saev_dist.cli import main
 from saev_dist.config import Demo
 from saev_dist.data.images import list_images
@@ -21,7 +21,7 @@ from saev_dist.errors import CheckpointError, DataError
 from saev_dist.sae.model import ConstantNorm, Given, LayerNorm, Relu, Sae, Threshold, TopK
 from saev_dist.sae.plain import save
 from saev_dist.sae.saev import load_saev
-from saev_dist.selfcheck import Report, check, examine
+from saev_dist.selfcheck import Report, check, examine, n_tokens
 from tests.ranks import run_cli
 from tests.synthetic import make_shards
 
@@ -198,6 +198,14 @@ def test_figures_are_those_of_their_definition(tmp_path, trained):
     assert own.normalized_mse == pytest.approx(float(error), rel=1e-3)
     assert own.l0 == pytest.approx(float((codes != 0).sum(1).float().mean()), abs=1e-3)
     assert own.dead_share == pytest.approx(float((codes == 0).all(0).float().mean()), abs=0.005)
+
+
+def test_a_large_sae_is_tried_on_fewer_tokens(tmp_path, trained, monkeypatch):
+    assert n_tokens(trained.sae) == 4096
+    assert n_tokens(replace(trained.sae, w_enc_ds=torch.zeros(1).expand(4096, 2**20))) == 512
+    monkeypatch.setattr(selfcheck, "MAX_PRODUCTS", 1000 * trained.sae.w_enc_ds.numel())
+    report = examined(tmp_path, trained.acts_epd, replace(trained.sae, activation=Relu()))
+    assert 900 < report.n_tokens < 1100 and "use --activation topk:K" in report.finding
 
 
 def test_equal_activations_and_overflow_give_no_finding(tmp_path, trained):

@@ -117,7 +117,7 @@ def _tensor(fpath: Path, state: Mapping[str, Any], name: str, shape: tuple[int, 
         raise CheckpointError(
             f"{fpath}: {name} is {tensor.dtype} {tuple(tensor.shape)}; the config and the other tensors promise floats {shape}."
         )
-    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
+    if tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
         raise CheckpointError(f"{fpath}: {name} {shape} is larger than what the file stores of it; refused.")
     tensor = tensor.detach().float().contiguous()
     if not torch.isfinite(tensor).all():

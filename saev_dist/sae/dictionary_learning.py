@@ -118,24 +118,30 @@ def _state(fpath: Path) -> tuple[dict[str, Any], float]:
         raise CheckpointError(f"{fpath}: {err.strerror}.") from None
     if "ae" not in state:
         return state, 1.0
-    factor, inner = state.get("norm_factor"), state["ae"]
-    if isinstance(factor, Tensor) and factor.numel() == 1:
-        factor = factor.item()
-    if not isinstance(factor, int | float) or not 0 < factor < math.inf or not isinstance(inner, dict):
+    factor, inner = _number(state.get("norm_factor")), state["ae"]
+    if not 0 < factor < math.inf or not isinstance(inner, dict):
         raise CheckpointError(
-            f"{fpath} is a training backup with norm_factor {str(factor)[:40]}; its biases cannot be scaled without a positive "
-            "one. Use the ae.pt that training saves at its end."
+            f"{fpath} is a training backup with norm_factor {str(state.get('norm_factor'))[:40]}; its biases cannot be scaled "
+            "without a positive one. Use the ae.pt that training saves at its end."
         )
     if strangers := sorted(map(str, set(state) - BACKUP)):
         raise CheckpointError(f"{fpath} is a training backup with unknown members ({', '.join(strangers)[:200]}).")
-    return dict(inner), float(factor)
+    return dict(inner), factor
 
 
 def _check_k(fpath: Path, state: dict[str, Any], trainer: Fields) -> None:
     """Take `k` out of the state dict: it must be the config's."""
     k = state.pop("k", None)
-    if k is not None and (not isinstance(k, Tensor) or k.numel() != 1 or k.item() != trainer.positive("k")):
+    if k is not None and _number(k) != trainer.positive("k"):
         raise CheckpointError(f"{fpath} holds k {str(k)[:40]}; {trainer.where} says {trainer.obj['k']}. One of them is stale.")
+
+
+def _number(value: Any) -> float:
+    """A number, or what a tensor of one element holds; NaN for anything else."""
+    try:
+        return float(value) if isinstance(value, Tensor | int | float) else math.nan
+    except (RuntimeError, ValueError, OverflowError):  # several elements, or a tensor without data
+        return math.nan
 
 
 def _first(tensors: dict[str, Tensor], *names: str) -> Tensor:

@@ -25,25 +25,24 @@ def fetch(name: Path, file_names: Collection[str]) -> Path:
     Raises:
         ConfigError: the name is malformed, huggingface_hub is not installed, or the Hub cannot be reached.
     """
-    match = PATTERN.fullmatch(name.as_posix())
+    match, shown = PATTERN.fullmatch(name.as_posix()), name.as_posix().replace("hf:/", "hf://", 1)
     if match is None or ".." in name.parts:
-        raise ConfigError(f"{name}: expected hf://owner/repo, and if need be /path and @revision.")
+        raise ConfigError(f"{shown}: expected hf://owner/repo, and if need be /path and @revision.")
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
-        raise ConfigError(f"{name} needs huggingface_hub: pip install 'saev-dist[hub]', or give a local path.") from None
+        raise ConfigError(f"{shown} needs huggingface_hub: pip install 'saev-dist[hub]', or give a local path.") from None
     inner = match["path"].strip("/")
     wanted = [inner, *(f"{inner}/{file}" for file in file_names)] if inner else list(file_names)
     try:
         root = snapshot_download(match["repo"], revision=match["revision"], allow_patterns=wanted)
-    except (LocalEntryNotFoundError, OSError, HfHubHTTPError, HFValidationError) as err:
+    except Exception as err:  # noqa: BLE001  errors of the HTTP library beneath come through, and that is another in each version
         first = (str(err).splitlines() or [type(err).__name__])[0]
         raise ConfigError(
-            f"{name} is not in the cache and cannot be downloaded ({first[:200]}). "
+            f"{shown} is not in the cache and cannot be downloaded ({first[:200]}). "
             "Download it where there is a network, or give a local path."
         ) from None
     path = Path(root) / inner
     if not path.exists():
-        raise ConfigError(f"{name}: the repository holds no {inner} at this revision, or the cache has not got it.")
+        raise ConfigError(f"{shown}: the repository holds no {inner} at this revision, or the cache has not got it.")
     return path

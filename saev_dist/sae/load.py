@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -96,20 +97,25 @@ class Overrides:
         Raises:
             ConfigError: they contradict the file, each other, or leave out what it needs.
         """
-        given = {"--threshold": self.threshold, "--input-scale": self.input_scale}
-        if sae.missing and given[sae.missing] is None:
+        if sae.missing == "--input-scale" and self.input_scale is None:
             raise ConfigError(
-                f"{path} ({sae.source}) leaves out a number that its encoder needs; give it with {sae.missing}. "
+                f"{path} ({sae.source}) leaves out a number that its encoder needs; give it with --input-scale. "
                 "For a scale that was folded into the weights already that is 1."
-                if sae.missing == "--input-scale"
-                else f"{path} ({sae.source}) holds no threshold; give the one of its training with {sae.missing}."
+            )
+        if sae.missing == "--threshold" and self.threshold is None and self.activation is None:
+            raise ConfigError(
+                f"{path} ({sae.source}) holds no threshold; give the one of its training with --threshold, "
+                "or --activation topk:K with its K, which is how saev encoded such files."
             )
         sae = replace(sae, missing="", pre_bias=sae.pre_bias if self.pre_bias is None else self.pre_bias)
         if self.activation is not None:
             if self.threshold is not None or not isinstance(sae.activation, Relu | TopK | Threshold):
                 what = "--threshold" if self.threshold is not None else f"a {sae.activation.name} SAE"
                 raise ConfigError(f"--activation {self.activation} does not go with {what}; leave one out.")
-            sae = replace(sae, activation=_parse_activation(self.activation, sae.d_sae))
+            activation = _parse_activation(self.activation, sae.d_sae)
+            if isinstance(activation, TopK) and isinstance(sae.activation, TopK):  # another k, and nothing else
+                activation = replace(activation, relu=sae.activation.relu)
+            sae = replace(sae, activation=activation)
         if self.threshold is not None:
             if not isinstance(sae.activation, Threshold):
                 raise ConfigError(f"--threshold is for BatchTopK and JumpReLU; {path} is {sae.source}. Leave it out.")
@@ -183,7 +189,7 @@ def recognise(path: Path) -> str:
             return _recognise_directory(path)
         with open(path, "rb") as file:
             first = file.read(1)
-        if first == b"{":
+        if first == b"{" and path.name not in _names():
             return "saev"
         if (found := read_header(path)) is not None and plain.recognises(found[0]):
             return "plain"
@@ -233,15 +239,18 @@ def _read_mean(fpath: Path) -> Tensor:
         with open(fpath, "rb") as file:
             body = file.read(64 * 1024 * 1024)
         if body.startswith(b"\x93NUMPY"):
-            mean = torch.from_numpy(np.load(fpath, allow_pickle=False).astype(np.float32))
+            # mapped: a size that the file has not got takes no memory
+            array = np.load(fpath, mmap_mode="r", allow_pickle=False)
+            mean = torch.from_numpy(array.astype(np.float64, casting="same_kind"))
         elif read_header(fpath) is not None:
             (mean,) = read_safetensors(fpath)[0].values()
         else:
             mean = load_torch(fpath, body)
     except OSError as err:
         raise ConfigError(f"{fpath}: {err.strerror}; --input-mean takes a file with a vector.") from None
-    except ValueError as err:
-        raise ConfigError(f"{fpath}: {str(err).splitlines()[0]}; --input-mean takes a file with one vector.") from None
+    except (ValueError, TypeError, OverflowError, MemoryError, RecursionError, TokenError) as err:
+        first = (str(err).splitlines() or [type(err).__name__])[0]
+        raise ConfigError(f"{fpath}: {first}; --input-mean takes a file with one vector.") from None
     if not isinstance(mean, Tensor) or mean.dim() != 1:
         raise ConfigError(f"{fpath} holds no vector; --input-mean takes a .npy, .pt or .safetensors file with one.")
     return take(fpath, {"mean": mean}, {"mean": (len(mean),)}, "--input-mean")["mean"]

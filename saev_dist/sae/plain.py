@@ -62,6 +62,8 @@ def load(fpath: Path) -> Sae:
             f"{fpath}: format {metadata.get('format', 'none')!r}, version {metadata.get('version', 'none')!r}; this version "
             f"reads {FORMAT!r}, {VERSION!r}. Weights of SAELens and sparsify need the cfg.json beside them: name the directory."
         )
+    if not (source := metadata.get("source", "saev_dist")).isprintable():  # it is shown as it stands
+        raise CheckpointError(f"{fpath}: source is {source[:80]!r}; it should be words on one line.")
     rules = Fields.parse(metadata.get("rules", "").encode(), f"{fpath}, rules", CheckpointError)
     rules.refuse_unknown(RULES)
     name, norm_name = rules.get("activation", str), rules.get("input_norm", str)
@@ -91,7 +93,7 @@ def load(fpath: Path) -> Sae:
         pre_bias=rules.get("pre_bias", bool),
         input_norm=_norm(rules, norm_name, tensors),
         reconstructs=rules.get("reconstructs", bool),
-        source=metadata.get("source", "saev_dist"),
+        source=source,
     )
 
 
