@@ -13,7 +13,8 @@ from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError
 from saev_dist.plan import Plan
-from saev_dist.sae.model import ConstantNorm, GroupMax, LayerNorm, Sae, TopK, batch_threads, block_tokens
+from saev_dist.sae.encoder import batch_threads, block_tokens, piece_images
+from saev_dist.sae.model import ConstantNorm, GroupMax, LayerNorm, Sae, TopK
 from saev_dist.world import World
 
 CODE_BYTES = 120
@@ -49,10 +50,12 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     batch_tokens = plan.examples_per_batch * shards.n_patches
     per_token = sae.activation.k if isinstance(sae.activation, TopK | GroupMax) else round(ASSUMED_DENSITY * sae.d_sae) + 1
     weights = 4 * (2 * sae.d_model * sae.d_sae + sae.d_sae + sae.d_model)
-    block = block_tokens(batch_tokens, sae.d_sae, device)
-    dense = batch_threads(batch_tokens, sae.d_sae, device) * block * sae.d_sae * (5 if cfg.precision != "bf16" else 3)
+    piece = piece_images(plan.examples_per_batch, shards.n_patches, sae.d_sae, device) * shards.n_patches
+    n_threads = batch_threads(plan.examples_per_batch, shards.n_patches, sae.d_sae, device)
+    block = block_tokens(piece, sae.d_sae, device) * n_threads
+    dense = block * sae.d_sae * ((4 if cfg.precision != "bf16" else 2) + (device.type != "cpu"))  # and a mask
     if isinstance(sae.input_norm, LayerNorm | ConstantNorm):  # float64 copies of the tokens under way
-        dense += 3 * 8 * sae.d_model * block * batch_threads(batch_tokens, sae.d_sae, device)
+        dense += 3 * 8 * sae.d_model * block
     n_sampled = n_samples(shards.n_tokens, cfg.max_distribution_samples)
     slots = sae.d_sae * cfg.top_k * 12
     state = slots + sae.d_sae * (8 * N_BINS + 24)

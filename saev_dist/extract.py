@@ -38,9 +38,10 @@ from saev_dist.partials import Keeper, Partial
 from saev_dist.plan import Batch, Intervals, Plan, complement, subtract
 from saev_dist.progress import Progress
 from saev_dist.report import describe_plan, summary
+from saev_dist.sae.encoder import ActivationOverflow, Encoder, batch_threads
 from saev_dist.sae.hub import is_hub_name
 from saev_dist.sae.load import Loaded, Overrides, load_sae
-from saev_dist.sae.model import ActivationOverflow, Encoder, Sae, batch_threads
+from saev_dist.sae.model import Sae
 from saev_dist.selfcheck import Report, check
 from saev_dist.spill import Rows, Segment, Spill, covered, read_columns, write_csr
 from saev_dist.store import Run
@@ -285,27 +286,29 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
         spill = stack.enter_context(Spill(store.partials_dpath, partials.new_owner(world.rank), _row_kinds(cfg)))
         keeper = stack.enter_context(Keeper(spill, share.fingerprint, share.absorbed, cfg.snapshot_every))
         stack.callback(progress.close)
-        n_threads = batch_threads(job.plan.examples_per_batch * shards.n_patches, job.sae.d_sae, job.device)
+        n_threads = batch_threads(job.plan.examples_per_batch, shards.n_patches, job.sae.d_sae, job.device)
         encoder = stack.enter_context(Encoder(job.sae, job.device, cfg.precision, n_threads))
         stream = stack.enter_context(closing(_encoded(reader, encoder, shards, clock)))
         while True:
             try:
                 world.check()
-                batch, codes = next(stream, (None, None))
+                batch, pieces = next(stream, (None, []))
             except SaevDistError:  # here the state covers whole batches, so they need not be done again
                 keeper.save(state())
                 raise
-            if batch is None or codes is None:
+            if batch is None:
                 break
             with clock("accumulate"):
-                bundle.update(codes)
-                if saev_percentile is not None:
-                    saev_percentile.update(codes)
+                for codes in pieces:
+                    bundle.update(codes)
+                    if saev_percentile is not None:
+                        saev_percentile.update(codes)
             with clock("rows"):
-                spill.append(batch.index, _rows(codes, cfg, job.sae.d_sae, stride))
+                parts = [_rows(codes, cfg, job.sae.d_sae, stride) for codes in pieces]
+                spill.append(batch.index, {kind: np.concatenate([part[kind] for part in parts]) for kind in parts[0]})
             with clock("snapshot"):
                 keeper.save_if_due(state)
-            progress.advance(codes.n_tokens)
+            progress.advance(batch.n_examples * shards.n_patches)
         with clock("snapshot"):
             keeper.save(state())
     seconds = max(time.perf_counter() - began, 1e-9)
@@ -326,19 +329,21 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
     return bundle, saev_percentile, report
 
 
-def _encoded(reader: Reader, encoder: Encoder, shards: Shards, clock: "Clock") -> Generator[tuple[Batch, Codes], None, None]:
-    """Each batch with its codes. The batch after it is being encoded while the caller works on them."""
+def _encoded(
+    reader: Reader, encoder: Encoder, shards: Shards, clock: "Clock"
+) -> Generator[tuple[Batch, list[Codes]], None, None]:
+    """Each batch with the codes of its pieces. The batch after it is being encoded while the caller works on them."""
 
-    def finish(batch: Batch, acts_bd: Tensor, codes: Callable[[], Codes]) -> tuple[Batch, Codes]:
+    def finish(batch: Batch, acts_bd: Tensor, pieces: list[Callable[[], Codes]]) -> tuple[Batch, list[Codes]]:
         with clock("encode"):
             try:
-                return batch, codes()
+                return batch, [codes() for codes in pieces]
             except ActivationOverflow as err:
                 raise find_bad_value(acts_bd, batch, shards, err.limit) from None
 
-    ahead: tuple[Batch, Tensor, Callable[[], Codes]] | None = None
+    ahead: tuple[Batch, Tensor, list[Callable[[], Codes]]] | None = None
     for batch, acts_bd in reader:
-        task = (batch, acts_bd, encoder.submit(acts_bd, img_i=batch.img_i, n_patches=shards.n_patches))
+        task = (batch, acts_bd, encoder.submit_batch(acts_bd, img_i=batch.img_i, n_patches=shards.n_patches))
         if ahead is not None:
             yield finish(*ahead)
         ahead = task
@@ -367,7 +372,7 @@ def _row_kinds(cfg: Extract) -> list[str]:
 
 
 def _rows(codes: Codes, cfg: Extract, d_sae: int, stride: int) -> Mapping[str, NDArray[Any]]:
-    """A batch's rows, by kind."""
+    """A piece's rows, by kind."""
     made: dict[str, NDArray[Any]] = {}
     if cfg.img_acts:
         counts_e, indices_v, means_v = rows.image_means(codes, d_sae)

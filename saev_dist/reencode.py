@@ -22,7 +22,7 @@ from saev_dist.data.reader import Reader, find_bad_value
 from saev_dist.errors import RunError
 from saev_dist.finished import FinishedRun
 from saev_dist.plan import Intervals, Plan
-from saev_dist.sae.model import ActivationOverflow, Encoder
+from saev_dist.sae.encoder import ActivationOverflow, Encoder
 
 # Largest difference of two evaluations of one score, in shares of the sum of its terms' magnitudes. Products are rounded
 # at 2^-24 (fp32), 2^-11 (tf32) and 2^-9 (bf16) of each term; the rest is room for the sum's own rounding.

@@ -47,7 +47,7 @@ from saev_dist.reencode import Check, Image, reencode
 from saev_dist.render import gallery, plots, tables
 from saev_dist.render.geometry import Geometry, Placement, default_fit
 from saev_dist.report import table
-from saev_dist.sae.model import Encoder, usable_precision
+from saev_dist.sae.encoder import Encoder, usable_precision
 from saev_dist.store import Run
 from saev_dist.world import World
 

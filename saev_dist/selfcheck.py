@@ -27,7 +27,8 @@ from saev_dist.data.reader import sample_images
 from saev_dist.data.shards import Shards
 from saev_dist.errors import CheckpointError, MergeError
 from saev_dist.report import table, warn
-from saev_dist.sae.model import ActivationOverflow, ConstantNorm, Encoder, Given, LayerNorm, Relu, Sae, Threshold, TopK
+from saev_dist.sae.encoder import ActivationOverflow, Encoder
+from saev_dist.sae.model import ConstantNorm, Given, LayerNorm, Relu, Sae, Threshold, TopK
 
 N_TOKENS, FEW_TOKENS, N_IMAGES = 4096, 512, 64
 MAX_PRODUCTS = 2**36  # tokens times weights of the encoder

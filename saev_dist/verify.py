@@ -9,7 +9,7 @@ from saev_dist.finished import FinishedRun
 from saev_dist.progress import Progress
 from saev_dist.reencode import TOLERANCE, Check, reencode
 from saev_dist.report import table
-from saev_dist.sae.model import Encoder, usable_precision
+from saev_dist.sae.encoder import Encoder, usable_precision
 from saev_dist.world import World
 
 

@@ -33,7 +33,7 @@ KINDS["bundle"] = lambda: Bundle({name: KINDS[name]() for name in ("topk, patche
 def make_codes(img_i: int, values_eps: list[list[list[float]]]) -> Codes:
     """The sparse form of dense codes (images, patches, features)."""
     dense_bs = torch.tensor(values_eps).view(-1, D_SAE)
-    token_n, feature_n = dense_bs.nonzero(as_tuple=True)
+    feature_n, token_n = dense_bs.T.nonzero(as_tuple=True)
     return Codes(
         token_n=token_n,
         feature_n=feature_n,

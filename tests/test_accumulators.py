@@ -226,15 +226,6 @@ def test_image_means_are_the_mean_of_the_three_strongest_patches(group):
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7 * np.abs(dense).max())
 
 
-def test_image_means_hold_when_the_sort_key_goes_in_pieces():
-    rng = np.random.default_rng(0)
-    codes = make_codes(0, rng.choice([0.0, 1.0, 2.0], (40, N_PATCHES, D_SAE)).tolist())
-    whole = rows.image_means(codes, D_SAE)
-    huge = 2**30  # features: two images to a piece
-    pieces = rows.image_means(codes, huge)
-    assert all(np.array_equal(a, b) for a, b in zip(whole, pieces, strict=True))
-
-
 @given(batches(), st.integers(1, 7), st.integers(1, 5))
 def test_samples_are_every_stride_th_token_of_the_whole(group, stride, n_features):
     group = contiguous(group)

@@ -16,8 +16,9 @@ import torch
 from saev_dist.config import Extract
 from saev_dist.errors import CheckpointError, ConfigError
 from saev_dist.sae import plain
+from saev_dist.sae.encoder import Encoder
 from saev_dist.sae.load import Overrides, load_sae, recognise
-from saev_dist.sae.model import Encoder, Gated, Given, GroupMax, LayerNorm, Relu, Sae, Threshold, TopK
+from saev_dist.sae.model import Gated, Given, GroupMax, LayerNorm, Relu, Sae, Threshold, TopK
 from saev_dist.sae.safetensors import read_safetensors, write_safetensors
 from tests.synthetic import BATCH_TOPK, RELU, make_sae
 

@@ -13,7 +13,7 @@ from saev_dist.cli import main
 from saev_dist.config import Extract, Verify
 from saev_dist.finished import FinishedRun
 from saev_dist.reencode import Check, reencode
-from saev_dist.sae.model import Encoder
+from saev_dist.sae.encoder import Encoder
 from saev_dist.sae.saev import save_saev
 from tests.ranks import run_cli
 from tests.synthetic import BATCH_TOPK, RELU, TOPK, dense_codes, make_acts, make_sae, make_shards, make_weights

@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from saev_dist.errors import MergeError
@@ -17,10 +19,13 @@ from saev_dist.errors import MergeError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Codes:
-    """The nonzero codes of one batch of whole examples, on the CPU, ordered by token."""
+    """The nonzero codes of consecutive whole examples, a batch or a piece of one, on the CPU: by feature, then by token.
+
+    Statistics are kept by feature, so that in this order they are gathered and counted in sequence.
+    """
 
     token_n: Tensor
-    """int64 (n,): token within the batch, `(image - img_i) * n_patches + patch`."""
+    """int64 (n,): token counted from the first of `img_i`, `(image - img_i) * n_patches + patch`."""
     feature_n: Tensor
     """int64 (n,)."""
     value_n: Tensor
@@ -36,6 +41,23 @@ class Codes:
     @property
     def n_tokens(self) -> int:
         return self.n_imgs * self.n_patches
+
+    def by_token(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Token, feature and value, ordered by token, then by feature."""
+        order_n = stable_order(self.token_n, self.n_tokens)
+        return self.token_n[order_n], self.feature_n[order_n], self.value_n[order_n]
+
+
+def stable_order(key_n: Tensor, limit: int) -> Tensor:
+    """What sorts int64 keys of 0 … limit-1, equal ones staying in order: int64 (n,).
+
+    NumPy sorts integers of 16 bits by radix, about ten times as fast as wider ones by comparison.
+    """
+    key = key_n.numpy()
+    order_n = np.argsort(key.astype(np.uint16), kind="stable")
+    for shift in range(16, (limit - 1).bit_length(), 16):
+        order_n = order_n[np.argsort((key[order_n] >> shift).astype(np.uint16), kind="stable")]
+    return torch.from_numpy(order_n)
 
 
 class Accumulator(ABC):

@@ -15,8 +15,8 @@ from saev_dist.accumulators.base import Accumulator, Codes
 class Moments(Accumulator):
     """Count and sum of each feature's scores above zero.
 
-    The count is exact. A batch's sum is taken in float64 and rounded to fixed point (2^-63), so totals are exact
-    sums of per-batch sums. Memory: 24 bytes a feature.
+    The count is exact. The sum over each `update` is taken in float64 and rounded to fixed point (2^-63); totals are
+    exact sums of those. Memory: 24 bytes a feature.
     """
 
     STATE = ("count_s", "sum_s2")
@@ -29,10 +29,12 @@ class Moments(Accumulator):
 
     def update(self, codes: Codes) -> None:
         d_sae = len(self.count_s)
+        feature_n, value_n = codes.feature_n.numpy(), codes.value_n.numpy()
+        if len(value_n) and value_n.min() <= 0:
+            feature_n, value_n = feature_n[value_n > 0], value_n[value_n > 0]
         # bincount runs through the codes in order on one thread: its float64 sums are reproducible
-        above_n = codes.value_n.clamp(min=0)
-        sum_s = np.bincount(codes.feature_n.numpy(), weights=above_n.numpy(), minlength=d_sae)
-        self.count_s += torch.bincount(codes.feature_n[codes.value_n > 0], minlength=d_sae)
+        sum_s = np.bincount(feature_n, weights=value_n, minlength=d_sae)
+        self.count_s += torch.from_numpy(np.bincount(feature_n, minlength=d_sae))
         self.sum_s2 = fixed_point.add(self.sum_s2, fixed_point.from_float(torch.from_numpy(sum_s)))
 
     def merge(self, other: Self) -> Self:

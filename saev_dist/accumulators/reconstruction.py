@@ -40,10 +40,10 @@ class Reconstruction(Accumulator):
         """Sum of the squared errors."""
 
     def update(self, codes: Codes) -> None:
-        first_b = torch.searchsorted(codes.token_n, torch.arange(codes.n_tokens))
-        decoded_bd = F.embedding_bag(
-            codes.feature_n, self.w_dec_sd, first_b, mode="sum", per_sample_weights=codes.value_n
-        ).add_(self.b_dec_d)
+        token_n, feature_n, value_n = codes.by_token()
+        first_b = torch.searchsorted(token_n, torch.arange(codes.n_tokens))
+        decoded_bd = F.embedding_bag(feature_n, self.w_dec_sd, first_b, mode="sum", per_sample_weights=value_n)
+        decoded_bd.add_(self.b_dec_d)
         x_bd = codes.acts_bd
         if self.undo_norm is not None:
             decoded_bd = self.undo_norm(decoded_bd, x_bd)

@@ -1,18 +1,17 @@
-"""PURE. Artifacts with rows in data order: each batch makes its rows, and the artifact is their concatenation.
+"""PURE. Artifacts with rows in data order: each piece of a batch makes its rows, and the artifact is their concatenation.
 
 They grow with the data, so unlike accumulators they are never held whole: a rank appends its rows to a spill file
 (`store.Spill`), and because batches cover the data without overlap, concatenating in plan order is their merge.
 
-Names: `n` codes, `e` images of the batch, `r` sampled tokens, `v` stored entries.
+Names: `n` codes, `e` images, `r` sampled tokens, `v` groups of codes of one feature and image; `x` some of them, `p` place
+among the strongest.
 """
-
-import itertools
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saev_dist.accumulators.base import Codes
+from saev_dist.accumulators.base import Codes, stable_order
 
 N_STRONGEST = 3
 
@@ -33,16 +32,18 @@ def n_sampled(first_token: int, n_tokens: int, stride: int) -> int:
 
 
 def sampled_values(codes: Codes, n_features: int, stride: int) -> NDArray[np.float32]:
-    """The first features' values, zeros included, on the batch's tokens whose global index is a multiple of `stride`.
+    """The first features' values, zeros included, on those tokens whose global index is a multiple of `stride`.
 
     Returns:
         float32 (r, n_features).
     """
     offset = -codes.img_i * codes.n_patches % stride
-    rows = torch.zeros(n_sampled(codes.img_i * codes.n_patches, codes.n_tokens, stride), n_features)
-    keep_n = ((codes.feature_n < n_features) & ((codes.token_n - offset) % stride == 0)).nonzero().squeeze(1)
-    rows[(codes.token_n[keep_n] - offset) // stride, codes.feature_n[keep_n]] = codes.value_n[keep_n]
-    return rows.numpy()
+    rows = np.zeros((n_sampled(codes.img_i * codes.n_patches, codes.n_tokens, stride), n_features), np.float32)
+    stop = int(np.searchsorted(codes.feature_n.numpy(), n_features))
+    feature_n, token_n, value_n = (x.numpy()[:stop] for x in (codes.feature_n, codes.token_n, codes.value_n))
+    keep_n = (token_n - offset) % stride == 0
+    rows[(token_n[keep_n] - offset) // stride, feature_n[keep_n]] = value_n[keep_n]
+    return rows
 
 
 def image_means(codes: Codes, d_sae: int) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
@@ -54,47 +55,48 @@ def image_means(codes: Codes, d_sae: int) -> tuple[NDArray[np.int64], NDArray[np
     Returns:
         entries per image, int64 (e,); their features, int32 (v,), ascending within an image; their means, float32 (v,).
     """
-    # One sort of 64-bit keys orders the codes by image, feature, then score descending: NumPy sorts plain integers
-    # with vector instructions. Image and feature share 31 bits, so a batch with very many goes in pieces.
-    imgs_per_piece = max(1, 2**31 // d_sae)
-    img_n = (codes.token_n // codes.n_patches).numpy()
-    cuts = [*np.searchsorted(img_n, np.arange(0, codes.n_imgs, imgs_per_piece)).tolist(), len(img_n)]
-    groups, means = [], []
-    for low, high in itertools.pairwise(cuts):
-        base = int(img_n[low]) if high > low else 0
-        group_n = (img_n[low:high] - base) * d_sae + codes.feature_n[low:high].numpy()
-        group_v, mean_v = _strongest_means(group_n, codes.value_n[low:high].numpy(), codes.n_patches)
-        groups.append(group_v + base * d_sae)
-        means.append(mean_v)
-    group_v, mean_v = np.concatenate(groups), np.concatenate(means)
-    img_v = group_v // d_sae
-    counts_e = np.bincount(img_v, minlength=codes.n_imgs)
-    return counts_e, (group_v - img_v * d_sae).astype(np.int32), mean_v
-
-
-def _strongest_means(
-    group_n: NDArray[np.int64], value_n: NDArray[np.float32], n_patches: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Groups below 2^31 with a mean other than 0, ascending, and those means."""
-    bits_n = value_n.view(np.int32)
-    rising_n = bits_n ^ ((bits_n >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
-    key_n = np.sort((group_n << 32) | ((rising_n ^ 0x7FFFFFFF).view(np.uint32)))  # complement: strongest first
-    group_n = key_n >> 32
-    rising_n = (key_n & 0xFFFFFFFF).astype(np.uint32).view(np.int32) ^ 0x7FFFFFFF
-    value_n = (rising_n ^ ((rising_n >> 31) & 0x7FFFFFFF)).view(np.float32)
-
-    start_v = np.flatnonzero(np.diff(group_n, prepend=-1))
-    if not len(start_v):
-        return group_n, value_n
-    stop_v = np.append(start_v[1:], len(group_n))
-    n_zeros_v = n_patches - (stop_v - start_v)
-    n_above_v = np.add.reduceat((value_n > 0).astype(np.int64), start_v)
-    total_v = np.zeros(len(start_v), dtype=np.float32)
-    n_strongest = min(N_STRONGEST, n_patches)
-    for place in range(n_strongest):  # place in the descending order of all patches: above zero, zeros, below zero
-        code_v = start_v + np.where(place < n_above_v, place, place - n_zeros_v)
-        stored_v = (place < n_above_v) | (place >= n_above_v + n_zeros_v)
-        total_v[stored_v] += value_n[code_v[stored_v]]
-    mean_v = total_v / np.float32(n_strongest)
+    feature_n, value_n = codes.feature_n.numpy(), codes.value_n.numpy()
+    img_n = codes.token_n.numpy() // codes.n_patches
+    start_v = np.flatnonzero(np.diff(feature_n * codes.n_imgs + img_n, prepend=-1))
+    img_v, feature_v = img_n[start_v], feature_n[start_v]
+    mean_v = _strongest_sums(value_n, start_v, codes.n_patches) / np.float32(min(N_STRONGEST, codes.n_patches))
     keep_v = mean_v != 0
-    return group_n[start_v[keep_v]], mean_v[keep_v]
+    img_v, feature_v, mean_v = img_v[keep_v], feature_v[keep_v], mean_v[keep_v]
+    order_v = stable_order(torch.from_numpy(img_v), codes.n_imgs).numpy()
+    return np.bincount(img_v, minlength=codes.n_imgs), feature_v[order_v].astype(np.int32), mean_v[order_v]
+
+
+def _strongest_sums(value_n: NDArray[np.float32], start_v: NDArray[np.int64], n_patches: int) -> NDArray[np.float32]:
+    """Sums of the 3 strongest patches of each group: its values, side by side from `start_v` on, and zeros for the rest."""
+    if not len(start_v):
+        return np.empty(0, np.float32)
+    size_v = np.diff(start_v, append=len(value_n))
+    # Most groups are small, and hold nothing below zero that could count: all their values are among the strongest.
+    below_zero = value_n.min() < 0
+    sum_v = np.add.reduceat(np.maximum(value_n, 0) if below_zero else value_n, start_v)
+    large_v = size_v > N_STRONGEST
+    if below_zero:
+        large_v |= size_v > n_patches - N_STRONGEST
+    if large_v.any():
+        size_x = size_v[large_v]
+        sum_v[large_v] = _strongest_of_large(value_n[np.repeat(large_v, size_v)], size_x, n_patches)
+    return sum_v
+
+
+def _strongest_of_large(value_n: NDArray[np.float32], size_v: NDArray[np.int64], n_patches: int) -> NDArray[np.float32]:
+    """The same sums by their definition: the largest value is taken out three times. It overwrites `value_n`."""
+    start_v = size_v.cumsum() - size_v
+    group_n = np.repeat(np.arange(len(size_v)), size_v)
+    largest_pv = np.empty((N_STRONGEST, len(size_v)), np.float32)
+    for place in range(N_STRONGEST):
+        largest_pv[place] = np.maximum.reduceat(value_n, start_v)
+        found_x = np.flatnonzero(value_n == largest_pv[place][group_n])
+        value_n[found_x[np.diff(group_n[found_x], prepend=-1) != 0]] = -np.inf  # of equal ones the first
+    n_zeros_v = n_patches - size_v
+    n_above_v = (largest_pv > 0).sum(axis=0)
+    sum_v = np.zeros(len(size_v), np.float32)
+    for place in range(min(N_STRONGEST, n_patches)):  # place in the descending order: above zero, zeros, below zero
+        code_v = np.where(place < n_above_v, place, place - n_zeros_v)
+        stored_v = (place < n_above_v) | (place >= n_above_v + n_zeros_v)
+        sum_v[stored_v] += largest_pv[code_v[stored_v], stored_v.nonzero()[0]]
+    return sum_v

@@ -38,10 +38,11 @@ class SaevPercentile:
         """Walk through the batch's tokens; batches must come in data order."""
         assert self._n_seen == codes.img_i * codes.n_patches
         drift = 2 * self.percentile / 100 - 1.0
-        cuts = torch.searchsorted(codes.token_n, torch.arange(codes.n_tokens + 1)).tolist()
+        token_n, feature_n, value_n = codes.by_token()
+        cuts = torch.searchsorted(token_n, torch.arange(codes.n_tokens + 1)).tolist()
         score_s = torch.zeros_like(self.estimate_s)
         for low, high in itertools.pairwise(cuts):
             self._n_seen += 1
             step = STEP * (self.n_tokens - self._n_seen) / self.n_tokens
-            score_s.zero_()[codes.feature_n[low:high]] = codes.value_n[low:high]
+            score_s.zero_()[feature_n[low:high]] = value_n[low:high]
             self.estimate_s += step * (torch.sign(score_s - self.estimate_s) + drift)

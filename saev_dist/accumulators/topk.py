@@ -3,15 +3,22 @@
 Names: `s` features, `k` slots, `n` candidates.
 """
 
+from itertools import pairwise
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from saev_dist.accumulators.base import Accumulator, Codes
+from saev_dist.accumulators.base import Accumulator, Codes, stable_order
 
 RankBy = Literal["patch", "image"]
+Candidates = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
+"""Features, scores and places."""
+
+PRUNED_SLOTS = 2**20
+"""Slots that are looked at at a time."""
 
 
 class TopK(Accumulator):
@@ -21,8 +28,8 @@ class TopK(Accumulator):
     A place is one int64, `img_i * n_patches + patch_i`, so the last two rules are one comparison, and 2^63 tokens
     fit. Since the order is total, the slots are a function of the set of scores: merging is exactly commutative.
 
-    Memory: 12 bytes a slot, plus candidates that await their merge: half as many as there are slots, and one
-    batch's. Merging at that fill instead of after each batch makes the number of merges logarithmic in the data.
+    Memory: 12 bytes a slot, plus candidates that await their merge, 20 bytes each: as many as there are slots, and one
+    `update`'s. Pruning at that fill instead of each time makes the number of prunings logarithmic in the data.
 
     Args:
         d_sae: features.
@@ -40,52 +47,62 @@ class TopK(Accumulator):
         """float32, non-increasing along dim 1; -inf = empty."""
         self.places_sk = torch.full((d_sae, top_k), -1, dtype=torch.int64)
         """int64; -1 = empty."""
-        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._waiting: list[Candidates] = []
+        self._n_waiting, self._sorted = 0, True
+        self._raise_bar()
 
     def update(self, codes: Codes) -> None:
         # The last slot is the bar. It may lag behind while candidates wait, which costs only candidates.
-        bar_n = self.values_sk[:, -1][codes.feature_n]
-        keep_n = ((codes.value_n >= bar_n) & (codes.value_n > 0)).nonzero().squeeze(1)
-        feature_n, value_n = codes.feature_n[keep_n], codes.value_n[keep_n]
-        place_n = codes.token_n[keep_n] + codes.img_i * self.n_patches
-        beaten_n = (value_n == bar_n[keep_n]) & (place_n >= self.places_sk[:, -1][feature_n])
+        feature_n, value_n = codes.feature_n.numpy(), codes.value_n.numpy()
+        keep_n = np.flatnonzero(value_n >= self._bar_s[feature_n])
+        feature_n, value_n = feature_n[keep_n], value_n[keep_n]
+        place_n = codes.token_n.numpy()[keep_n] + codes.img_i * self.n_patches
+        beaten_n = (value_n == self._bar_s[feature_n]) & (place_n >= self._bar_place_s[feature_n])
         if beaten_n.any():
             feature_n, value_n, place_n = feature_n[~beaten_n], value_n[~beaten_n], place_n[~beaten_n]
         if self.rank_by == "image":
-            feature_n, value_n, place_n = _best_of_image(feature_n, value_n, place_n, self.n_patches)
-        self._waiting.append((feature_n, value_n, place_n))
-        if sum(len(feature_n) for feature_n, _, _ in self._waiting) >= self.values_sk.numel() // 2:
-            self.flush()
+            keep_n = _best_of_image(feature_n, value_n, place_n // self.n_patches)
+            feature_n, value_n, place_n = feature_n[keep_n], value_n[keep_n], place_n[keep_n]
+        if len(value_n):
+            self._waiting.append((feature_n, value_n, place_n))
+            self._n_waiting += len(value_n)
+        if self._n_waiting >= self.values_sk.numel():
+            self._prune()
 
     def flush(self) -> None:
+        self._prune()
+        if not self._sorted:
+            self.values_sk, self.places_sk = _strongest(self.values_sk, self.places_sk, self.values_sk.shape[1])
+            self._sorted = True
+
+    def _prune(self) -> None:
+        """Let the waiting candidates take the slots that are theirs; slots are then in no order."""
         if not self._waiting:
             return
-        feature_n, value_n, place_n = (torch.cat(part) for part in zip(*self._waiting, strict=True))
-        self._waiting = []
-        if not len(feature_n):
-            return
-        top_k = self.values_sk.shape[1]
-        crowded_n = torch.bincount(feature_n)[feature_n] > top_k
-        if crowded_n.any():  # a dense feature must not widen everybody's row
-            crowd = _first_of_each(feature_n[crowded_n], value_n[crowded_n], place_n[crowded_n], top_k)
-            rest = (feature_n[~crowded_n], value_n[~crowded_n], place_n[~crowded_n])
-            feature_n, value_n, place_n = (torch.cat(pair) for pair in zip(rest, crowd, strict=True))
-        feature_n, order_n = feature_n.sort(stable=True)
-        rows_r, row_n, count_r = feature_n.unique_consecutive(return_inverse=True, return_counts=True)
-        slot_n = torch.arange(len(feature_n)) - (count_r.cumsum(0) - count_r)[row_n]
-        values_rw = torch.full((len(rows_r), int(count_r.max())), -torch.inf)
-        places_rw = torch.full(values_rw.shape, -1, dtype=torch.int64)
-        values_rw[row_n, slot_n] = value_n[order_n]
-        places_rw[row_n, slot_n] = place_n[order_n]
-        self.values_sk[rows_r], self.places_sk[rows_r] = _strongest(
-            torch.cat([self.values_sk[rows_r], values_rw], dim=1),
-            torch.cat([self.places_sk[rows_r], places_rw], dim=1),
-            top_k,
-        )
+        n_features, top_k = self.values_sk.shape
+        feature_n, value_n, place_n = _by_feature(self._waiting, n_features)
+        self._waiting, self._n_waiting, self._sorted = [], 0, False
+        step = max(1, PRUNED_SLOTS // top_k)
+        cuts = np.searchsorted(feature_n, np.arange(0, n_features + step, step))
+        for first, (low, high) in zip(range(0, n_features, step), pairwise(cuts), strict=True):
+            if low < high:
+                slots = self.values_sk[first : first + step].numpy(), self.places_sk[first : first + step].numpy()
+                _let_in(*slots, feature_n[low:high] - first, value_n[low:high], place_n[low:high])
+        self._raise_bar()
+
+    def _raise_bar(self) -> None:
+        """Note the least score that may still take a slot, and the place of the slot that it would take."""
+        values_sk, places_sk = self.values_sk.numpy(), self.places_sk.numpy()
+        least_s = values_sk.min(axis=1)
+        tiny = np.nextafter(np.float32(0), np.float32(1))  # only what is above zero may
+        self._bar_s = np.maximum(least_s, tiny)
+        last_s = np.where(values_sk == least_s[:, None], places_sk, -1).max(axis=1)
+        self._bar_place_s = np.where(least_s > 0, last_s, np.iinfo(np.int64).max)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
-        self._waiting = []
+        self._waiting, self._n_waiting, self._sorted = [], 0, True
+        self._raise_bar()
 
     def merge(self, other: Self) -> Self:
         self.check_same_kind(other)
@@ -95,6 +112,7 @@ class TopK(Accumulator):
             torch.cat([self.places_sk, other.places_sk], dim=1),
             self.values_sk.shape[1],
         )
+        merged._raise_bar()
         return merged
 
     def finalize(self, n_tokens: int) -> dict[str, Any]:
@@ -121,21 +139,73 @@ def _strongest(values_rw: Tensor, places_rw: Tensor, top_k: int) -> tuple[Tensor
     return values_rw.gather(1, order_rk), places_rw.gather(1, order_rk)
 
 
-def _first_of_each(feature_n: Tensor, value_n: Tensor, place_n: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _by_feature(parts: list[Candidates], n_features: int) -> Candidates:
+    """All candidates, ordered by feature."""
+    feature_n, value_n, place_n = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    order_n = stable_order(torch.from_numpy(feature_n), n_features).numpy()
+    return feature_n[order_n], value_n[order_n], place_n[order_n]
+
+
+def _let_in(
+    values_sk: NDArray[np.float32],
+    places_sk: NDArray[np.int64],
+    feature_n: NDArray[np.int64],
+    value_n: NDArray[np.float32],
+    place_n: NDArray[np.int64],
+) -> None:
+    """Give the slots, in place, to the strongest of their holders and of candidates ordered by feature.
+
+    It selects and does not sort: the k-th largest score of a row, then whatever reaches it.
+    """
+    n_features, top_k = values_sk.shape
+    count_s = np.bincount(feature_n, minlength=n_features)
+    crowded_n = (count_s > 2 * top_k)[feature_n]
+    if crowded_n.any():  # a dense feature must not widen everybody's row
+        crowd = _first_of_each(feature_n[crowded_n], value_n[crowded_n], place_n[crowded_n], top_k)
+        rest = (feature_n[~crowded_n], value_n[~crowded_n], place_n[~crowded_n])
+        feature_n, value_n, place_n = _by_feature([rest, crowd], n_features)
+        count_s = np.bincount(feature_n, minlength=n_features)
+    width = int(count_s.max())
+    column_n = top_k + np.arange(len(feature_n)) - (count_s.cumsum() - count_s)[feature_n]
+    values_sw = np.full((n_features, top_k + width), -np.inf, np.float32)
+    places_sw = np.full(values_sw.shape, -1, np.int64)
+    values_sw[:, :top_k], places_sw[:, :top_k] = values_sk, places_sk
+    values_sw[feature_n, column_n], places_sw[feature_n, column_n] = value_n, place_n
+    bar_s1 = np.partition(values_sw, width, axis=1)[:, width, None]
+    keep_sw = (values_sw >= bar_s1) & (values_sw > -np.inf)
+    n_kept_s = keep_sw.sum(axis=1)
+    tied_s = n_kept_s > top_k  # more reach the bar than fit: the places decide
+    if tied_s.any():
+        strongest = _strongest(torch.from_numpy(values_sw[tied_s]), torch.from_numpy(places_sw[tied_s]), top_k)
+        keep_sw[tied_s] = False
+        n_kept_s[tied_s] = 0
+    row_n, column_n = keep_sw.nonzero()
+    slot_n = np.arange(len(row_n)) - (n_kept_s.cumsum() - n_kept_s)[row_n]
+    values_sk[:], places_sk[:] = -np.inf, -1
+    values_sk[row_n, slot_n], places_sk[row_n, slot_n] = values_sw[row_n, column_n], places_sw[row_n, column_n]
+    if tied_s.any():
+        values_sk[tied_s], places_sk[tied_s] = (x.numpy() for x in strongest)
+
+
+def _first_of_each(
+    feature_n: NDArray[np.int64], value_n: NDArray[np.float32], place_n: NDArray[np.int64], top_k: int
+) -> Candidates:
     """The candidates that are among the first `top_k` of their feature in the total order."""
-    order_n = torch.from_numpy(np.lexsort((place_n.numpy(), -value_n.numpy(), feature_n.numpy())))
+    order_n = np.lexsort((place_n, -value_n, feature_n))
     feature_n, value_n, place_n = feature_n[order_n], value_n[order_n], place_n[order_n]
-    count_s = torch.bincount(feature_n)
-    keep_n = torch.arange(len(feature_n)) - (count_s.cumsum(0) - count_s)[feature_n] < top_k
+    count_s = np.bincount(feature_n)
+    keep_n = np.arange(len(feature_n)) - (count_s.cumsum() - count_s)[feature_n] < top_k
     return feature_n[keep_n], value_n[keep_n], place_n[keep_n]
 
 
-def _best_of_image(feature_n: Tensor, value_n: Tensor, place_n: Tensor, n_patches: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the candidates of one feature in one image keep the first in the total order."""
-    img_n = place_n.div(n_patches, rounding_mode="floor")
-    order = np.lexsort((place_n.numpy(), -value_n.numpy(), img_n.numpy(), feature_n.numpy()))
-    order_n = torch.from_numpy(order)
-    feature_n, value_n, place_n, img_n = (x[order_n] for x in (feature_n, value_n, place_n, img_n))
-    first_n = torch.ones(len(order_n), dtype=torch.bool)
-    first_n[1:] = (feature_n[1:] != feature_n[:-1]) | (img_n[1:] != img_n[:-1])
-    return feature_n[first_n], value_n[first_n], place_n[first_n]
+def _best_of_image(feature_n: NDArray[np.int64], value_n: NDArray[np.float32], img_n: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of candidates ordered by feature, then place: where the first of the strongest of each feature and image is."""
+    if not len(value_n):
+        return np.empty(0, np.int64)
+    new_n = np.ones(len(value_n), dtype=bool)
+    new_n[1:] = (feature_n[1:] != feature_n[:-1]) | (img_n[1:] != img_n[:-1])
+    start_v = np.flatnonzero(new_n)
+    group_n = new_n.cumsum() - 1
+    best_x = np.flatnonzero(value_n == np.maximum.reduceat(value_n, start_v)[group_n])
+    first_x: NDArray[np.int64] = best_x[np.diff(group_n[best_x], prepend=-1) != 0]
+    return first_x

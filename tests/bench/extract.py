@@ -84,7 +84,7 @@ def cpu_model() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n-imgs", type=int, default=664)
+    parser.add_argument("--n-imgs", type=int, default=1992)
     parser.add_argument("--n-patches", type=int, default=196)
     parser.add_argument("--d-model", type=int, default=768)
     parser.add_argument("--d-sae", type=int, default=12_288)

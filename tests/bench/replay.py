@@ -27,7 +27,7 @@ from saev_dist.config import Extract
 from saev_dist.finished import FinishedRun
 from saev_dist.reencode import Check, reencode
 from saev_dist.render.geometry import Geometry
-from saev_dist.sae.model import Encoder
+from saev_dist.sae.encoder import Encoder
 from tests.bench.extract import bare_product_s, cpu_model, make_inputs, read_all
 
 MEMORY = """

@@ -1,0 +1,256 @@
+"""Activations in, sparse codes out: an SAE's rules applied on one device.
+
+A batch is encoded in pieces of whole images, each the work of one thread, from the product to the ordered codes: no
+thread waits for another, a code does not depend on the number of threads, and what is counted next fits the cache.
+A piece's dense block, one per thread, is the only dense array there is; where one image is larger than a block may be,
+its piece is several blocks, one after the other.
+
+Names: `b` tokens of a piece or block, `d` model width, `s` features, `n` codes.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saev_dist.accumulators.base import Codes, stable_order
+from saev_dist.sae.model import ConstantNorm, Gated, Given, LayerNorm, Precision, Sae, Threshold, TopK
+from saev_dist.sae.select import select
+
+PIECE_CODES = 2**24  # 67 MB: fewer rows slow the product
+PIECE_TOKENS = 2048  # with few features: pieces enough for all threads
+BLOCK_CODES = 2**25
+FP32_MAX = float(np.finfo(np.float32).max)
+
+
+class ActivationOverflow(Exception):
+    """A batch is not finite, or so large that its product would not be: the caller knows its place.
+
+    Args:
+        limit: magnitude that no activation may reach.
+    """
+
+    def __init__(self, limit: float) -> None:
+        super().__init__(limit)
+        self.limit = limit
+
+
+class Encoder:
+    """An SAE's encoder on one device. A context manager: its threads end with it.
+
+    Inside, torch uses one thread for each operation of this process: the threads work on pieces side by side.
+
+    Args:
+        sae: weights and rules.
+        device: where the product runs.
+        precision: fp32; tf32 (CUDA only); bf16, whose product is rounded to 8 bits and so has many ties.
+        n_threads: pieces that are encoded at a time.
+
+    Device memory: the weights, and for each thread a block of (block_tokens, d_sae) floats.
+    """
+
+    def __init__(self, sae: Sae, device: torch.device, precision: Precision, n_threads: int) -> None:
+        # Process-wide switches of torch: TF32 only where asked for.
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        self.sae, self.device = sae, device
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.n_threads = n_threads
+        bias_s, shift_d, self._scale = sae.b_enc_s.double(), sae.b_dec_d.double() * sae.pre_bias, 1.0
+        if isinstance(sae.input_norm, Given):
+            self._scale = sae.input_norm.scale
+            shift_d = shift_d + sae.input_norm.mean_d.double() * self._scale
+        self._shift_d = shift_d
+        if shift_d.any():  # (scale x - shift) @ W + b = x @ (scale W) + (b - shift @ W), folded once in float64
+            with _one_thread():
+                bias_s = bias_s - shift_d @ sae.w_enc_ds.double()
+        w_ds = sae.w_enc_ds if self._scale == 1 else sae.w_enc_ds * self._scale
+        # |h| <= max|x| * gain + max|bias|, so one look at x rules out overflow in the whole product.
+        gain_s, offset_s = w_ds.abs().sum(dim=0, dtype=torch.float64), bias_s.abs()
+        if isinstance(sae.activation, Gated):
+            scale_s = sae.activation.scale_s.double()
+            shift_s = sae.activation.b_mag_s.double() - scale_s * sae.b_enc_s.double()
+            gain_s, offset_s = gain_s * scale_s.clamp(min=1), offset_s * scale_s.clamp(min=1) + shift_s.abs()
+            self._mag_scale_s, self._mag_shift_s = scale_s.float().to(device), shift_s.float().to(device)
+        limit = (FP32_MAX - float(offset_s.max())) / max(float(gain_s.max()), 1e-300)
+        if isinstance(sae.input_norm, LayerNorm | ConstantNorm):  # whose tokens have a norm of at most sqrt(d)
+            limit = FP32_MAX if limit > math.sqrt(sae.d_model) else 0.0
+        self._limit = min(FP32_MAX, limit)
+        self._w_ds = w_ds.to(device, self.dtype)
+        self._b_s = bias_s.to(device, self.dtype)
+        self._threshold: float | Tensor = 0.0
+        if isinstance(sae.activation, Threshold):
+            threshold = sae.activation.threshold
+            if isinstance(threshold, Tensor):
+                self._threshold = threshold.clamp(min=0).to(device, self.dtype)
+            else:
+                self._threshold = max(threshold, 0.0)
+        self._local = threading.local()
+
+    def __enter__(self) -> Self:
+        self._stack = ExitStack()
+        self._stack.enter_context(_one_thread())
+        # torch's setting is each thread's own for MKL, hence the initializer
+        self._pool = ThreadPoolExecutor(
+            self.n_threads, thread_name_prefix="encoder", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self._stack.callback(self._pool.shutdown, wait=True, cancel_futures=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    def encode(self, acts_bd: Tensor, *, img_i: int, n_patches: int, lift_s: Tensor | None = None) -> Codes:
+        """The nonzero codes of whole examples: `submit` and wait."""
+        return self.submit(acts_bd, img_i=img_i, n_patches=n_patches, lift_s=lift_s)()
+
+    def submit_batch(self, acts_bd: Tensor, *, img_i: int, n_patches: int) -> list[Callable[[], Codes]]:
+        """Begin to encode a batch, in pieces; see `submit`."""
+        n_imgs = len(acts_bd) // n_patches
+        step = piece_images(n_imgs, n_patches, self.sae.d_sae, self.device)
+        return [
+            self.submit(acts_bd[first * n_patches : (first + step) * n_patches], img_i=img_i + first, n_patches=n_patches)
+            for first in range(0, n_imgs, step)
+        ]
+
+    def submit(
+        self, acts_bd: Tensor, *, img_i: int, n_patches: int, only: Tensor | None = None, lift_s: Tensor | None = None
+    ) -> Callable[[], Codes]:
+        """Begin to encode whole examples, as one piece.
+
+        Args:
+            acts_bd: float32 (tokens, d_model) on the CPU; the content tokens of consecutive examples. It must not
+                change before the codes are used.
+            img_i: global index of the first example.
+            n_patches: tokens per example.
+            only: features whose codes are wanted, int64, on the encoder's device; None: all. The others do not leave
+                the device.
+            lift_s: float32 (s,), added to the scores before the activation decides which to keep; None: nothing.
+
+        Returns:
+            A function that waits for the codes. It raises ActivationOverflow where a value is NaN, infinite, or too
+            large for a float32 product.
+        """
+        bias_s = self._b_s
+        if lift_s is not None:
+            if isinstance(self.sae.activation, Gated):  # the gate decides, and its h becomes a score by this factor
+                lift_s = lift_s / self.sae.activation.scale_s
+            bias_s = bias_s + lift_s.to(self.device, self.dtype)
+        return self._pool.submit(self._encode_piece, acts_bd, img_i, n_patches, bias_s, only).result
+
+    def magnitude(self, acts_nd: Tensor, feature_n: Tensor) -> Tensor:
+        """What the rounding error of a score is relative to: the sum of the magnitudes of its terms.
+
+        Args:
+            acts_nd: float32 (n, d_model), on the CPU.
+            feature_n: int64 (n,).
+
+        Returns:
+            float32 (n,), on the CPU.
+        """
+        norm, activation = self.sae.input_norm, self.sae.activation
+        if isinstance(norm, LayerNorm | ConstantNorm):
+            acts_nd = norm.apply(acts_nd)
+        x_nd = acts_nd.abs() * abs(self._scale) + self._shift_d.abs().float()
+        terms_n = (x_nd * self.sae.w_enc_ds[:, feature_n].T.abs()).sum(dim=1) + self.sae.b_enc_s[feature_n].abs()
+        if isinstance(activation, Gated):
+            terms_n = terms_n * activation.scale_s[feature_n] + activation.b_mag_s[feature_n].abs()
+        return terms_n
+
+    def _encode_piece(self, acts_bd: Tensor, img_i: int, n_patches: int, bias_s: Tensor, only: Tensor | None) -> Codes:
+        n_tokens, d_sae = len(acts_bd), self.sae.d_sae
+        step = block_tokens(n_tokens, d_sae, self.device)
+        parts = []
+        for first in range(0, n_tokens, step):
+            token_n, feature_n, value_n = self._encode_block(acts_bd[first : first + step], bias_s, only)
+            parts.append((token_n + first, feature_n, value_n))
+        token_n, feature_n, value_n = (torch.cat(part) for part in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
+        order_n = stable_order(feature_n, d_sae)
+        return Codes(
+            token_n=token_n[order_n],
+            feature_n=feature_n[order_n],
+            value_n=value_n[order_n],
+            img_i=img_i,
+            n_imgs=n_tokens // n_patches,
+            n_patches=n_patches,
+            acts_bd=acts_bd,
+        )
+
+    def _encode_block(self, acts_bd: Tensor, bias_s: Tensor, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Token (int64, within the block), feature (int64) and value (float32) of each nonzero code, by token, on the CPU."""
+        low, high = torch.aminmax(acts_bd)
+        if not max(-float(low), float(high)) < self._limit:  # NaN and infinity travel through aminmax
+            raise ActivationOverflow(self._limit)
+        activation, d_sae = self.sae.activation, self.sae.d_sae
+        h_bs = self._dense(len(acts_bd))
+        if isinstance(self.sae.input_norm, LayerNorm | ConstantNorm):
+            acts_bd = self.sae.input_norm.apply(acts_bd.to(self.device, non_blocking=True))
+        torch.addmm(bias_s, acts_bd.to(self.device, self.dtype, non_blocking=True), self._w_ds, out=h_bs)
+        flat_n, value_n = select(h_bs, activation, self._threshold)
+        token_n = flat_n // d_sae
+        feature_n = flat_n - token_n * d_sae
+        if isinstance(activation, Gated):
+            value_n = value_n * self._mag_scale_s[feature_n] + self._mag_shift_s[feature_n]
+        keep_n = value_n > 0 if isinstance(activation, Gated) or (isinstance(activation, TopK) and activation.relu) else None
+        if only is not None:
+            wanted_n = torch.isin(feature_n, only)
+            keep_n = wanted_n if keep_n is None else keep_n & wanted_n
+        if keep_n is not None:
+            token_n, feature_n, value_n = token_n[keep_n], feature_n[keep_n], value_n[keep_n]
+        return token_n.cpu(), feature_n.cpu(), value_n.cpu()
+
+    def _dense(self, n_tokens: int) -> Tensor:
+        """This thread's block, kept for the whole run: a fresh array is paged in anew for each block."""
+        kept = getattr(self._local, "dense", None)
+        if kept is None or len(kept) < n_tokens:
+            kept = self._local.dense = torch.empty((n_tokens, self.sae.d_sae), device=self.device, dtype=self.dtype)
+        return kept[:n_tokens]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for each operation of torch: results do not depend on the machine, and our threads have the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def piece_images(n_imgs: int, n_patches: int, d_sae: int, device: torch.device) -> int:
+    """Images of a batch that are one piece: a function of the shapes and the kind of device, not of rank or threads."""
+    if device.type != "cpu":
+        return n_imgs
+    most = max(1, min(PIECE_CODES // d_sae, PIECE_TOKENS) // n_patches)
+    n_pieces = -(-n_imgs // most)
+    return -(-n_imgs // n_pieces)
+
+
+def block_tokens(n_tokens: int, d_sae: int, device: torch.device) -> int:
+    """Rows of a piece of `n_tokens` whose dense codes exist at a time: a function of the same."""
+    if device.type != "cpu":
+        return n_tokens
+    n_blocks = max(1, -(-n_tokens * d_sae // BLOCK_CODES))
+    return -(-n_tokens // n_blocks)
+
+
+def usable_precision(wanted: Precision, device: torch.device) -> Precision:
+    """The precision that a run had, or fp32 where this device lacks it."""
+    return "fp32" if wanted == "tf32" and device.type != "cuda" else wanted
+
+
+def batch_threads(n_imgs: int, n_patches: int, d_sae: int, device: torch.device) -> int:
+    """Threads that encode batches: torch's own number on the CPU, but no more than a batch has pieces; 1 elsewhere.
+
+    So the blocks together are never larger than one dense array of a batch.
+    """
+    if device.type != "cpu":
+        return 1
+    return min(torch.get_num_threads(), -(-n_imgs // piece_images(n_imgs, n_patches, d_sae, device)))
