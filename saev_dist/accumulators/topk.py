@@ -28,7 +28,7 @@ class TopK(Accumulator):
     A place is one int64, `img_i * n_patches + patch_i`, so the last two rules are one comparison, and 2^63 tokens
     fit. Since the order is total, the slots are a function of the set of scores: merging is exactly commutative.
 
-    Memory: 12 bytes a slot, plus candidates that await their merge, 20 bytes each: as many as there are slots, and one
+    Memory: 12 bytes a slot, plus candidates that await their merge, 20 bytes each: half as many as there are slots, and one
     `update`'s. Pruning at that fill instead of each time makes the number of prunings logarithmic in the data.
 
     Args:
@@ -66,7 +66,7 @@ class TopK(Accumulator):
         if len(value_n):
             self._waiting.append((feature_n, value_n, place_n))
             self._n_waiting += len(value_n)
-        if self._n_waiting >= self.values_sk.numel():
+        if self._n_waiting >= self.values_sk.numel() // 2:
             self._prune()
 
     def flush(self) -> None:
