@@ -73,6 +73,16 @@ def test_state_survives_a_round_trip(kind, group):
 
 
 @every_kind
+@given(batches(), st.integers(0, 6), st.integers(0, 6))
+def test_a_merged_state_goes_on_as_one_that_saw_it_all(kind, group, i, j):
+    i, j = sorted((i, j))
+    merged = fold(KINDS[kind], group[:i]).merge(fold(KINDS[kind], group[i:j]))
+    for codes in group[j:]:
+        merged.update(codes)
+    assert same(merged, fold(KINDS[kind], group))
+
+
+@every_kind
 @given(batches(), st.integers(0, 6), st.floats(0, 1))
 def test_merging_slices_is_slicing_the_merge(kind, group, i, cut):
     a, b = fold(KINDS[kind], group[:i]), fold(KINDS[kind], group[i:])

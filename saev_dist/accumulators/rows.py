@@ -1,7 +1,7 @@
 """PURE. Artifacts with rows in data order: each piece of a batch makes its rows, and the artifact is their concatenation.
 
 They grow with the data, so unlike accumulators they are never held whole: a rank appends its rows to a spill file
-(`store.Spill`), and because batches cover the data without overlap, concatenating in plan order is their merge.
+(`spill.Spill`), and because batches cover the data without overlap, concatenating in plan order is their merge.
 
 Names: `n` codes, `e` images, `r` sampled tokens, `v` groups of codes of one feature and image; `x` some of them, `p` place
 among the strongest.
