@@ -1,6 +1,7 @@
 # `make demo` and `make test` set everything up by themselves; PYTHON chooses the interpreter (3.11 or later).
 PYTHON ?= python3
 BIN := .venv/bin
+BENCHES := extract replay gallery snapshot
 
 .PHONY: install demo test test-slurm test-slurm-full check bench clean soak
 
@@ -34,11 +35,10 @@ check: install
 	$(BIN)/mypy
 	$(MAKE) test
 
+# An hour of a quiet machine; a line of JSON a measurement.
 bench: install
-	$(BIN)/python -m tests.bench.extract
-	$(BIN)/python -m tests.bench.replay
-	$(BIN)/python -m tests.bench.gallery
-	$(BIN)/python -m tests.bench.snapshot
+	set -e; for name in $(BENCHES); do $(BIN)/python -m tests.bench.$$name | tee -a bench.jsonl; done
+	$(BIN)/python -m tests.bench.record bench.jsonl
 
 soak: install
 	$(BIN)/python -m tests.soak 200

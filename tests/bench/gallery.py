@@ -1,4 +1,4 @@
-"""How soon the gallery answers, and how it scrolls: `.venv/bin/python -m tests.bench.gallery`.
+"""How soon the gallery answers, and how it scrolls: `python -m tests.bench.gallery`.
 
 A gallery of 16,000 features, 400 of them with 4 pictures each on the first screen, in a headless Chromium without a GPU.
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
+from tests.bench.record import emit
 from tests.pages import FLAGS, chromium, write_gallery
 
 ROUNDS = 5
@@ -30,28 +31,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
         gallery = write_gallery(Path(name) / "visuals", d_sae=16_000, shown=tuple(range(0, 16_000, 40)))
         browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
-        print(f"Chromium {browser.version}, 16,000 features, 400 with pictures; best and worst of {ROUNDS}")
+        version = browser.version
         rows: dict[str, list[float]] = {}
         for _ in range(ROUNDS):
             page = browser.new_page(viewport={"width": 1400, "height": 900})
             page.goto(gallery.url)
             assert page.locator("#grid > li").count() == 400
             ready = page.evaluate("performance.getEntriesByName('gallery-ready')[0].startTime")
-            rows.setdefault("interactive after, ms", []).append(ready)
+            rows.setdefault("interactive", []).append(ready)
             gaps = page.evaluate(SCROLL)
-            rows.setdefault("frame while scrolling 400 features, median ms", []).append(gaps[len(gaps) // 2])
-            rows.setdefault("frame while scrolling 400 features, 99th percentile ms", []).append(gaps[int(len(gaps) * 0.99)])
+            rows.setdefault("frame_median", []).append(gaps[len(gaps) // 2])
+            rows.setdefault("frame_p99", []).append(gaps[int(len(gaps) * 0.99)])
             took = page.evaluate(
                 TIMED, ["view=table&show=all", "document.querySelectorAll('#rows [data-feature]').length > 10"]
             )
             assert page.locator("#table table").get_attribute("aria-rowcount") == "16001"
-            rows.setdefault("table of 16,000 drawn, ms", []).append(took)
+            rows.setdefault("table_drawn", []).append(took)
             took = page.evaluate(TIMED, ["feature=4000", "document.querySelectorAll('#images > li').length === 5"])
-            rows.setdefault("feature opened, ms", []).append(took)
+            rows.setdefault("feature_opened", []).append(took)
             page.close()
-        for name, values in rows.items():
-            print(f"{name:<58}{min(values):>8.0f}{max(values):>8.0f}")
         browser.close()
+    shapes = {"d_sae": 16_000, "n_shown": 400, "chromium": version, "rounds": ROUNDS}
+    best_and_worst = {name: [round(min(values)), round(max(values))] for name, values in rows.items()}
+    emit("gallery", "gallery: milliseconds, best and worst", shapes, ms=best_and_worst)
 
 
 if __name__ == "__main__":

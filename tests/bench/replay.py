@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +29,8 @@ from saev_dist.finished import FinishedRun
 from saev_dist.reencode import Check, reencode
 from saev_dist.render.geometry import Geometry
 from saev_dist.sae.encoder import Encoder
-from tests.bench.extract import bare_product_s, cpu_model, make_inputs, read_all
+from tests.bench.extract import PRODUCT, Case, bare_product_s, make_inputs, read_all
+from tests.bench.record import emit
 
 MEMORY = """
 import json, sys
@@ -58,9 +60,7 @@ def encode_shares(run: FinishedRun, shards: Path, rounds: int) -> list[float]:
     slots = choose_slots(range(run.sae.d_sae), run.values_sk, run.imgs_sk, run.patches_sk, None)
     slots = deal(slots, 1)[0]
     images = np.unique(slots["img_i"])
-    acts_td = (
-        torch.from_numpy(read_all(shards)).view(run.shards.n_examples, -1)[torch.from_numpy(images)].view(-1, run.sae.d_model)
-    )
+    acts_td = read_all(shards).view(run.shards.n_examples, -1)[torch.from_numpy(images)].view(-1, run.sae.d_model)
     shares = []
     for _ in range(rounds):
         ceiling_s = bare_product_s(acts_td, run.sae.w_enc_ds, run.sae.b_enc_s, 16_384)
@@ -102,38 +102,40 @@ def draw_shares(images: Path, n: int, rounds: int) -> tuple[list[float], float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n-imgs", type=int, default=332)
-    parser.add_argument("--n-patches", type=int, default=196)
-    parser.add_argument("--d-model", type=int, default=768)
-    parser.add_argument("--d-sae", type=int, default=12_288)
-    parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    case = Case(n_imgs=332, top_k=16)
     with tempfile.TemporaryDirectory() as name:
         dpath = Path(name)
-        shards, sae = make_inputs(dpath, args.n_imgs, args.n_patches, args.d_model, args.d_sae, args.k)
-        images = make_pictures(dpath / "images", args.n_imgs)
-        extract.run(Extract(shards=shards, sae=sae, out=dpath / "run", top_k=16, device="cpu", progress=False))
+        shards, sae = make_inputs(dpath, case)
+        images = make_pictures(dpath / "images", case.n_imgs)
+        extract.run(Extract(shards=shards, sae=sae, out=dpath / "run", top_k=case.top_k, device="cpu", progress=False))
         encode = encode_shares(FinishedRun.open(dpath / "run"), shards, args.rounds)
         drawn, heatmaps_per_s = draw_shares(images, 60, args.rounds)
         peaks = {}
         for n_features in (50, 400, 1600):
             command = [sys.executable, "-c", MEMORY, dpath / "run", images, str(n_features)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            peaks[n_features] = json.loads(done.stdout.splitlines()[-1])
-    result = {
-        "bench": "replay",
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "machine": f"{cpu_model()}, {torch.get_num_threads()} threads",
-        "shapes": vars(args),
-        "encode_share_of_product": round(median(encode), 3),
-        "encode_shares": [round(share, 3) for share in encode],
-        "draw_share_of_pillow": round(median(drawn), 3),
-        "draw_shares": [round(share, 3) for share in drawn],
-        "heatmaps_per_s_and_process": round(heatmaps_per_s),
-        "peak_mb_above_imports_by_n_features": {n: round(peak / 1e6) for n, peak in peaks.items()},
-    }
-    print(json.dumps(result))
+            peaks[n_features] = round(json.loads(done.stdout.splitlines()[-1]) / 1e6)
+    pillow = "bare Pillow: decode, resize, encode the same files"
+    emit(
+        "replay",
+        "replay: images encoded and verified",
+        asdict(case),
+        ceiling=PRODUCT,
+        share=median(encode),
+        shares=[round(share, 3) for share in encode],
+    )
+    emit(
+        "replay",
+        "replay: heatmaps drawn",
+        asdict(case),
+        ceiling=pillow,
+        share=median(drawn),
+        shares=[round(share, 3) for share in drawn],
+        heatmaps_per_s_and_process=round(heatmaps_per_s),
+    )
+    emit("replay", "replay: peak memory above the imports", asdict(case), peak_mb_by_n_features=peaks)
 
 
 if __name__ == "__main__":

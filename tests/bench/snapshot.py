@@ -9,17 +9,16 @@ after. One JSON line on stdout.
 import argparse
 import json
 import os
-import subprocess
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
-
-import torch
 
 from saev_dist import partials
 from saev_dist.config import Extract
 from saev_dist.extract import run
-from tests.bench.extract import cpu_model, make_inputs
+from tests.bench.extract import Case, make_inputs
+from tests.bench.record import emit
 
 
 def bare_write_s(dpath: Path, n_bytes: int) -> float:
@@ -34,13 +33,8 @@ def bare_write_s(dpath: Path, n_bytes: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n-imgs", type=int, default=64)
-    parser.add_argument("--n-patches", type=int, default=1_920)
-    parser.add_argument("--d-model", type=int, default=256)
-    parser.add_argument("--d-sae", type=int, default=16_384)
-    parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--top-k", type=int, default=128)
-    args = parser.parse_args()
+    parser.parse_args()
+    case = Case(n_imgs=64, n_patches=1_920, d_model=256, d_sae=16_384)
     sizes: list[int] = []
     write = partials.write
 
@@ -51,23 +45,21 @@ def main() -> None:
     partials.write = noting  # the files are gone when the run is done
     with tempfile.TemporaryDirectory() as name:
         dpath = Path(name)
-        shards, sae = make_inputs(dpath, args.n_imgs, args.n_patches, args.d_model, args.d_sae, args.k)
-        run(Extract(shards=shards, sae=sae, out=dpath / "run", top_k=args.top_k, device="cpu", snapshot_every=0))
+        shards, sae = make_inputs(dpath, case)
+        run(Extract(shards=shards, sae=sae, out=dpath / "run", top_k=case.top_k, device="cpu", snapshot_every=0))
         bare = [bare_write_s(dpath, max(sizes)) for _ in range(3)]
         rank = json.loads((dpath / "run/manifest.json").read_text())["ranks"][0]
     each_s = rank["snapshot_s"] / len(sizes)
-    result = {
-        "bench": "snapshot",
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "machine": f"{cpu_model()}, {torch.get_num_threads()} threads",
-        "shapes": vars(args),
-        "partial_mb": round(max(sizes) / 1e6, 1),
-        "n_snapshots": len(sizes),
-        "snapshot_s": round(each_s, 3),
-        "bare_write_s": [round(seconds, 3) for seconds in bare],
-        "share_of_300_s": round(each_s / 300, 5),
-    }
-    print(json.dumps(result))
+    emit(
+        "snapshot",
+        "a snapshot that stops the stream, every 300 s",
+        asdict(case),
+        partial_mb=round(max(sizes) / 1e6, 1),
+        n_snapshots=len(sizes),
+        snapshot_s=round(each_s, 3),
+        bare_write_s=[round(seconds, 3) for seconds in bare],
+        share_of_300_s=round(each_s / 300, 5),
+    )
 
 
 if __name__ == "__main__":
