@@ -13,7 +13,7 @@ from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError
 from saev_dist.plan import Plan
-from saev_dist.sae.encoder import batch_threads, block_tokens, piece_images
+from saev_dist.sae.encoder import batch_threads, block_shape, piece_images
 from saev_dist.sae.model import ConstantNorm, GroupMax, LayerNorm, Sae, TopK
 from saev_dist.world import World
 
@@ -52,8 +52,9 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     weights = 4 * (2 * sae.d_model * sae.d_sae + sae.d_sae + sae.d_model)
     piece = piece_images(plan.examples_per_batch, shards.n_patches, sae.d_sae, device) * shards.n_patches
     n_threads = batch_threads(plan.examples_per_batch, shards.n_patches, sae.d_sae, device)
-    block = block_tokens(piece, sae.d_sae, device) * n_threads
-    dense = block * sae.d_sae * ((4 if cfg.precision != "bf16" else 2) + (device.type != "cpu"))  # and a mask
+    block_tokens, block_features = block_shape(piece, sae.activation, sae.d_sae, device)
+    block = block_tokens * n_threads
+    dense = block * block_features * ((4 if cfg.precision != "bf16" else 2) + 1)  # and a mask
     if isinstance(sae.input_norm, LayerNorm | ConstantNorm):  # float64 copies of the tokens under way
         dense += 3 * 8 * sae.d_model * block
     n_sampled = n_samples(shards.n_tokens, cfg.max_distribution_samples)

@@ -1,6 +1,7 @@
-"""The CPU's slices against torch's whole blocks, and both against a loop; pieces against whole batches."""
+"""The CPU's sieve against torch's whole blocks, and both against a loop; pieces and blocks against whole batches."""
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +11,7 @@ from saev_dist.accumulators import topk
 from saev_dist.accumulators.base import stable_order
 from saev_dist.accumulators.topk import TopK as Slots
 from saev_dist.sae import encoder, select
-from saev_dist.sae.encoder import Encoder, block_tokens, piece_images
+from saev_dist.sae.encoder import Encoder, block_shape, piece_images
 from saev_dist.sae.model import Activation, GroupMax, Relu, Sae, Threshold, TopK
 from tests.laws import D_SAE, N_PATCHES, batches, fold, same
 from tests.synthetic import make_acts, make_weights
@@ -38,15 +39,41 @@ def by_loop(row: list[float], kind: Activation) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@given(block=BLOCKS, slice_codes=st.sampled_from([1, 30, 2**20]))
-def test_slices_and_whole_blocks_keep_what_a_loop_keeps(kind, block, slice_codes):
+@given(block=BLOCKS, step=st.sampled_from([3, 6, 12]), spread=st.sampled_from([0.0, 0.3, 2.0]), often=st.booleans())
+def test_the_sieve_and_whole_blocks_keep_what_a_loop_keeps(kind, block, step, spread, often):
+    """The sieve also where it knows only bounds of the entries."""
     h_bs, threshold = torch.from_numpy(block), kind.threshold if isinstance(kind, Threshold) else 0.0
     expected = [b * 12 + s for b, row in enumerate(block.tolist()) for s in by_loop(row, kind)]
+    flat_n, value_n = select.select_at_once(h_bs, kind, threshold)
+    assert flat_n.tolist() == expected
+    assert torch.equal(value_n, h_bs.view(-1)[flat_n])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "SLICE_CODES", slice_codes)
-        for flat_n, value_n in (select.select(h_bs, kind, threshold), select._select_at_once(h_bs, kind, threshold)):
-            assert flat_n.tolist() == expected
-            assert torch.equal(value_n, h_bs.view(-1)[flat_n])
+        if often:  # bars rise and losers are forgotten at every block
+            patch.setattr(select, "MAX_FEATURES_UNSEEN", 1)
+            patch.setattr(select, "CROWD", 0)
+        sieve = select.Sieve(kind, threshold, len(block), 12)
+        noise = np.random.default_rng(0).random((2, *block.T.shape), np.float32) * np.float32(spread)
+        for first in range(0, 12, step):
+            rows = slice(first, first + step)
+            sieve.take(first, (block.T + noise[0])[rows], (block.T - noise[1])[rows])
+        token_n, feature_n, _ = sieve.candidates()
+    assert (np.diff(feature_n * len(block) + token_n) > 0).all(), "by feature, then by token"
+    value_n = block[token_n, feature_n]
+    kept_n = select.keep(kind, threshold, (token_n, feature_n, value_n), len(block), 12)
+    assert sorted((token_n * 12 + feature_n)[kept_n]) == expected
+    assert (np.diff(kept_n) > 0).all()
+
+
+def test_the_sieve_forgets_what_has_lost():
+    """Ascending features are the worst case of TopK: each beats all before it."""
+    sieve = select.Sieve(TopK(2), 0.0, 5, 1_000)
+    for first in range(0, 1_000, 10):
+        sieve.take(first, np.arange(first, first + 10, dtype=np.float32)[:, None].repeat(5, axis=1))
+        assert len(sieve.candidates()[0]) <= 5 * (2 * select.CROWD + 10)
+    token_n, feature_n, _ = candidates = sieve.candidates()
+    kept_n = select.keep(TopK(2), 0.0, candidates, 5, 1_000)
+    assert feature_n[kept_n].tolist() == [998] * 5 + [999] * 5
+    assert token_n[kept_n].tolist() == [*range(5)] * 2
 
 
 @given(st.lists(st.integers(0, 2**33 - 1), max_size=30), st.integers(1, 7))
@@ -56,18 +83,22 @@ def test_the_order_is_stable_for_keys_of_any_size(keys, step):
 
 
 @pytest.mark.parametrize("kind", [Relu(), TopK(4)], ids=str)
-@pytest.mark.parametrize(("piece_codes", "block_codes"), [(1, 2**25), (500, 2**25), (1, 30), (10**6, 100)])
-def test_codes_do_not_depend_on_pieces_and_blocks(monkeypatch, kind, piece_codes, block_codes):
+@pytest.mark.parametrize(
+    ("piece_codes", "block_tokens", "block_features"),
+    [(1, 2048, 768), (500, 2048, 16), (1, 2, 16), (10**6, 7, 32), (10**6, 64, 1)],
+)
+def test_codes_do_not_depend_on_pieces_and_blocks(monkeypatch, kind, piece_codes, block_tokens, block_features):
     weights = make_weights()
     sae = Sae(**weights, activation=kind, pre_bias=False, source="integers")
     acts_bd = torch.from_numpy(make_acts(11)).view(-1, sae.d_model)
     with Encoder(sae, CPU, "fp32", 1) as whole:
         expected = whole.encode(acts_bd, img_i=3, n_patches=5)
     monkeypatch.setattr(encoder, "PIECE_CODES", piece_codes)
-    monkeypatch.setattr(encoder, "BLOCK_CODES", block_codes)
+    monkeypatch.setattr(encoder, "BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(encoder, "BLOCK_FEATURES", block_features)
     with Encoder(sae, CPU, "fp32", 2) as cut:
         pieces = [codes() for codes in cut.submit_batch(acts_bd, img_i=3, n_patches=5)]
-    assert (len(pieces) == 1) == (piece_codes == 10**6)
+    assert (len(pieces) == 1) == (piece_codes == 10**6 and block_tokens >= 55)
     dense_bs, expected_bs = torch.zeros(55, sae.d_sae), torch.zeros(55, sae.d_sae)
     expected_bs[expected.token_n, expected.feature_n] = expected.value_n
     for codes in pieces:
@@ -76,14 +107,18 @@ def test_codes_do_not_depend_on_pieces_and_blocks(monkeypatch, kind, piece_codes
     assert torch.equal(dense_bs, expected_bs)
 
 
-@given(st.integers(1, 300), st.integers(1, 5000), st.integers(1, 2**20))
-def test_pieces_are_whole_images_and_blocks_are_bounded(n_imgs, n_patches, d_sae):
+@given(st.integers(1, 300), st.integers(1, 5000), st.integers(1, 2**20), st.integers(0, 64))
+def test_pieces_are_whole_images_and_blocks_are_bounded(n_imgs, n_patches, d_sae, k):
     images = piece_images(n_imgs, n_patches, d_sae, CPU)
     assert 1 <= images <= n_imgs
+    assert images == 1 or images * n_patches <= encoder.BLOCK_TOKENS
     assert images == 1 or images * n_patches * d_sae <= encoder.PIECE_CODES
-    rows = block_tokens(images * n_patches, d_sae, CPU)
-    assert 1 <= rows <= images * n_patches
-    assert rows * d_sae <= encoder.BLOCK_CODES + d_sae
+    d_sae = -(-d_sae // k) * k if k else d_sae
+    tokens, features = block_shape(images * n_patches, GroupMax(k) if k else Relu(), d_sae, CPU)
+    assert 1 <= tokens <= images * n_patches
+    assert 1 <= features <= d_sae
+    assert tokens * features <= max(encoder.BLOCK_TOKENS * encoder.BLOCK_FEATURES, features)
+    assert features == d_sae or features % (d_sae // k if k else 16) == 0
 
 
 @given(batches(), st.sampled_from([1, 4, 9]))

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from saev_dist.accumulators.base import Codes, stable_order
 
 N_STRONGEST = 3
+MAX_PLACES = 32
+"""Codes of a feature in an image, up to which they are looked at one after the other."""
 
 
 def sample_stride(n_tokens: int, max_samples: int) -> int:
@@ -68,18 +70,33 @@ def image_means(codes: Codes, d_sae: int) -> tuple[NDArray[np.int64], NDArray[np
 
 def _strongest_sums(value_n: NDArray[np.float32], start_v: NDArray[np.int64], n_patches: int) -> NDArray[np.float32]:
     """Sums of the 3 strongest patches of each group: its values, side by side from `start_v` on, and zeros for the rest."""
-    if not len(start_v):
-        return np.empty(0, np.float32)
     size_v = np.diff(start_v, append=len(value_n))
-    # Most groups are small, and hold nothing below zero that could count: all their values are among the strongest.
-    below_zero = value_n.min() < 0
-    sum_v = np.add.reduceat(np.maximum(value_n, 0) if below_zero else value_n, start_v)
-    large_v = size_v > N_STRONGEST
-    if below_zero:
+    sum_v = np.zeros(len(start_v), np.float32)
+    large_v = size_v > MAX_PLACES
+    if len(value_n) and value_n.min() < 0:  # where too few zeros are left, values below zero count
         large_v |= size_v > n_patches - N_STRONGEST
-    if large_v.any():
-        size_x = size_v[large_v]
-        sum_v[large_v] = _strongest_of_large(value_n[np.repeat(large_v, size_v)], size_x, n_patches)
+    small_x, large_x = np.flatnonzero(~large_v), np.flatnonzero(large_v)
+    sum_v[small_x] = _strongest_of_small(value_n, start_v[small_x], size_v[small_x])
+    if len(large_x):
+        sum_v[large_x] = _strongest_of_large(value_n[np.repeat(large_v, size_v)], size_v[large_x], n_patches)
+    return sum_v
+
+
+def _strongest_of_small(
+    value_n: NDArray[np.float32], start_v: NDArray[np.int64], size_v: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """The same sums where zeros beat what is below them: the groups side by side, a place of each at a time."""
+    order_v = stable_order(torch.from_numpy(MAX_PLACES - size_v), MAX_PLACES + 1).numpy()  # the largest first
+    start_v, n_longer = start_v[order_v], len(size_v) - np.bincount(size_v, minlength=1).cumsum()
+    strongest_pv = np.zeros((N_STRONGEST, len(size_v)), np.float32)
+    for place, n_groups in enumerate(n_longer[:-1]):
+        value_x = value_n[start_v[:n_groups] + place]
+        for strongest_v in strongest_pv[:, :n_groups]:
+            beaten_x = np.minimum(strongest_v, value_x)
+            np.maximum(strongest_v, value_x, out=strongest_v)
+            value_x = beaten_x
+    sum_v = np.empty(len(size_v), np.float32)
+    sum_v[order_v] = (strongest_pv[0] + strongest_pv[1]) + strongest_pv[2]
     return sum_v
 
 

@@ -1,9 +1,11 @@
-"""Which entries of a dense block are codes.
+"""Which entries of a dense product are codes.
 
-On the CPU in NumPy, a slice of some rows at a time, so that each look at it but the first finds it in the cache: the
-block is read from memory once. Elsewhere in torch, the whole block at a time. Both make the same choice.
+On the CPU in NumPy, some features at a time (`Sieve`), while the cache still holds the product's block: what may be a code
+is noted, and the next block takes its place. Elsewhere in torch, all features at a time (`select_at_once`). Both make the
+same choice.
 
-Names: `b` rows, `s` features, `k` kept or groups, `g` groups of features, `w` candidates of a row, `n` codes.
+Names: `b` tokens, `c` features of a block, `s` all features, `k` kept or groups, `g` groups, `w` candidates of a token,
+`n` candidates or codes, `x` some of them.
 """
 
 import numpy as np
@@ -11,16 +13,194 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saev_dist.accumulators.base import stable_order
 from saev_dist.sae.model import Activation, GroupMax, TopK
 
-SLICE_CODES = 2**20  # 4 MB
+Bound = float | NDArray[np.float32]
+"""What an entry must exceed: one number, or (s,)."""
+Candidates = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
+"""Token, feature and value (or what it is at most)."""
+
 GROUPS_PER_K = 8
+MAX_FEATURES_UNSEEN = 4096
+"""Features after which a bar rises in any case; it bounds the table that it takes."""
+CROWD = 8
+"""Candidates a code at which those that lost meanwhile are forgotten; it bounds their number."""
 
-Flat = tuple[NDArray[np.int64], NDArray[np.float32]]
-"""Positions in the flat block, ascending, and the values there."""
+
+# ---- on the CPU
 
 
-def select(h_bs: Tensor, activation: Activation, threshold: float | Tensor) -> tuple[Tensor, Tensor]:
+class Sieve:
+    """The entries that may be codes, of blocks whose rows are ascending features and whose columns are the tokens.
+
+    An entry is known exactly, or to lie between two bounds. With TopK a token has a bar, the k-th largest lower bound so
+    far: what does not exceed it has lost, for of equals the lower feature wins. It rises when there are k new candidates
+    a token, so about as often as the number of features seen doubles.
+
+    Args:
+        activation: what keeps entries.
+        threshold: of all activations but TopK and GroupMax.
+        n_tokens: columns of every block.
+        d_sae: features in all.
+    """
+
+    def __init__(self, activation: Activation, threshold: Bound, n_tokens: int, d_sae: int) -> None:
+        self.activation, self.threshold, self.n_tokens, self.d_sae = activation, threshold, n_tokens, d_sae
+        self._found: list[Candidates] = []
+        self._mask_cb = np.empty((0, n_tokens), dtype=bool)
+        self._bar: _Bar | None = None
+
+    def take(self, first: int, high_cb: NDArray[np.float32], low_cb: NDArray[np.float32] | None = None) -> None:
+        """Look at a block, which may be overwritten afterwards.
+
+        Args:
+            first: feature of its first row. With GroupMax no group may lie in two blocks.
+            high_cb: the entries, or what they are at most.
+            low_cb: what they are at least; None: the same.
+        """
+        low_cb = high_cb if low_cb is None else low_cb
+        n_features = len(high_cb)
+        if len(self._mask_cb) < n_features:
+            self._mask_cb = np.empty((n_features, self.n_tokens), dtype=bool)
+        mask_cb = self._mask_cb[:n_features]
+        match self.activation:
+            case TopK(k):
+                self._bar = self._bar or _Bar(low_cb, min(k, self.d_sae))
+                np.greater(high_cb, self._bar.bar_b, out=mask_cb)
+            case GroupMax(k):
+                grouped = (-1, self.d_sae // k, self.n_tokens)
+                largest_g1b = low_cb.reshape(grouped).max(axis=1, keepdims=True)
+                np.greater_equal(high_cb.reshape(grouped), largest_g1b, out=mask_cb.reshape(grouped))
+            case _:
+                bound = self.threshold
+                np.greater(
+                    high_cb, bound[first : first + n_features, None] if isinstance(bound, np.ndarray) else bound, out=mask_cb
+                )
+        flat_n = _where(mask_cb)
+        row_n = flat_n // self.n_tokens
+        token_n = flat_n - row_n * self.n_tokens
+        high_n = high_cb[row_n, token_n]
+        self._found.append((token_n, row_n + first, high_n))
+        if self._bar is not None:
+            self._bar.note(token_n, high_n if low_cb is high_cb else low_cb[row_n, token_n], n_features)
+            if sum(len(token_n) for token_n, _, _ in self._found) > CROWD * self._bar.k * self.n_tokens:
+                self._found = [self.candidates()]
+
+    def candidates(self) -> Candidates:
+        """What may be a code so far, by feature, then token."""
+        token_n, feature_n, high_n = (np.concatenate(part) for part in zip(*self._found, strict=True))
+        if self._bar is None:
+            return token_n, feature_n, high_n
+        keep_n = np.flatnonzero(high_n >= self._bar.bar_b[token_n])
+        return token_n[keep_n], feature_n[keep_n], high_n[keep_n]
+
+
+class _Bar:
+    """The k-th largest value of each token so far, or less.
+
+    The first bar is one that at least k entries of the first block reach, and few others do: the k-th largest of the
+    maxima of disjoint groups, each of which is an entry. It is set just below, since those entries must exceed it.
+
+    Args:
+        low_cb: the first block.
+        k: at most the number of features.
+    """
+
+    def __init__(self, low_cb: NDArray[np.float32], k: int) -> None:
+        n_features, n_tokens = low_cb.shape
+        self.k = k
+        self.top_bk = np.full((n_tokens, k), -np.inf, np.float32)
+        self.bar_b = np.full(n_tokens, -np.inf, np.float32)
+        self._unseen: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
+        self._n_unseen = self._n_features_unseen = 0
+        size = max(1, n_features // (GROUPS_PER_K * k))
+        n_groups = n_features // size
+        if n_groups > k:
+            maxima_gb = low_cb[: size * n_groups].reshape(size, n_groups, n_tokens).max(axis=0)
+            kth_b = np.partition(maxima_gb.T, n_groups - k, axis=1)[:, n_groups - k]
+            self.bar_b = np.nextafter(kth_b, np.float32(-np.inf))
+
+    def note(self, token_n: NDArray[np.int64], low_n: NDArray[np.float32], n_features: int) -> None:
+        """Candidates of so many more features."""
+        self._unseen.append((token_n, low_n))
+        self._n_unseen += len(token_n)
+        self._n_features_unseen += n_features
+        if self._n_unseen >= self.k * len(self.bar_b) or self._n_features_unseen >= MAX_FEATURES_UNSEEN:
+            token_n, low_n = (np.concatenate(part) for part in zip(*self._unseen, strict=True))
+            self._unseen, self._n_unseen, self._n_features_unseen = [], 0, 0
+            order_n = stable_order(torch.from_numpy(token_n), len(self.bar_b)).numpy()
+            low_bw = _table(token_n[order_n], low_n[order_n], self.top_bk)[0]
+            width = low_bw.shape[1] - self.k
+            low_bw.partition(width, axis=1)
+            self.top_bk = low_bw[:, width:].copy()
+            self.bar_b = np.maximum(self.bar_b, self.top_bk[:, 0])
+
+
+def keep(activation: Activation, threshold: Bound, candidates: Candidates, n_tokens: int, d_sae: int) -> NDArray[np.int64]:
+    """Which candidates the activation keeps: ascending indices.
+
+    Args:
+        activation, threshold, n_tokens, d_sae: as for `Sieve`.
+        candidates: in its order, with the exact values.
+    """
+    token_n, feature_n, value_n = candidates
+    match activation:
+        case TopK(k):
+            order_n = stable_order(torch.from_numpy(token_n), n_tokens).numpy()
+            kept_n = np.zeros(len(order_n), dtype=bool)
+            kept_n[order_n] = _is_among_k(token_n[order_n], value_n[order_n], min(k, d_sae), n_tokens)
+            return np.flatnonzero(kept_n & (value_n != 0))  # zeros are no codes
+        case GroupMax(k):
+            largest_bk = np.full((n_tokens, k), -np.inf, np.float32)
+            group_n = token_n * k + feature_n // (d_sae // k)
+            np.maximum.at(largest_bk.ravel(), group_n, value_n)
+            best_x = np.flatnonzero((value_n == largest_bk.ravel()[group_n]) & (value_n > 0))
+            return np.sort(best_x[np.unique(group_n[best_x], return_index=True)[1]])
+    return np.flatnonzero(value_n > (threshold[feature_n] if isinstance(threshold, np.ndarray) else threshold))
+
+
+def _is_among_k(token_n: NDArray[np.int64], value_n: NDArray[np.float32], k: int, n_tokens: int) -> NDArray[np.bool_]:
+    """Of candidates ordered by token, whether each is one of its token's k largest, the earlier first among equals."""
+    value_bw, column_n = _table(token_n, value_n, np.empty((n_tokens, 0), np.float32))
+    place = max(0, value_bw.shape[1] - k)
+    kth_b1 = np.partition(value_bw, place, axis=1)[:, place, None]
+    above_bw, equal_bw = value_bw > kth_b1, value_bw == kth_b1
+    room_b1 = k - above_bw.sum(axis=1, keepdims=True)
+    if (equal_bw.sum(axis=1, keepdims=True) > room_b1).any():
+        equal_bw &= equal_bw.cumsum(axis=1) <= room_b1
+    above_bw |= equal_bw
+    return above_bw[token_n, column_n]
+
+
+def _table(
+    token_n: NDArray[np.int64], value_n: NDArray[np.float32], left_bk: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Values ordered by token as a table right of `left_bk`, -inf where a token has fewer; each value's column right of it."""
+    n_tokens, n_left = left_bk.shape
+    count_b = np.bincount(token_n, minlength=n_tokens)
+    column_n = np.arange(len(token_n)) - (count_b.cumsum() - count_b)[token_n]
+    table_bw = np.full((n_tokens, n_left + max(1, int(count_b.max()))), -np.inf, np.float32)
+    table_bw[:, :n_left] = left_bk
+    table_bw[token_n, column_n + n_left] = value_n
+    return table_bw, column_n
+
+
+def _where(mask_cb: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """`np.flatnonzero` of a mask with few flags set: it looks for eight of them at a time."""
+    flat = mask_cb.ravel()
+    if flat.size % 8:
+        return np.flatnonzero(flat)
+    word_x = np.flatnonzero(flat.view(np.uint64) != 0)
+    flag_n = np.flatnonzero(flat.view(np.uint64)[word_x].view(bool))
+    flat_n: NDArray[np.int64] = word_x[flag_n >> 3] * 8 + (flag_n & 7)
+    return flat_n
+
+
+# ---- elsewhere
+
+
+def select_at_once(h_bs: Tensor, activation: Activation, threshold: float | Tensor) -> tuple[Tensor, Tensor]:
     """The entries that the activation keeps, before it changes their values.
 
     Args:
@@ -31,90 +211,10 @@ def select(h_bs: Tensor, activation: Activation, threshold: float | Tensor) -> t
     Returns:
         Positions in the flat block, int64 (n,), ascending; the values there, float32 (n,). On the block's device.
     """
-    if h_bs.device.type != "cpu":
-        return _select_at_once(h_bs, activation, threshold)
-    bound = threshold.float().numpy() if isinstance(threshold, Tensor) else threshold
-    n_rows, d_sae = h_bs.shape
-    step = max(1, SLICE_CODES // d_sae)
-    mask_bs = np.empty((min(step, n_rows), d_sae), dtype=bool)
-    parts: list[Flat] = []
-    for first in range(0, n_rows, step):
-        slice_bs = h_bs[first : first + step].float().numpy()
-        flat_n, value_n = _select_slice(slice_bs, activation, bound, mask_bs[: len(slice_bs)])
-        parts.append((flat_n + first * d_sae, value_n))
-    flat_n, value_n = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return torch.from_numpy(flat_n), torch.from_numpy(value_n)
-
-
-# ---- on the CPU
-
-
-def _select_slice(
-    h_bs: NDArray[np.float32], activation: Activation, threshold: float | NDArray[np.float32], mask_bs: NDArray[np.bool_]
-) -> Flat:
     match activation:
         case TopK(k):
             k = min(k, h_bs.shape[1])
-            np.greater_equal(h_bs, _kth_bound_slice(h_bs, k), out=mask_bs)
-            return _keep_k_slice(h_bs, np.flatnonzero(mask_bs), k)
-        case GroupMax(k):
-            h_bkg = h_bs.reshape(len(h_bs), k, -1)
-            np.equal(h_bkg, h_bkg.max(axis=2, keepdims=True), out=mask_bs.reshape(h_bkg.shape))
-            flat_n = np.flatnonzero(mask_bs)
-            flat_n = _first_of_groups(flat_n, flat_n // h_bkg.shape[2])
-            value_n = h_bs.ravel()[flat_n]
-            return flat_n[value_n > 0], value_n[value_n > 0]
-    np.greater(h_bs, threshold, out=mask_bs)
-    flat_n = np.flatnonzero(mask_bs)
-    return flat_n, h_bs.ravel()[flat_n]
-
-
-def _kth_bound_slice(h_bs: NDArray[np.float32], k: int) -> NDArray[np.float32]:
-    """A value per row, (b, 1), that at least `k` entries of the row reach and few others do.
-
-    The k-th largest of the maxima of disjoint groups: each of those maxima is an entry of the row. Finding it
-    reads the slice once and selects among a few hundred numbers instead of all features.
-    """
-    n_rows, d_sae = h_bs.shape
-    group = max(1, d_sae // (GROUPS_PER_K * k))
-    n_groups = d_sae // group
-    maxima_bg = h_bs[:, : group * n_groups].reshape(n_rows, group, n_groups).max(axis=1)
-    bound: NDArray[np.float32] = np.partition(maxima_bg, n_groups - k, axis=1)[:, n_groups - k, None]
-    return bound
-
-
-def _keep_k_slice(h_bs: NDArray[np.float32], flat_n: NDArray[np.int64], k: int) -> Flat:
-    """Of candidates keep each row's k largest, the lower feature first among equals; zeros are no codes."""
-    value_n = h_bs.ravel()[flat_n]
-    row_n = flat_n // h_bs.shape[1]
-    count_b = np.bincount(row_n, minlength=len(h_bs))
-    place_n = np.arange(len(flat_n)) - (count_b.cumsum() - count_b)[row_n]
-    width = int(count_b.max())
-    value_bw = np.full((len(h_bs), width), -np.inf, np.float32)
-    value_bw[row_n, place_n] = value_n
-    kth_b1 = np.partition(value_bw, width - k, axis=1)[:, width - k, None]
-    above_bw, equal_bw = value_bw > kth_b1, value_bw == kth_b1
-    room_b1 = k - above_bw.sum(axis=1, keepdims=True)
-    if (equal_bw.sum(axis=1, keepdims=True) > room_b1).any():
-        equal_bw &= equal_bw.cumsum(axis=1) <= room_b1
-    keep_n = (above_bw | equal_bw)[row_n, place_n] & (value_n != 0)
-    return flat_n[keep_n], value_n[keep_n]
-
-
-def _first_of_groups(flat_n: NDArray[np.int64], group_n: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The first position of each group; a group's positions lie side by side."""
-    first_n: NDArray[np.int64] = flat_n[np.diff(group_n, prepend=-1) != 0]
-    return first_n
-
-
-# ---- elsewhere
-
-
-def _select_at_once(h_bs: Tensor, activation: Activation, threshold: float | Tensor) -> tuple[Tensor, Tensor]:
-    match activation:
-        case TopK(k):
-            k = min(k, h_bs.shape[1])
-            return _keep_k(h_bs, (h_bs >= _kth_bound(h_bs, k)).view(-1).nonzero().squeeze(1), k)
+            return _keep_k_at_once(h_bs, (h_bs >= _kth_bound(h_bs, k)).view(-1).nonzero().squeeze(1), k)
         case GroupMax(k):
             h_bkg = h_bs.unflatten(1, (k, -1))
             flat_n = (h_bkg == h_bkg.amax(dim=2, keepdim=True)).view(-1).nonzero().squeeze(1)
@@ -135,7 +235,7 @@ def _kth_bound(h_bs: Tensor, k: int) -> Tensor:
     return bound_b1
 
 
-def _keep_k(h_bs: Tensor, flat_n: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _keep_k_at_once(h_bs: Tensor, flat_n: Tensor, k: int) -> tuple[Tensor, Tensor]:
     value_n = h_bs.view(-1)[flat_n].float()
     row_n = flat_n // h_bs.shape[1]
     count_b = torch.bincount(row_n, minlength=len(h_bs))
