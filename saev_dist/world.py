@@ -29,6 +29,7 @@ from saev_dist.signals import Signals
 State = dict[str, Tensor]
 
 CHECK_EVERY_S = 1.0
+ASKS_PER_S = 300  # of all ranks that wait: few ranks may ask often, many must not keep rank 0 busy
 ACKNOWLEDGE_S = 10.0
 BEAT_S = 2.0
 LOST_AFTER_S = 15.0
@@ -166,7 +167,7 @@ class World:
         n_here = self._ask(lambda store: store.add(key, 1))
         while n_here is not None and n_here < self.size:
             time.sleep(delay_s)
-            delay_s = min(CHECK_EVERY_S, 1.5 * delay_s)
+            delay_s = min(CHECK_EVERY_S, self.size / ASKS_PER_S, 1.5 * delay_s)
             n_here = self._ask(lambda store: store.add(key, 0))
 
     def finish(self) -> None:

@@ -237,7 +237,7 @@ def test_a_local_job_that_is_told_to_leave_comes_back_and_has_the_same_bytes(tmp
 
 def test_a_local_job_has_the_gpus_of_its_shell_and_can_be_cancelled_behind_another(tmp_path, monkeypatch):
     monkeypatch.setitem(ENV, "CUDA_VISIBLE_DEVICES", "5,7,8")
-    shards, sae = make_shards(tmp_path / "shards", make_acts(20_000), imgs_per_shard=5000), make_sae(tmp_path / "sae.pt")
+    shards, sae = make_shards(tmp_path / "shards", make_acts(60_000), imgs_per_shard=15_000), make_sae(tmp_path / "sae.pt")
     args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 0.2, "--out"]
     out, show = tmp_path / "run", f"echo $CUDA_VISIBLE_DEVICES >{tmp_path}/gpus"
     with ThreadPoolExecutor() as pool:

@@ -22,6 +22,8 @@ _SHIFT = 23 - BITS
 _FIRST = (127 + MIN_EXPONENT) << BITS
 _REGULAR = (MAX_EXPONENT - MIN_EXPONENT) << BITS
 N_BINS = _REGULAR + 2
+PERCENTILE_ROWS = 2048
+"""Features whose counts are summed up at a time: 8 MB."""
 
 
 def bin_of(value: Tensor) -> Tensor:
@@ -80,6 +82,9 @@ class Histogram(Accumulator):
         middle_h = torch.cat([(edge_h[:-2] + edge_h[1:-1]) / 2, edge_h[-2:-1]])
         rank = max(1, -(-round(self.percentile * 1_000_000) * n_tokens // 100_000_000))
         below_s = n_tokens - self.counts_sh.sum(dim=1)  # tokens at zero
-        reached_sh = below_s[:, None] + self.counts_sh.cumsum(dim=1) >= rank
-        value_s = middle_h[reached_sh.int().argmax(dim=1)]
+        value_s = torch.empty(len(below_s))
+        for first in range(0, len(below_s), PERCENTILE_ROWS):  # the sums of all would take as much as the counts
+            part = slice(first, first + PERCENTILE_ROWS)
+            bins_s1 = torch.searchsorted(self.counts_sh[part].cumsum(dim=1), rank - below_s[part, None])
+            value_s[part] = middle_h[bins_s1[:, 0]]
         return torch.where(below_s >= rank, torch.zeros(()), value_s)
