@@ -1,0 +1,90 @@
+"""The reader delivers every batch, in order and unharmed while it is held, from small shards and big ones."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from saev_dist.data.reader import Reader
+from saev_dist.data.shards import Shards, ShardWriter
+from saev_dist.errors import DataError
+from saev_dist.plan import Plan
+
+N_IMGS, N_PATCHES, D_MODEL = 61, 3, 4
+
+
+def write(dpath: Path, examples_per_shard: int) -> Shards:
+    acts_eltd = np.arange(N_IMGS * N_PATCHES * D_MODEL, dtype=np.float32).reshape(N_IMGS, 1, N_PATCHES, D_MODEL)
+    with ShardWriter(
+        dpath, family="t", ckpt="t", layers=[0], content_tokens_per_example=N_PATCHES, d_model=D_MODEL, cls_token=False,
+        max_tokens_per_shard=examples_per_shard * N_PATCHES,
+    ) as writer:  # fmt: skip
+        writer.write(acts_eltd)
+    return Shards.open(dpath)
+
+
+@pytest.mark.parametrize("examples_per_shard", [1, 3, 20])
+@pytest.mark.parametrize("bad", [(), (0, 1, 2), tuple(range(12)), (2,)])
+def test_batches_come_in_order_and_stay_while_held(tmp_path, examples_per_shard, bad):
+    shards = write(tmp_path, examples_per_shard)
+    bad = [shard_i for shard_i in bad if shard_i < len(shards.names)]
+    for shard_i in bad:
+        (tmp_path / shards.names[shard_i]).unlink()
+    plan = Plan(shards.examples, 2)
+    todo = ((0, 2), (3, len(plan)))
+    wanted = [plan[index] for first, stop in todo for index in range(first, stop)]
+    good = [batch.index for batch in wanted if batch.shard_i not in bad]
+    hold, seen = 2, []
+    stream = Reader(shards, plan, todo, depth=3, hold=hold, skip_bad=True)
+    for batch, acts_bd in stream:
+        seen.append((batch, acts_bd))
+        for earlier, held_bd in seen[-1 - hold :]:
+            first = earlier.img_i * N_PATCHES * D_MODEL
+            assert torch.equal(held_bd.flatten(), torch.arange(first, first + held_bd.numel(), dtype=torch.float32))
+            assert len(held_bd) == earlier.n_examples * N_PATCHES
+    assert [batch.index for batch, _ in seen] == good
+    assert sorted(stream.left_out) == [batch.index for batch in wanted if batch.shard_i in bad]
+    assert stream.n_bytes == sum(batch.n_examples for batch, _ in seen) * shards.content_bytes
+
+
+def test_all_before_a_bad_shard_is_delivered_then_the_error(tmp_path):
+    shards = write(tmp_path, 1)
+    (tmp_path / shards.names[5]).unlink()
+    stream = iter(Reader(shards, Plan(shards.examples, 1), ((0, N_IMGS),), depth=2))
+    assert [next(stream)[0].index for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(DataError, match=shards.names[5]):
+        next(stream)
+
+
+def test_stopping_early_leaves_no_thread(tmp_path):
+    shards = write(tmp_path, 3)
+    stream = iter(Reader(shards, Plan(shards.examples, 2), ((0, 10),), depth=3))
+    next(stream)
+    assert any(thread.name.startswith("reader") for thread in threading.enumerate())
+    stream.close()
+    assert not any(thread.name.startswith("reader") for thread in threading.enumerate())
+
+
+def test_of_several_layers_only_the_wanted_one_is_read(tmp_path):
+    """Gaps beyond `MAX_GAP_BYTES` are passed over: counted by the kernel."""
+    n_imgs, n_layers, d_model = 8, 5, 8_192
+    acts_eltd = np.random.default_rng(0).standard_normal((n_imgs, n_layers, N_PATCHES, d_model), np.float32)
+    with ShardWriter(
+        tmp_path, family="t", ckpt="t", layers=range(n_layers), content_tokens_per_example=N_PATCHES, d_model=d_model,
+        cls_token=False, max_tokens_per_shard=4 * n_layers * N_PATCHES,
+    ) as writer:  # fmt: skip
+        writer.write(acts_eltd)
+    shards = Shards.open(tmp_path, 3)
+    before = asked_bytes()
+    acts_btd = [acts_bd.clone() for _, acts_bd in Reader(shards, Plan(shards.examples, 2), ((0, 4),), depth=2)]
+    asked = asked_bytes() - before
+    assert np.array_equal(torch.cat(acts_btd).numpy().reshape(n_imgs, N_PATCHES, d_model), acts_eltd[:, 3])
+    wanted = n_imgs * shards.content_bytes
+    assert wanted <= asked < 1.1 * wanted
+
+
+def asked_bytes() -> int:
+    """Bytes that this process has read so far."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
