@@ -93,6 +93,8 @@ class Extract(SaeRules):
     """Where the encoder runs. auto: a GPU if there is one."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Arithmetic of the encoder's product. tf32 needs CUDA; bf16 rounds scores to 8 bits."""
+    screen: Literal["none", "bf16"] = "none"
+    """bf16: make the product in bfloat16 first, and in fp32 only where a code may be: no code is missed, every score is an fp32 one. Up to twice as fast on CPUs with AVX-512 BF16 or AMX, where codes are few (a few hundred a token)."""
     read_ahead: int = 3
     """Batches read ahead of the encoder, each in its own buffer."""
     timeout_s: int = 600
@@ -116,6 +118,8 @@ class Extract(SaeRules):
             raise ConfigError(f"n_distributions must not be negative, got {self.n_distributions}.")
         if not self.snapshot_every >= 0:
             raise ConfigError(f"snapshot_every must not be negative, got {self.snapshot_every:g}.")
+        if self.screen != "none" and self.precision != "fp32":
+            raise ConfigError(f"--screen {self.screen} gives fp32 scores; it does not go with --precision {self.precision}.")
         if not 0 <= self.percentile <= 100:
             raise ConfigError(f"percentile must lie in 0 to 100, got {self.percentile:g}.")
 

@@ -54,7 +54,10 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     n_threads = batch_threads(plan.examples_per_batch, shards.n_patches, sae.d_sae, device)
     block_tokens, block_features = block_shape(piece, sae.activation, sae.d_sae, device)
     block = block_tokens * n_threads
-    dense = block * block_features * ((4 if cfg.precision != "bf16" else 2) + 1)  # and a mask
+    entry = 4 if cfg.precision != "bf16" else 2
+    if device.type == "cpu" and "bf16" in (cfg.precision, cfg.screen):
+        entry = 4 + 2
+    dense = block * block_features * (entry + 1)  # and a mask
     if isinstance(sae.input_norm, LayerNorm | ConstantNorm):  # float64 copies of the tokens under way
         dense += 3 * 8 * sae.d_model * block
     n_sampled = n_samples(shards.n_tokens, cfg.max_distribution_samples)
@@ -73,6 +76,8 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     if device.type == "cpu":
         host["dense codes"] = dense
         on_device = {}
+    if cfg.screen == "bf16":
+        host["weights to screen by"] = (4 + 2) * sae.d_model * sae.d_sae
     per_image = min(sae.d_sae, shards.n_patches * per_token)
     return Estimate(
         host=host,

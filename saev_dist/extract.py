@@ -98,6 +98,8 @@ def run(cfg: Extract) -> None:
         job = open_job(cfg, world)
         if cfg.precision == "tf32" and job.device.type != "cuda":
             raise ConfigError(f"--precision tf32 needs a CUDA device; this run is on {job.device.type}. Use fp32 or bf16.")
+        if cfg.screen != "none" and job.device.type != "cpu":
+            raise ConfigError(f"--screen {cfg.screen} is for the CPU; this run is on {job.device.type}. Leave it out.")
         store = Run(cfg.out)
         # Slurm and torchrun give a restarted job the flags of its first start: --force must not undo what that did.
         force = cfg.force and not (world.restarted and world.rank == 0 and store.is_under_way(job.identity))
@@ -287,7 +289,7 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
         keeper = stack.enter_context(Keeper(spill, share.fingerprint, share.absorbed, cfg.snapshot_every))
         stack.callback(progress.close)
         n_threads = batch_threads(job.plan.examples_per_batch, shards.n_patches, job.sae.d_sae, job.device)
-        encoder = stack.enter_context(Encoder(job.sae, job.device, cfg.precision, n_threads))
+        encoder = stack.enter_context(Encoder(job.sae, job.device, cfg.precision, n_threads, screen=cfg.screen == "bf16"))
         stream = stack.enter_context(closing(_encoded(reader, encoder, shards, clock)))
         while True:
             try:

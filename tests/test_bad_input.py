@@ -130,6 +130,7 @@ CASES = {
     "top_k zero": (set_flag(top_k=0), "top_k must be at least 1 (and at most 1,000,000,000), got 0"),
     "percentile out of range": (set_flag(percentile=101), "percentile must lie in 0 to 100"),
     "tf32 on a CPU": (set_flag(precision="tf32", device="cpu"), "--precision tf32 needs a CUDA device"),
+    "screen with bf16": (set_flag(precision="bf16", screen="bf16"), "--screen bf16 gives fp32 scores; it does not go with --precision bf16"),
     "out below a file": (lambda c: c.flags.update({"--out": c.sae / "run"}), "Not a directory"),
     "out a file": (lambda c: c.flags.update({"--out": c.sae}), "sae.pt is a file; --out takes a directory"),
     "TOML missing": (set_flag(config="nowhere.toml"), "nowhere.toml: No such file"),

@@ -21,7 +21,7 @@ def test_every_example_runs_from_top_to_bottom(tmp_path):
     for name in ("tests", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     path = f"{Path(sys.executable).parent}{os.pathsep}{ENV['PATH']}"
-    assert len(SHELL) == 16
+    assert len(SHELL) == 17
     for line in SHELL:
         done = subprocess.run(line, shell=True, cwd=tmp_path, env=ENV | {"PATH": path}, capture_output=True, text=True)
         assert done.returncode == 0, (line, done.stderr)

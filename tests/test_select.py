@@ -41,7 +41,7 @@ def by_loop(row: list[float], kind: Activation) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @given(block=BLOCKS, step=st.sampled_from([3, 6, 12]), spread=st.sampled_from([0.0, 0.3, 2.0]), often=st.booleans())
 def test_the_sieve_and_whole_blocks_keep_what_a_loop_keeps(kind, block, step, spread, often):
-    """The sieve also where it knows only bounds of the entries."""
+    """The sieve also where it knows the entries only up to a margin."""
     h_bs, threshold = torch.from_numpy(block), kind.threshold if isinstance(kind, Threshold) else 0.0
     expected = [b * 12 + s for b, row in enumerate(block.tolist()) for s in by_loop(row, kind)]
     flat_n, value_n = select.select_at_once(h_bs, kind, threshold)
@@ -52,10 +52,15 @@ def test_the_sieve_and_whole_blocks_keep_what_a_loop_keeps(kind, block, step, sp
             patch.setattr(select, "MAX_FEATURES_UNSEEN", 1)
             patch.setattr(select, "CROWD", 0)
         sieve = select.Sieve(kind, threshold, len(block), 12)
-        noise = np.random.default_rng(0).random((2, *block.T.shape), np.float32) * np.float32(spread)
+        random = np.random.default_rng(0)
+        margin = select.Margin(random.random(len(block), np.float32) * np.float32(spread), 2.0**-8)
+        noisy = (block.T + random.uniform(-0.99, 0.99, block.T.shape) * margin.at(block.T, slice(None))).astype(np.float32)
         for first in range(0, 12, step):
             rows = slice(first, first + step)
-            sieve.take(first, (block.T + noise[0])[rows], (block.T - noise[1])[rows])
+            if spread:
+                sieve.take(first, noisy[rows], margin)
+            else:
+                sieve.take(first, np.ascontiguousarray(block.T[rows]))
         token_n, feature_n, _ = sieve.candidates()
     assert (np.diff(feature_n * len(block) + token_n) > 0).all(), "by feature, then by token"
     value_n = block[token_n, feature_n]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from saev_dist.accumulators.base import Codes, stable_order
 from saev_dist.sae.model import Activation, ConstantNorm, Gated, Given, GroupMax, LayerNorm, Precision, Sae, Threshold, TopK
+from saev_dist.sae.screen import Screen
 from saev_dist.sae.select import Bound, Sieve, keep, select_at_once
 
 PIECE_CODES = 2**25  # bounds the codes of a piece, where they are many
@@ -52,11 +53,15 @@ class Encoder:
         device: where the product runs.
         precision: fp32; tf32 (CUDA only); bf16, whose product is rounded to 8 bits and so has many ties.
         n_threads: pieces that are encoded at a time.
+        screen: on the CPU, in fp32: make the product in bfloat16 first, and in fp32 only where a code may be.
+
+    Raises:
+        ConfigError: the weights cannot be screened.
 
     Device memory: the weights, and for each thread a block: on the CPU of `block_shape`, else of a batch and all features.
     """
 
-    def __init__(self, sae: Sae, device: torch.device, precision: Precision, n_threads: int) -> None:
+    def __init__(self, sae: Sae, device: torch.device, precision: Precision, n_threads: int, *, screen: bool = False) -> None:
         # Process-wide switches of torch: TF32 only where asked for.
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         self.sae, self.device = sae, device
@@ -91,7 +96,12 @@ class Encoder:
                 self._threshold = threshold.clamp(min=0).to(device, self.dtype)
             else:
                 self._threshold = max(threshold, 0.0)
-        self._local = threading.local()
+        self._screen: Screen | None = None
+        if screen:
+            with _one_thread():
+                self._screen = Screen(self._w_ds, self._b_s, self._threshold)
+            self._limit *= 0.99  # so that no activation is infinite in bfloat16
+        self._blocks = _Blocks()
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
@@ -131,7 +141,8 @@ class Encoder:
             n_patches: tokens per example.
             only: features whose codes are wanted, int64, on the encoder's device; None: all. The others do not leave
                 the device.
-            lift_s: float32 (s,), added to the scores before the activation decides which to keep; None: nothing.
+            lift_s: float32 (s,), added to the scores before the activation decides which to keep; None: nothing. Not with
+                `screen`.
 
         Returns:
             A function that waits for the codes. It raises ActivationOverflow where a value is NaN, infinite, or too
@@ -139,6 +150,7 @@ class Encoder:
         """
         bias_s = self._b_s
         if lift_s is not None:
+            assert self._screen is None
             if isinstance(self.sae.activation, Gated):  # the gate decides, and its h becomes a score by this factor
                 lift_s = lift_s / self.sae.activation.scale_s
             bias_s = bias_s + lift_s.to(self.device, self.dtype)
@@ -212,17 +224,28 @@ class Encoder:
         n_tokens, d_sae, activation = len(x_bd), self.sae.d_sae, self.sae.activation
         _, step = block_shape(n_tokens, self.sae.activation, self.sae.d_sae, self.device)
         threshold: Bound = self._threshold.float().numpy() if isinstance(self._threshold, Tensor) else self._threshold
-        sieve = Sieve(activation, threshold, n_tokens, d_sae)
+        sieve = Sieve(activation, 0.0 if self._screen else threshold, n_tokens, d_sae)
+        rounded = self._screen.round(x_bd) if self._screen else None
         # Features are rows, so that codes are found in their final order; rows begin at cache lines, or the product is slow.
         width = -(-n_tokens // 16) * 16
-        dense_cb = self._dense(step * width).view(step, width)[:, :n_tokens]
+        dense_cb = self._block(step * width, torch.float32).view(step, width)[:, :n_tokens]
+        product_cb = dense_cb
+        if self._screen or self.dtype != torch.float32:
+            product_cb = self._block(step * width, torch.bfloat16).view(step, width)[:, :n_tokens]
         for first in range(0, d_sae, step):
-            stop = min(first + step, d_sae)
-            h_cb = dense_cb[: stop - first]
-            torch.addmm(bias_s[first:stop, None], self._w_ds[:, first:stop].T, x_bd.T, out=h_cb)
-            sieve.take(first, h_cb.float().numpy())
+            stop, margin = min(first + step, d_sae), None
+            h_cb, out_cb = dense_cb[: stop - first], product_cb[: stop - first]
+            if self._screen and rounded:
+                margin = self._screen.product(first, rounded, out_cb)
+            else:
+                torch.addmm(bias_s[first:stop, None], self._w_ds[:, first:stop].T, x_bd.T, out=out_cb)
+            if out_cb.dtype != h_cb.dtype:
+                h_cb.copy_(out_cb)
+            sieve.take(first, h_cb.numpy(), margin)
         candidates = sieve.candidates()
-        if isinstance(activation, TopK | GroupMax):  # of the others every candidate is a code
+        if self._screen:
+            candidates = self._screen.recompute(candidates, x_bd)
+        if self._screen or isinstance(activation, TopK | GroupMax):  # of the others every candidate is a code
             kept_n = keep(activation, threshold, candidates, n_tokens, d_sae)
             candidates = candidates[0][kept_n], candidates[1][kept_n], candidates[2][kept_n]
         token_n, feature_n, value_n = (torch.from_numpy(part) for part in candidates)
@@ -230,18 +253,25 @@ class Encoder:
 
     def _select_at_once(self, x_bd: Tensor, bias_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n_tokens, d_sae = len(x_bd), self.sae.d_sae
-        h_bs = self._dense(n_tokens * d_sae).view(n_tokens, d_sae)
+        h_bs = self._block(n_tokens * d_sae, self.dtype).view(n_tokens, d_sae)
         torch.addmm(bias_s, x_bd, self._w_ds, out=h_bs)
         flat_n, value_n = select_at_once(h_bs, self.sae.activation, self._threshold)
         token_n = flat_n // d_sae
         return token_n, flat_n - token_n * d_sae, value_n
 
-    def _dense(self, n_codes: int) -> Tensor:
-        """This thread's block, flat, kept for the whole run: a fresh array is paged in anew each time."""
-        kept = getattr(self._local, "dense", None)
-        if kept is None or len(kept) < n_codes:
-            kept = self._local.dense = torch.empty(n_codes, device=self.device, dtype=self.dtype)
-        return kept[:n_codes]
+    def _block(self, n_codes: int, dtype: torch.dtype) -> Tensor:
+        """This thread's block of a type, flat, kept for the whole run: a fresh array is paged in anew each time."""
+        blocks = self._blocks.by_type
+        if dtype not in blocks or len(blocks[dtype]) < n_codes:
+            blocks[dtype] = torch.empty(n_codes, device=self.device, dtype=dtype)
+        return blocks[dtype][:n_codes]
+
+
+class _Blocks(threading.local):
+    """Each thread's own."""
+
+    def __init__(self) -> None:
+        self.by_type: dict[torch.dtype, Tensor] = {}
 
 
 @contextmanager

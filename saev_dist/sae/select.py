@@ -8,6 +8,8 @@ Names: `b` tokens, `c` features of a block, `s` all features, `k` kept or groups
 `n` candidates or codes, `x` some of them.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -31,10 +33,37 @@ CROWD = 8
 # ---- on the CPU
 
 
+@dataclass(frozen=True, eq=False)
+class Margin:
+    """How far an entry h of token b may be from what it stands for: `absolute_b + relative * |h|`.
+
+    Both hold 2^-20 of themselves to spare, and `relative` 2^-20 more: for the rounding of what is computed from them.
+    """
+
+    absolute_b: NDArray[np.float32]
+    relative: float
+
+    def at(self, h_n: NDArray[np.float32], token_n: NDArray[np.int64] | slice) -> NDArray[np.float32]:
+        """Of some entries."""
+        margin_n: NDArray[np.float32] = np.abs(h_n)
+        margin_n *= self.relative
+        margin_n += self.absolute_b[token_n]
+        return margin_n
+
+    def cut(self, bound_b: NDArray[np.float32] | float) -> NDArray[np.float32]:
+        """What an entry must exceed, if what it stands for may exceed `bound_b`, (…, b)."""
+        # An entry has lost where h + relative |h| <= most.
+        most_b: NDArray[np.float32] = np.asarray(bound_b, np.float32) - self.absolute_b
+        cut_b: NDArray[np.float32] = np.abs(most_b)
+        cut_b *= -self.relative * (1 + 2 * self.relative)
+        cut_b += most_b
+        return cut_b
+
+
 class Sieve:
     """The entries that may be codes, of blocks whose rows are ascending features and whose columns are the tokens.
 
-    An entry is known exactly, or to lie between two bounds. With TopK a token has a bar, the k-th largest lower bound so
+    An entry is known exactly, or up to a margin. With TopK a token has a bar, the k-th largest lower bound so
     far: what does not exceed it has lost, for of equals the lower feature wins. It rises when there are k new candidates
     a token, so about as often as the number of features seen doubles.
 
@@ -51,39 +80,42 @@ class Sieve:
         self._mask_cb = np.empty((0, n_tokens), dtype=bool)
         self._bar: _Bar | None = None
 
-    def take(self, first: int, high_cb: NDArray[np.float32], low_cb: NDArray[np.float32] | None = None) -> None:
+    def take(self, first: int, h_cb: NDArray[np.float32], margin: Margin | None = None) -> None:
         """Look at a block, which may be overwritten afterwards.
 
         Args:
             first: feature of its first row. With GroupMax no group may lie in two blocks.
-            high_cb: the entries, or what they are at most.
-            low_cb: what they are at least; None: the same.
+            h_cb: the entries.
+            margin: how far they may be off; None: they are exact.
         """
-        low_cb = high_cb if low_cb is None else low_cb
-        n_features = len(high_cb)
+        n_features = len(h_cb)
         if len(self._mask_cb) < n_features:
             self._mask_cb = np.empty((n_features, self.n_tokens), dtype=bool)
         mask_cb = self._mask_cb[:n_features]
         match self.activation:
             case TopK(k):
-                self._bar = self._bar or _Bar(low_cb, min(k, self.d_sae))
-                np.greater(high_cb, self._bar.bar_b, out=mask_cb)
+                self._bar = self._bar or _Bar(h_cb, min(k, self.d_sae), margin)
+                bar_b = self._bar.bar_b
+                np.greater(h_cb, margin.cut(bar_b) if margin else bar_b, out=mask_cb)
             case GroupMax(k):
                 grouped = (-1, self.d_sae // k, self.n_tokens)
-                largest_g1b = low_cb.reshape(grouped).max(axis=1, keepdims=True)
-                np.greater_equal(high_cb.reshape(grouped), largest_g1b, out=mask_cb.reshape(grouped))
+                largest_g1b = h_cb.reshape(grouped).max(axis=1, keepdims=True)
+                if margin:
+                    largest_g1b = margin.cut(largest_g1b - margin.at(largest_g1b, slice(None)))
+                np.greater_equal(h_cb.reshape(grouped), largest_g1b, out=mask_cb.reshape(grouped))
             case _:
                 bound = self.threshold
-                np.greater(
-                    high_cb, bound[first : first + n_features, None] if isinstance(bound, np.ndarray) else bound, out=mask_cb
-                )
+                if isinstance(bound, np.ndarray):
+                    bound = bound[first : first + n_features, None]
+                np.greater(h_cb, margin.cut(bound) if margin else bound, out=mask_cb)
         flat_n = _where(mask_cb)
         row_n = flat_n // self.n_tokens
         token_n = flat_n - row_n * self.n_tokens
-        high_n = high_cb[row_n, token_n]
-        self._found.append((token_n, row_n + first, high_n))
+        h_n = h_cb[row_n, token_n]
+        margin_n = margin.at(h_n, token_n) if margin else 0
+        self._found.append((token_n, row_n + first, h_n + margin_n))
         if self._bar is not None:
-            self._bar.note(token_n, high_n if low_cb is high_cb else low_cb[row_n, token_n], n_features)
+            self._bar.note(token_n, h_n - margin_n, n_features)
             if sum(len(token_n) for token_n, _, _ in self._found) > CROWD * self._bar.k * self.n_tokens:
                 self._found = [self.candidates()]
 
@@ -103,12 +135,13 @@ class _Bar:
     maxima of disjoint groups, each of which is an entry. It is set just below, since those entries must exceed it.
 
     Args:
-        low_cb: the first block.
+        h_cb: the first block.
         k: at most the number of features.
+        margin: of its entries.
     """
 
-    def __init__(self, low_cb: NDArray[np.float32], k: int) -> None:
-        n_features, n_tokens = low_cb.shape
+    def __init__(self, h_cb: NDArray[np.float32], k: int, margin: Margin | None) -> None:
+        n_features, n_tokens = h_cb.shape
         self.k = k
         self.top_bk = np.full((n_tokens, k), -np.inf, np.float32)
         self.bar_b = np.full(n_tokens, -np.inf, np.float32)
@@ -117,8 +150,10 @@ class _Bar:
         size = max(1, n_features // (GROUPS_PER_K * k))
         n_groups = n_features // size
         if n_groups > k:
-            maxima_gb = low_cb[: size * n_groups].reshape(size, n_groups, n_tokens).max(axis=0)
+            maxima_gb = h_cb[: size * n_groups].reshape(size, n_groups, n_tokens).max(axis=0)
             kth_b = np.partition(maxima_gb.T, n_groups - k, axis=1)[:, n_groups - k]
+            if margin:
+                kth_b = kth_b - margin.at(kth_b, slice(None))
             self.bar_b = np.nextafter(kth_b, np.float32(-np.inf))
 
     def note(self, token_n: NDArray[np.int64], low_n: NDArray[np.float32], n_features: int) -> None:

@@ -168,7 +168,8 @@ def main() -> None:
     parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="numbers in CASES; default: all")
     args = parser.parse_args()
     for index in args.cases:
-        measure(CASES[index], args.rounds)
+        for settings in ({}, {"screen": "bf16"}):
+            measure(CASES[index], args.rounds, **settings)
 
 
 if __name__ == "__main__":

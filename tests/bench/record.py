@@ -49,4 +49,5 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    print(table([json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]))
+    lines = Path(sys.argv[1]).read_text().splitlines()
+    print(table([json.loads(line) for line in lines if line.startswith("{")]))  # a run prints its summary there too
