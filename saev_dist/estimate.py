@@ -19,6 +19,9 @@ from saev_dist.world import World
 
 CODE_BYTES = 120
 """A code (20 bytes) and the temporaries that order and count it: added up from the code, not measured."""
+CANDIDATE_BYTES = 70
+CANDIDATES_PER_CODE = 3
+"""Entries that --screen makes again, for each code: 1.4 to 3 were measured."""
 ASSUMED_DENSITY = 0.02
 """Share of nonzero codes where the activation does not fix it."""
 
@@ -52,7 +55,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     weights = 4 * (2 * sae.d_model * sae.d_sae + sae.d_sae + sae.d_model)
     piece = piece_images(plan.examples_per_batch, shards.n_patches, sae.d_sae, device) * shards.n_patches
     n_threads = batch_threads(plan.examples_per_batch, shards.n_patches, sae.d_sae, device)
-    block_tokens, block_features = block_shape(piece, sae.activation, sae.d_sae, device)
+    block_tokens, block_features, _ = block_shape(piece, sae.activation, sae.d_sae, device)
     block = block_tokens * n_threads
     entry = 4 if cfg.precision != "bf16" else 2
     if device.type == "cpu" and "bf16" in (cfg.precision, cfg.screen):
@@ -78,6 +81,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
         on_device = {}
     if cfg.screen == "bf16":
         host["weights to screen by"] = (4 + 2) * sae.d_model * sae.d_sae
+        host["candidates"] = block * CANDIDATES_PER_CODE * per_token * CANDIDATE_BYTES
     per_image = min(sae.d_sae, shards.n_patches * per_token)
     return Estimate(
         host=host,

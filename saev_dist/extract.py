@@ -289,7 +289,8 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
         keeper = stack.enter_context(Keeper(spill, share.fingerprint, share.absorbed, cfg.snapshot_every))
         stack.callback(progress.close)
         n_threads = batch_threads(job.plan.examples_per_batch, shards.n_patches, job.sae.d_sae, job.device)
-        encoder = stack.enter_context(Encoder(job.sae, job.device, cfg.precision, n_threads, screen=cfg.screen == "bf16"))
+        screen = cfg.screen == "bf16" and bool(share.todo)
+        encoder = stack.enter_context(Encoder(job.sae, job.device, cfg.precision, n_threads, screen=screen))
         stream = stack.enter_context(closing(_encoded(reader, encoder, shards, clock)))
         while True:
             try:
@@ -324,6 +325,7 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
         "tokens_per_s": n_tokens / seconds,
         "read_gb_per_s": reader.n_bytes / seconds / 1e9,
         "read_wait_s": reader.wait_s,
+        "recomputed_per_token": encoder.recomputed_per_token,
         **{f"{stage}_s": value for stage, value in clock.seconds.items()},
         "segments": [asdict(segment) for segment in keeper.segments],
         "left_out": share.bad | reader.left_out,

@@ -1,7 +1,8 @@
 """`--screen bf16`: the bound holds, wherever it is hardest; codes are those of the fp32 product; runs are what they were."""
 
 import json
-from contextlib import nullcontext
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -29,13 +30,19 @@ FIXTURES = {"saev-1.1/relu": 7, "saev-1.1/topk": 0, "saev-2.1/topk": 11, "saev-2
 
 
 def shares(x_bd: torch.Tensor, w_ds: torch.Tensor, bias_s: torch.Tensor, threshold: float | torch.Tensor = 0.0) -> torch.Tensor:
-    """How much of its margin each entry of the fast product takes up, the fp32 one being the truth; (s, b)."""
-    bounds = Screen(w_ds, bias_s, threshold)
-    fast_sb = torch.empty(w_ds.shape[1], len(x_bd), dtype=torch.bfloat16)
+    """How much of its margin each entry of the fast product takes up, off the exact value or off the fp32 one; (s, b)."""
+    bounds, (d_sae, n_tokens) = Screen(w_ds, bias_s, threshold), (w_ds.shape[1], len(x_bd))
+    fast_sb = torch.empty(d_sae, n_tokens, dtype=torch.bfloat16)
     margin = bounds.product(0, bounds.round(x_bd), fast_sb)
-    truth_sb = (w_ds.double().T @ x_bd.double().T + bias_s.double()[:, None]) - torch.as_tensor(threshold).double().view(-1, 1)
-    h_sb = fast_sb.float()
-    return (h_sb.double() - truth_sb).abs() / torch.from_numpy(margin.at(h_sb.numpy(), slice(None))).double()
+    assert len(margin.unknown_x) == 0
+    everything = np.arange(n_tokens * d_sae)
+    candidates = everything % n_tokens, everything // n_tokens, np.full(len(everything), np.inf, np.float32)
+    fp32_sb = torch.from_numpy(bounds.recompute(candidates, x_bd)[2]).view(d_sae, n_tokens).double()
+    exact_sb = w_ds.double().T @ x_bd.double().T + bias_s.double()[:, None]
+    off_sb = torch.stack(
+        [fast_sb.double() - (truth_sb - torch.as_tensor(threshold).double().view(-1, 1)) for truth_sb in (fp32_sb, exact_sb)]
+    )
+    return off_sb.abs().amax(dim=0) / torch.from_numpy(margin.at(fast_sb.float().numpy(), slice(None))).double()
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-20, 1.0, 1e15])
@@ -57,31 +64,90 @@ def test_the_bound_is_nearly_reached_where_every_rounding_goes_one_way():
     assert shares(torch.full((3, 768), 1 + 2.0**-7), torch.full((768, 5), 1 + 2.0**-7), torch.zeros(5)).max() < 1
 
 
-def test_the_bound_covers_the_float32_sum():
+@pytest.mark.parametrize("swap", [False, True])
+def test_the_bound_covers_the_float32_sums(swap):
     """2^24, then halves that it swallows one by one, then -2^24; exact in bfloat16, so nothing else is rounded."""
     x_bd, w_ds = torch.ones(1, 768), torch.full((768, 1), 0.5)
     x_bd[0, [0, -1]], w_ds[[0, -1], 0] = 2.0**12, torch.tensor([2.0**12, -(2.0**12)])
+    if swap:  # for sums that run over many columns side by side
+        x_bd[0, [1, 16]], x_bd[0, -1], w_ds[[1, 16], 0], w_ds[-1, 0] = 2.0**12, 1, -(2.0**12), 0.5
     assert 0 < shares(x_bd, w_ds, torch.zeros(1)).max() < 1
 
 
-def test_the_bound_covers_what_two_bfloat16_numbers_leave_of_a_bias():
-    bias_s = 1 + torch.rand(2_000, generator=torch.Generator().manual_seed(0))
-    high_s = bias_s.bfloat16().float()
-    w_ds = -torch.stack([high_s, (bias_s - high_s).bfloat16().float()])  # so that just the rest is left
+def test_the_bound_covers_large_offsets_that_cancel():
+    """A bias takes the product away, or a threshold the bias: what is left is the rounding of large numbers."""
+    random = torch.Generator().manual_seed(0)
+    large_s = 1e6 * (1 + torch.rand(2_000, generator=random))
+    high_s = large_s.bfloat16().float()
+    parts_ds = torch.stack([high_s, (large_s - high_s).bfloat16().float()])  # the columns that the bias will have
     for one in range(0, 2_000, 100):
-        assert 0 < shares(torch.ones(1, 2), w_ds[:, one : one + 100], bias_s[one : one + 100]).max() < 1
+        part = slice(one, one + 100)
+        assert 0 < shares(torch.ones(1, 2), -parts_ds[:, part], large_s[part]).max() < 1
+        assert 0 < shares(torch.full((1, 1), 0.3), torch.full((1, 100), 0.7), large_s[part], large_s[part]).max() < 1
 
 
-def test_activations_that_bfloat16_cannot_hold_are_refused():
+@pytest.mark.parametrize("kind", [Relu(), TopK(3), GroupMax(8)], ids=str)
+def test_what_could_overflow_is_refused_and_never_lost(kind):
     sae = Sae(
-        w_enc_ds=torch.full((4, 32), 1e-30), b_enc_s=torch.zeros(32), w_dec_sd=torch.ones(32, 4), b_dec_d=torch.zeros(4),
-        activation=Relu(), pre_bias=False, source="",
+        w_enc_ds=torch.full((4, 200), 1e-3), b_enc_s=torch.zeros(200), w_dec_sd=torch.ones(200, 4), b_dec_d=torch.zeros(4),
+        activation=kind, pre_bias=False, source="",
     )  # fmt: skip
+    for bias, value, fine in ((0.0, 8e37, True), (0.0, 3.39e38, False), (3.389e38, 3e38, False), (3.389e38, 1.0, False)):
+        plain, screened = (
+            Encoder(replace(sae, b_enc_s=torch.full((200,), bias)), CPU, "fp32", 1, screen=how) for how in (False, True)
+        )
+        acts_bd = torch.full((1, 4), value)
+        with plain, screened:
+            expected = plain.encode(acts_bd, img_i=0, n_patches=1)
+            if fine:
+                assert torch.equal(screened.encode(acts_bd, img_i=0, n_patches=1).feature_n, expected.feature_n)
+            else:
+                with pytest.raises(ActivationOverflow):
+                    screened.encode(acts_bd, img_i=0, n_patches=1)
+
+
+@pytest.mark.parametrize("kind", [Relu(), TopK(7), GroupMax(8), Threshold(1e5)], ids=str)
+@pytest.mark.parametrize("loud", ["norm", "bias"])
+def test_loud_features_have_the_codes_of_fp32(kind, loud):
+    """One in 64 is much larger than the others."""
+    w_ds, bias_s = close_ones(D_MODEL, 512, 1).T.contiguous(), torch.arange(512) % 3 * 301.0
+    if loud == "norm":
+        w_ds[:, 5::64] *= 2.0**12  # exact still
+    else:
+        bias_s[5::64] = -(2.0**40)
+    sae = Sae(
+        w_enc_ds=w_ds, b_enc_s=bias_s, w_dec_sd=w_ds.T, b_dec_d=torch.zeros(D_MODEL), activation=kind, pre_bias=False,
+        source="integers",
+    )  # fmt: skip
+    acts_bd = torch.cat([close_ones(D_MODEL, 20, 1), -close_ones(D_MODEL, 20, 2), close_ones(D_MODEL, 20, 3)])
+    found = []
     for screened in (False, True):
         with Encoder(sae, CPU, "fp32", 1, screen=screened) as one:
-            one.encode(torch.full((1, 4), 3.36e38), img_i=0, n_patches=1)
-            with pytest.raises(ActivationOverflow) if screened else nullcontext():
-                one.encode(torch.full((1, 4), 3.4e38), img_i=0, n_patches=1)
+            found.append(one.encode(acts_bd, img_i=0, n_patches=5))
+    for name in ("token_n", "feature_n", "value_n"):
+        assert torch.equal(getattr(found[0], name), getattr(found[1], name))
+
+
+@pytest.mark.parametrize("kind", [TopK(16), Threshold(2.0)], ids=str)
+@pytest.mark.parametrize("loud", ["norm", "bias"])
+def test_loud_features_do_not_swell_the_bounds_of_others(kind, loud):
+    random = torch.Generator().manual_seed(0)
+    w_ds, bias_s, acts_bd = torch.randn(48, 512, generator=random) / 7, torch.zeros(512), torch.randn(100, 48, generator=random)
+    recomputed = []
+    for is_loud in (False, True):
+        if is_loud and loud == "norm":
+            w_ds[:, 5::64] *= 1e5
+        elif is_loud:
+            bias_s[5::64] = -1e8
+        sae = Sae(
+            w_enc_ds=w_ds, b_enc_s=bias_s, w_dec_sd=w_ds.T, b_dec_d=torch.zeros(48), activation=kind, pre_bias=False, source=""
+        )
+        with Encoder(sae, CPU, "fp32", 1, screen=True) as one:
+            one.encode(acts_bd, img_i=0, n_patches=5)
+        recomputed.append(one.recomputed_per_token)
+    calm, noisy = recomputed
+    assert 8 < calm < 64
+    assert noisy < calm + 20, "8 loud ones of 512, which are always made again"
 
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**60), max_value=2.0**60)
@@ -92,12 +158,12 @@ def test_the_bound_holds_for_any_numbers(x_bd, w_ds, bias):
     assert shares(torch.from_numpy(x_bd), torch.from_numpy(w_ds), torch.full((5,), bias)).max() < 1
 
 
-@given(FLOATS, st.floats(0, 2.0**60, width=32), FLOATS)
-def test_no_more_than_a_margin_is_cut_off(h, absolute, bound):
-    margin, h = Margin(np.full(1, absolute, np.float32), screen.RELATIVE), np.float32(h)
-    if h <= margin.cut(np.float32(bound))[0]:
-        exact = float(h) + (absolute * (1 - 2.0**-20) + screen.RELATIVE * (1 - 2.0**-20) * abs(float(h)))
-        assert exact <= bound
+@given(st.floats(0, 2.0**60, width=32), FLOATS, st.sampled_from([2.0**-8, 2.0**-2]))
+def test_no_more_than_a_margin_is_cut_off(absolute, bound, relative):
+    margin = Margin(np.full(1, absolute, np.float32), relative, np.empty(0, np.int64))
+    h = Fraction(float(margin.cut(np.float32(bound))[0]))  # the largest that is cut off
+    spare = 1 - Fraction(2) ** -20
+    assert h + Fraction(absolute) * spare + (Fraction(relative) * spare - Fraction(2) ** -20) * abs(h) <= Fraction(bound)
 
 
 def close_ones(d_model: int, n: int, seed: int) -> torch.Tensor:

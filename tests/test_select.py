@@ -53,7 +53,9 @@ def test_the_sieve_and_whole_blocks_keep_what_a_loop_keeps(kind, block, step, sp
             patch.setattr(select, "CROWD", 0)
         sieve = select.Sieve(kind, threshold, len(block), 12)
         random = np.random.default_rng(0)
-        margin = select.Margin(random.random(len(block), np.float32) * np.float32(spread), 2.0**-8)
+        margin = select.Margin(
+            random.random(len(block), np.float32) * np.float32(spread), 2.0**-8, np.array([1][: int(spread)], np.int64)
+        )
         noisy = (block.T + random.uniform(-0.99, 0.99, block.T.shape) * margin.at(block.T, slice(None))).astype(np.float32)
         for first in range(0, 12, step):
             rows = slice(first, first + step)
@@ -119,7 +121,9 @@ def test_pieces_are_whole_images_and_blocks_are_bounded(n_imgs, n_patches, d_sae
     assert images == 1 or images * n_patches <= encoder.BLOCK_TOKENS
     assert images == 1 or images * n_patches * d_sae <= encoder.PIECE_CODES
     d_sae = -(-d_sae // k) * k if k else d_sae
-    tokens, features = block_shape(images * n_patches, GroupMax(k) if k else Relu(), d_sae, CPU)
+    kind = GroupMax(k) if k else TopK(1) if n_imgs % 2 else Relu()
+    tokens, first, features = block_shape(images * n_patches, kind, d_sae, CPU)
+    assert first == (min(d_sae, encoder.FIRST_BLOCKS * features) if isinstance(kind, TopK) else features)
     assert 1 <= tokens <= images * n_patches
     assert 1 <= features <= d_sae
     assert tokens * features <= max(encoder.BLOCK_TOKENS * encoder.BLOCK_FEATURES, features)

@@ -19,6 +19,8 @@ Candidates = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
 
 PRUNED_SLOTS = 2**20
 """Slots that are looked at at a time."""
+TINY = np.nextafter(np.float32(0), np.float32(1))
+"""The least score that may take a slot."""
 
 
 class TopK(Accumulator):
@@ -94,8 +96,7 @@ class TopK(Accumulator):
         """Note the least score that may still take a slot, and the place of the slot that it would take."""
         values_sk, places_sk = self.values_sk.numpy(), self.places_sk.numpy()
         least_s = values_sk.min(axis=1)
-        tiny = np.nextafter(np.float32(0), np.float32(1))  # only what is above zero may
-        self._bar_s = np.maximum(least_s, tiny)
+        self._bar_s = np.maximum(least_s, TINY)
         last_s = np.where(values_sk == least_s[:, None], places_sk, -1).max(axis=1)
         self._bar_place_s = np.where(least_s > 0, last_s, np.iinfo(np.int64).max)
 
@@ -155,7 +156,7 @@ def _let_in(
 ) -> None:
     """Give the slots, in place, to the strongest of their holders and of candidates ordered by feature.
 
-    It selects and does not sort: the k-th largest score of a row, then whatever reaches it.
+    It selects and does not sort: the k-th largest score of a row, then what reaches it takes the slots of what does not.
     """
     n_features, top_k = values_sk.shape
     count_s = np.bincount(feature_n, minlength=n_features)
@@ -166,25 +167,33 @@ def _let_in(
         feature_n, value_n, place_n = _by_feature([rest, crowd], n_features)
         count_s = np.bincount(feature_n, minlength=n_features)
     width = int(count_s.max())
-    column_n = top_k + np.arange(len(feature_n)) - (count_s.cumsum() - count_s)[feature_n]
     values_sw = np.full((n_features, top_k + width), -np.inf, np.float32)
-    places_sw = np.full(values_sw.shape, -1, np.int64)
-    values_sw[:, :top_k], places_sw[:, :top_k] = values_sk, places_sk
-    values_sw[feature_n, column_n], places_sw[feature_n, column_n] = value_n, place_n
-    bar_s1 = np.partition(values_sw, width, axis=1)[:, width, None]
-    keep_sw = (values_sw >= bar_s1) & (values_sw > -np.inf)
-    n_kept_s = keep_sw.sum(axis=1)
-    tied_s = n_kept_s > top_k  # more reach the bar than fit: the places decide
+    values_sw[:, :top_k] = values_sk
+    column_n = top_k + _rank(feature_n, count_s)
+    values_sw[feature_n, column_n] = value_n
+    bar_s = np.maximum(np.partition(values_sw, width, axis=1)[:, width], TINY)  # an empty slot does not reach it
+    leaves_sk, enters_n = values_sk < bar_s[:, None], value_n >= bar_s[feature_n]
+    room_s, n_entering_s = leaves_sk.sum(axis=1), np.bincount(feature_n[enters_n], minlength=n_features)
+    tied_s = n_entering_s > room_s  # more reach the bar than fit: the places decide
     if tied_s.any():
-        strongest = _strongest(torch.from_numpy(values_sw[tied_s]), torch.from_numpy(places_sw[tied_s]), top_k)
-        keep_sw[tied_s] = False
-        n_kept_s[tied_s] = 0
-    row_n, column_n = keep_sw.nonzero()
-    slot_n = np.arange(len(row_n)) - (n_kept_s.cumsum() - n_kept_s)[row_n]
-    values_sk[:], places_sk[:] = -np.inf, -1
-    values_sk[row_n, slot_n], places_sk[row_n, slot_n] = values_sw[row_n, column_n], places_sw[row_n, column_n]
-    if tied_s.any():
+        places_tw = np.full((int(tied_s.sum()), top_k + width), -1, np.int64)
+        places_tw[:, :top_k] = places_sk[tied_s]
+        tied_n = tied_s[feature_n]
+        places_tw[(tied_s.cumsum() - 1)[feature_n[tied_n]], column_n[tied_n]] = place_n[tied_n]
+        strongest = _strongest(torch.from_numpy(values_sw[tied_s]), torch.from_numpy(places_tw), top_k)
         values_sk[tied_s], places_sk[tied_s] = (x.numpy() for x in strongest)
+        enters_n &= ~tied_n
+        n_entering_s[tied_s] = 0
+    feature_n = feature_n[enters_n]
+    slot_n = np.flatnonzero(leaves_sk)[(room_s.cumsum() - room_s)[feature_n] + _rank(feature_n, n_entering_s)]
+    slot_n -= feature_n * top_k
+    values_sk[feature_n, slot_n], places_sk[feature_n, slot_n] = value_n[enters_n], place_n[enters_n]
+
+
+def _rank(feature_n: NDArray[np.int64], count_s: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The how manieth of its feature each candidate is, from 0; they are ordered by feature."""
+    rank_n: NDArray[np.int64] = np.arange(len(feature_n)) - (count_s.cumsum() - count_s)[feature_n]
+    return rank_n
 
 
 def _first_of_each(
@@ -193,8 +202,7 @@ def _first_of_each(
     """The candidates that are among the first `top_k` of their feature in the total order."""
     order_n = np.lexsort((place_n, -value_n, feature_n))
     feature_n, value_n, place_n = feature_n[order_n], value_n[order_n], place_n[order_n]
-    count_s = np.bincount(feature_n)
-    keep_n = np.arange(len(feature_n)) - (count_s.cumsum() - count_s)[feature_n] < top_k
+    keep_n = _rank(feature_n, np.bincount(feature_n)) < top_k
     return feature_n[keep_n], value_n[keep_n], place_n[keep_n]
 
 

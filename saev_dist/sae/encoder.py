@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
@@ -28,6 +29,7 @@ from saev_dist.sae.select import Bound, Sieve, keep, select_at_once
 PIECE_CODES = 2**25  # bounds the codes of a piece, where they are many
 BLOCK_TOKENS = 2048
 BLOCK_FEATURES = 768  # 6 MB: of the multiples of 256 the fastest, by 7 % at d_model 768 and 14 % at 1,024
+FIRST_BLOCKS = 4  # of features that a TopK sees first, together: a high bar from the start halves the candidates
 FP32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -83,10 +85,11 @@ class Encoder:
             shift_s = sae.activation.b_mag_s.double() - scale_s * sae.b_enc_s.double()
             gain_s, offset_s = gain_s * scale_s.clamp(min=1), offset_s * scale_s.clamp(min=1) + shift_s.abs()
             self._mag_scale_s, self._mag_shift_s = scale_s.float().to(device), shift_s.float().to(device)
-        limit = (FP32_MAX - float(offset_s.max())) / max(float(gain_s.max()), 1e-300)
+        most = FP32_MAX / 4 if screen else FP32_MAX  # bounds are larger than what they bound
+        limit = (most - float(offset_s.max())) / max(float(gain_s.max()), 1e-300)
         if isinstance(sae.input_norm, LayerNorm | ConstantNorm):  # whose tokens have a norm of at most sqrt(d)
-            limit = FP32_MAX if limit > math.sqrt(sae.d_model) else 0.0
-        self._limit = min(FP32_MAX, limit)
+            limit = most if limit > math.sqrt(sae.d_model) else 0.0
+        self._limit = min(most, limit)
         self._w_ds = w_ds.to(device, self.dtype)
         self._b_s = bias_s.to(device, self.dtype)
         self._threshold: float | Tensor = 0.0
@@ -98,9 +101,9 @@ class Encoder:
                 self._threshold = max(threshold, 0.0)
         self._screen: Screen | None = None
         if screen:
+            assert device.type == "cpu" and precision == "fp32"
             with _one_thread():
                 self._screen = Screen(self._w_ds, self._b_s, self._threshold)
-            self._limit *= 0.99  # so that no activation is infinite in bfloat16
         self._blocks = _Blocks()
 
     def __enter__(self) -> Self:
@@ -156,6 +159,11 @@ class Encoder:
             bias_s = bias_s + lift_s.to(self.device, self.dtype)
         return self._pool.submit(self._encode_piece, acts_bd, img_i, n_patches, bias_s, only).result
 
+    @property
+    def recomputed_per_token(self) -> float | None:
+        """Entries that were made a second time, in fp32; None without `screen`."""
+        return self._screen.recomputed_per_token if self._screen else None
+
     def magnitude(self, acts_nd: Tensor, feature_n: Tensor) -> Tensor:
         """What the rounding error of a score is relative to: the sum of the magnitudes of its terms.
 
@@ -177,7 +185,7 @@ class Encoder:
 
     def _encode_piece(self, acts_bd: Tensor, img_i: int, n_patches: int, bias_s: Tensor, only: Tensor | None) -> Codes:
         n_tokens, d_sae = len(acts_bd), self.sae.d_sae
-        step, _ = block_shape(n_tokens, self.sae.activation, self.sae.d_sae, self.device)
+        step, _, _ = block_shape(n_tokens, self.sae.activation, self.sae.d_sae, self.device)
         parts = []
         for first in range(0, n_tokens, step):
             token_n, feature_n, value_n = self._encode_block(acts_bd[first : first + step], bias_s, only)
@@ -222,26 +230,27 @@ class Encoder:
 
     def _select(self, x_bd: Tensor, bias_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n_tokens, d_sae, activation = len(x_bd), self.sae.d_sae, self.sae.activation
-        _, step = block_shape(n_tokens, self.sae.activation, self.sae.d_sae, self.device)
+        _, n_first, step = block_shape(n_tokens, activation, d_sae, self.device)
         threshold: Bound = self._threshold.float().numpy() if isinstance(self._threshold, Tensor) else self._threshold
         sieve = Sieve(activation, 0.0 if self._screen else threshold, n_tokens, d_sae)
         rounded = self._screen.round(x_bd) if self._screen else None
         # Features are rows, so that codes are found in their final order; rows begin at cache lines, or the product is slow.
         width = -(-n_tokens // 16) * 16
-        dense_cb = self._block(step * width, torch.float32).view(step, width)[:, :n_tokens]
-        product_cb = dense_cb
+        dense_cw = self._block(n_first * width, torch.float32).view(n_first, width)
+        product_cw = dense_cw
         if self._screen or self.dtype != torch.float32:
-            product_cb = self._block(step * width, torch.bfloat16).view(step, width)[:, :n_tokens]
-        for first in range(0, d_sae, step):
-            stop, margin = min(first + step, d_sae), None
-            h_cb, out_cb = dense_cb[: stop - first], product_cb[: stop - first]
-            if self._screen and rounded:
+            product_cw = self._block(n_first * width, torch.bfloat16).view(n_first, width)
+        cuts = [0, *range(n_first, d_sae, step), d_sae]
+        for first, stop in pairwise(cuts):
+            margin = None
+            h_cw, out_cb = dense_cw[: stop - first], product_cw[: stop - first, :n_tokens]
+            if self._screen is not None and rounded is not None:
                 margin = self._screen.product(first, rounded, out_cb)
             else:
                 torch.addmm(bias_s[first:stop, None], self._w_ds[:, first:stop].T, x_bd.T, out=out_cb)
-            if out_cb.dtype != h_cb.dtype:
-                h_cb.copy_(out_cb)
-            sieve.take(first, h_cb.numpy(), margin)
+            if product_cw is not dense_cw:
+                h_cw.copy_(product_cw[: stop - first])
+            sieve.take(first, h_cw.numpy(), margin)
         candidates = sieve.candidates()
         if self._screen:
             candidates = self._screen.recompute(candidates, x_bd)
@@ -263,7 +272,7 @@ class Encoder:
         """This thread's block of a type, flat, kept for the whole run: a fresh array is paged in anew each time."""
         blocks = self._blocks.by_type
         if dtype not in blocks or len(blocks[dtype]) < n_codes:
-            blocks[dtype] = torch.empty(n_codes, device=self.device, dtype=dtype)
+            blocks[dtype] = torch.zeros(n_codes, device=self.device, dtype=dtype)
         return blocks[dtype][:n_codes]
 
 
@@ -294,15 +303,16 @@ def piece_images(n_imgs: int, n_patches: int, d_sae: int, device: torch.device) 
     return -(-n_imgs // n_pieces)
 
 
-def block_shape(n_tokens: int, activation: Activation, d_sae: int, device: torch.device) -> tuple[int, int]:
-    """Tokens and features of a block of a piece of `n_tokens`: a function of the same."""
+def block_shape(n_tokens: int, activation: Activation, d_sae: int, device: torch.device) -> tuple[int, int, int]:
+    """Of the blocks of a piece of `n_tokens`: tokens, features of the first, features of the others. A function of the same."""
     if device.type != "cpu":
-        return n_tokens, d_sae
+        return n_tokens, d_sae, d_sae
     unit = d_sae // activation.k if isinstance(activation, GroupMax) else 16  # whole groups, or whole cache lines
     n_blocks = -(-d_sae // max(BLOCK_FEATURES, unit))
     n_features = min(d_sae, -(-d_sae // (n_blocks * unit)) * unit)
     n_parts = -(-n_tokens // max(1, BLOCK_TOKENS * BLOCK_FEATURES // max(n_features, BLOCK_FEATURES)))
-    return -(-n_tokens // n_parts), n_features
+    n_first = min(d_sae, FIRST_BLOCKS * n_features) if isinstance(activation, TopK) else n_features
+    return -(-n_tokens // n_parts), n_first, n_features
 
 
 def usable_precision(wanted: Precision, device: torch.device) -> Precision:

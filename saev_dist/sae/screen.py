@@ -5,19 +5,22 @@ rounded to bfloat16. An entry of the fast product, h^, and the float32 value tha
 x.w + o, and so no further apart than the sum of
 
     |x^| |w^ - w| + |x^ - x| |w|      of rounding x and w: x^.w^ - x.w = x^.(w^ - w) + (x^ - x).w, and Cauchy-Schwarz
-    (2 d + 16) 2^-24 (|x| |w| + |o|)  of the float32 sums of both, in any order (Higham, "Accuracy and Stability of
-                                      Numerical Algorithms", eq. 3.5), with the larger of |x| and |x^|, and of |w| and |w^|
+    (4 d + 16) 2^-24 (|x| |w| + |o|)  of the float32 sums of both, in any order, one of them rounded to odd as ARM's units do
+                                      (Higham, "Accuracy and Stability of Numerical Algorithms", eq. 3.5); with the larger
+                                      of |x| and |x^|, and of |w| and |w^|
     |o - o^|                          o^ is two bfloat16 numbers, columns of w^ whose tokens are 1
-    2^-110 (1 + |x|) (1 + |w|)        of numbers below 2^-126, which the product may take for 0
+    2^-110 (1 + |x|) (1 + |w|)        of numbers below 2^-126, which the product may take for 0; for d up to 2^15
     2^-8 |h^|                         of rounding the result
 
 The norms are taken of the numbers at hand, not of the worst ones. A block shares one bound for w and o, the largest of its
-features', so a bound is one number a token. What passes it is computed in float32, each entry by itself: its bits do not
-depend on what else passed, on the block, or on the processor's bfloat16 unit.
+features', so a bound is one number a token; the loudest features of a block, whose own bounds would swell everybody's, are
+left out of that and always computed again. What passes is computed in float32, each entry by itself: its bits do not depend
+on what else passed, on the block, or on the processor's bfloat16 unit (on its float32 unit they do, as a product's do).
 
-Names: `b` tokens, `c` features of a block, `s` features, `d` model width, `e` the same and two more, `n` candidates.
+Names: `b` tokens, `c` features of a block, `s` features, `d` model width, `e` the same and two more, `n` candidates, `x` rows.
 """
 
+import threading
 import warnings
 from dataclasses import dataclass
 
@@ -31,6 +34,12 @@ from saev_dist.sae.select import Candidates, Margin
 
 ROOM = 1 + 2.0**-10
 """For the rounding of the bound itself."""
+LOUD = 4
+"""A feature is loud whose bound is so many times the middle one of its block's;"""
+LOUDEST = 64
+"""but only one of so many."""
+STEP = 2048
+"""Features that are rounded at a time."""
 RELATIVE = 2.0**-8 * (1 + 2.0**-6)
 """Of the rounding of the fast product's result, with room for its use."""
 
@@ -55,7 +64,7 @@ class Screen:
         threshold: what a code must exceed; a number, or float32 (s,).
 
     Raises:
-        ConfigError: a weight is too large for bfloat16.
+        ConfigError: a weight, bias or threshold is too large for bfloat16.
 
     Memory: `w_ds` once more, and half of it.
     """
@@ -63,18 +72,28 @@ class Screen:
     def __init__(self, w_ds: Tensor, bias_s: Tensor, threshold: float | Tensor) -> None:
         d_model, d_sae = w_ds.shape
         self._bias_s, self._threshold = bias_s, threshold
-        self._w_sd = w_ds.T.contiguous()
         offset_s = bias_s.double() - threshold
-        self._w_se = torch.zeros(d_sae, d_model + 2, dtype=torch.bfloat16)
-        self._w_se[:, :d_model] = self._w_sd
+        self._w_sd = torch.empty(d_sae, d_model)
+        self._w_se = torch.empty(d_sae, d_model + 2, dtype=torch.bfloat16)
         self._w_se[:, d_model] = offset_s
         self._w_se[:, d_model + 1] = offset_s - self._w_se[:, d_model].double()
-        if not torch.isfinite(self._w_se).all():
-            raise ConfigError("--screen bf16: a weight of the SAE is too large for bfloat16. Run without it.")
-        left_s = offset_s - self._w_se[:, d_model:].double().sum(dim=1)
-        self._offset_off_s, self._offset_s = left_s.abs().numpy(), (bias_s.abs() + torch.as_tensor(threshold).abs()).numpy()
-        off_sd = self._w_se[:, :d_model].float() - self._w_sd  # exact: they share their leading bits
-        self._off_s, self._norm_s = _norms(off_sd), _norms(self._w_sd)
+        self._parts_4s = np.empty((4, d_sae))
+        """Of w: the norm of the difference, the norm. Of o: the difference, the magnitude."""
+        for first in range(0, d_sae, STEP):
+            part = slice(first, first + STEP)
+            self._w_sd[part] = w_ds[:, part].T
+            self._w_se[part, :d_model] = self._w_sd[part]
+            off_cd = self._w_se[part, :d_model].float() - self._w_sd[part]  # exact: they share their leading bits
+            self._parts_4s[:2, part] = _norms(off_cd), _norms(self._w_sd[part])
+        self._parts_4s[2] = (offset_s - self._w_se[:, d_model:].double().sum(dim=1)).abs()
+        self._parts_4s[3] = bias_s.double().abs() + torch.as_tensor(threshold).abs()
+        if not np.isfinite(self._parts_4s).all():
+            raise ConfigError(
+                "--screen bf16: a weight, bias or threshold of the SAE is too large for bfloat16. Leave --screen out, and add "
+                "--force if the run has begun."
+            )
+        self._lock = threading.Lock()
+        self._n_tokens = self._n_recomputed = 0
         with warnings.catch_warnings():  # torch says once that sparse CSR tensors are new
             warnings.simplefilter("ignore")
             torch.sparse_csr_tensor([0, 0], [], torch.zeros(0), (1, 1))
@@ -91,13 +110,25 @@ class Screen:
         """The fast product, less the threshold, of as many features from `first` on as `out_cb` (bfloat16) has rows."""
         rows = slice(first, first + len(out_cb))
         torch.mm(self._w_se[rows], tokens.x_be.T, out=out_cb)
-        d_model = self._w_sd.shape[1]
-        off, norm, offset = (float(part[rows].max()) for part in (self._off_s, self._norm_s, self._offset_s))
-        size = norm + off
-        bound_b = tokens.size_b * off + tokens.off_b * norm
-        bound_b += (2 * d_model + 16) * 2.0**-24 * (tokens.size_b * size + offset) + float(self._offset_off_s[rows].max())
-        bound_b += 2.0**-110 * (1 + tokens.size_b) * (1 + size)
-        return Margin((bound_b * ROOM).astype(np.float32), RELATIVE)
+        parts_4c = self._parts_4s[:, rows]
+        bound_c = self._bound(tokens.off_b.max(keepdims=True), tokens.size_b.max(keepdims=True), parts_4c)
+        ordered_c = np.sort(bound_c)
+        is_loud_c = bound_c > max(LOUD * ordered_c[len(ordered_c) // 2], ordered_c[-1 - len(ordered_c) // LOUDEST])
+        bound_b = self._bound(tokens.off_b, tokens.size_b, parts_4c[:, ~is_loud_c].max(axis=1, keepdims=True))
+        return Margin((bound_b * ROOM).astype(np.float32), RELATIVE, np.flatnonzero(is_loud_c))
+
+    def _bound(self, off: NDArray[np.float64], size: NDArray[np.float64], parts: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The module's sum but for the result's rounding, of tokens and features that broadcast."""
+        w_off, w_norm, o_off, o_size = parts
+        w_size = w_norm + w_off
+        sums = (4 * self._w_sd.shape[1] + 16) * 2.0**-24 * (size * w_size + o_size)
+        bound: NDArray[np.float64] = size * w_off + off * w_norm + sums + o_off + 2.0**-110 * (1 + size) * (1 + w_size)
+        return bound
+
+    @property
+    def recomputed_per_token(self) -> float:
+        """Entries that passed so far."""
+        return self._n_recomputed / max(1, self._n_tokens)
 
     def recompute(self, candidates: Candidates, x_bd: Tensor) -> Candidates:
         """Candidates with what they are, in float32, in place of what they are at most.
@@ -106,6 +137,9 @@ class Screen:
             RunError: one is more than that: the product was not what the bound supposes.
         """
         token_n, feature_n, most_n = candidates
+        with self._lock:
+            self._n_tokens += len(x_bd)
+            self._n_recomputed += len(token_n)
         ends_s = np.bincount(feature_n, minlength=len(self._w_sd)).cumsum()
         wanted_sb = torch.sparse_csr_tensor(
             torch.from_numpy(np.concatenate([[0], ends_s])),

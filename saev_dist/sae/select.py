@@ -4,8 +4,8 @@ On the CPU in NumPy, some features at a time (`Sieve`), while the cache still ho
 is noted, and the next block takes its place. Elsewhere in torch, all features at a time (`select_at_once`). Both make the
 same choice.
 
-Names: `b` tokens, `c` features of a block, `s` all features, `k` kept or groups, `g` groups, `w` candidates of a token,
-`n` candidates or codes, `x` some of them.
+Names: `b` tokens, `c` features of a block, `s` all features, `k` kept or groups, `g` groups, `w` columns of a block or
+candidates of a token, `n` candidates or codes, `x` some of them.
 """
 
 from dataclasses import dataclass
@@ -26,6 +26,8 @@ Candidates = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
 GROUPS_PER_K = 8
 MAX_FEATURES_UNSEEN = 4096
 """Features after which a bar rises in any case; it bounds the table that it takes."""
+UNKNOWN = np.float32(-(2.0**127))
+"""In place of an entry that is not known: below all that are, so that it raises no bar."""
 CROWD = 8
 """Candidates a code at which those that lost meanwhile are forgotten; it bounds their number."""
 
@@ -42,6 +44,8 @@ class Margin:
 
     absolute_b: NDArray[np.float32]
     relative: float
+    unknown_x: NDArray[np.int64]
+    """Rows of the block whose entries may be anything."""
 
     def at(self, h_n: NDArray[np.float32], token_n: NDArray[np.int64] | slice) -> NDArray[np.float32]:
         """Of some entries."""
@@ -77,45 +81,58 @@ class Sieve:
     def __init__(self, activation: Activation, threshold: Bound, n_tokens: int, d_sae: int) -> None:
         self.activation, self.threshold, self.n_tokens, self.d_sae = activation, threshold, n_tokens, d_sae
         self._found: list[Candidates] = []
-        self._mask_cb = np.empty((0, n_tokens), dtype=bool)
         self._bar: _Bar | None = None
+        self._mask_cw = np.empty((0, 0), dtype=bool)
 
-    def take(self, first: int, h_cb: NDArray[np.float32], margin: Margin | None = None) -> None:
+    def take(self, first: int, h_cw: NDArray[np.float32], margin: Margin | None = None) -> None:
         """Look at a block, which may be overwritten afterwards.
 
         Args:
             first: feature of its first row. With GroupMax no group may lie in two blocks.
-            h_cb: the entries.
-            margin: how far they may be off; None: they are exact.
+            h_cw: the entries, contiguous; above -1e38. It may be changed. Columns past the tokens are not looked at; a
+                number of columns that 16 divides is fastest.
+            margin: how far the entries may be off; None: they are exact.
         """
-        n_features = len(h_cb)
-        if len(self._mask_cb) < n_features:
-            self._mask_cb = np.empty((n_features, self.n_tokens), dtype=bool)
-        mask_cb = self._mask_cb[:n_features]
+        n_features, width = h_cw.shape
+        if len(self._mask_cw) < n_features:
+            self._mask_cw = np.empty(h_cw.shape, dtype=bool)
+        mask_cw = self._mask_cw[:n_features]
+        if margin:
+            h_cw[margin.unknown_x] = UNKNOWN
+        h_cb, mask_cb = h_cw[:, : self.n_tokens], mask_cw[:, : self.n_tokens]
         match self.activation:
             case TopK(k):
                 self._bar = self._bar or _Bar(h_cb, min(k, self.d_sae), margin)
-                bar_b = self._bar.bar_b
-                np.greater(h_cb, margin.cut(bar_b) if margin else bar_b, out=mask_cb)
+                bar_b = margin.cut(self._bar.bar_b) if margin else self._bar.bar_b
+                np.greater(h_cw, np.pad(bar_b, (0, width - self.n_tokens)), out=mask_cw)
             case GroupMax(k):
                 grouped = (-1, self.d_sae // k, self.n_tokens)
                 largest_g1b = h_cb.reshape(grouped).max(axis=1, keepdims=True)
                 if margin:
                     largest_g1b = margin.cut(largest_g1b - margin.at(largest_g1b, slice(None)))
-                np.greater_equal(h_cb.reshape(grouped), largest_g1b, out=mask_cb.reshape(grouped))
+                mask_cb[:] = (h_cb.reshape(grouped) >= largest_g1b).reshape(mask_cb.shape)
             case _:
                 bound = self.threshold
                 if isinstance(bound, np.ndarray):
                     bound = bound[first : first + n_features, None]
-                np.greater(h_cb, margin.cut(bound) if margin else bound, out=mask_cb)
-        flat_n = _where(mask_cb)
-        row_n = flat_n // self.n_tokens
-        token_n = flat_n - row_n * self.n_tokens
-        h_n = h_cb[row_n, token_n]
-        margin_n = margin.at(h_n, token_n) if margin else 0
-        self._found.append((token_n, row_n + first, h_n + margin_n))
+                if margin:
+                    bound = np.pad(margin.cut(bound), (0, width - self.n_tokens))
+                np.greater(h_cw, bound, out=mask_cw)
+        if margin:
+            mask_cw[margin.unknown_x] = True
+        mask_cw[:, self.n_tokens :] = False
+        flat_n = _where(mask_cw)
+        row_n = flat_n // width
+        token_n = flat_n - row_n * width
+        h_n = h_cw.ravel()[flat_n]
+        high_n = low_n = h_n
+        if margin:
+            margin_n = margin.at(h_n, token_n)
+            high_n, low_n = h_n + margin_n, h_n - margin_n
+            high_n[h_n == UNKNOWN] = np.inf
+        self._found.append((token_n, row_n + first, high_n))
         if self._bar is not None:
-            self._bar.note(token_n, h_n - margin_n, n_features)
+            self._bar.note(token_n, low_n, n_features)
             if sum(len(token_n) for token_n, _, _ in self._found) > CROWD * self._bar.k * self.n_tokens:
                 self._found = [self.candidates()]
 
@@ -228,7 +245,9 @@ def _where(mask_cb: NDArray[np.bool_]) -> NDArray[np.int64]:
         return np.flatnonzero(flat)
     word_x = np.flatnonzero(flat.view(np.uint64) != 0)
     flag_n = np.flatnonzero(flat.view(np.uint64)[word_x].view(bool))
-    flat_n: NDArray[np.int64] = word_x[flag_n >> 3] * 8 + (flag_n & 7)
+    flat_n: NDArray[np.int64] = word_x[flag_n >> 3]
+    flat_n *= 8
+    flat_n += flag_n & 7
     return flat_n
 
 
