@@ -166,10 +166,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="numbers in CASES; default: all")
+    parser.add_argument("--screen", nargs="*", choices=("none", "bf16"), default=("none", "bf16"))
     args = parser.parse_args()
     for index in args.cases:
-        for settings in ({}, {"screen": "bf16"}):
-            measure(CASES[index], args.rounds, **settings)
+        for screen in args.screen:
+            measure(CASES[index], args.rounds, **({} if screen == "none" else {"screen": screen}))
 
 
 if __name__ == "__main__":
