@@ -43,6 +43,7 @@ class Margin:
     """
 
     absolute_b: NDArray[np.float32]
+    """At least 2^-110: smaller ones have no room for the rounding of `cut`."""
     relative: float
     unknown_x: NDArray[np.int64]
     """Rows of the block whose entries may be anything."""
