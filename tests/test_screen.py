@@ -21,6 +21,7 @@ from saev_dist.sae.encoder import ActivationOverflow, Encoder
 from saev_dist.sae.model import Gated, Given, GroupMax, LayerNorm, Relu, Sae, Threshold, TopK
 from saev_dist.sae.screen import Screen
 from saev_dist.sae.select import Margin
+from saev_dist.world import World
 from tests.ranks import artifact_hashes, run_cli
 from tests.synthetic import make_acts, make_sae, make_shards
 
@@ -279,8 +280,18 @@ def test_slots_are_those_of_fp32_on_the_fixtures(tmp_path, name):
         assert torch.equal(exact, screened), stem
     exact, screened = (torch.load(tmp_path / how / "top_values.pt") for how in ("none", "bf16"))
     torch.testing.assert_close(exact, screened, rtol=1e-5, atol=1e-5)
-    assert json.loads((tmp_path / "bf16/manifest.json").read_text())["identity"]["screen"] == "bf16"
+    manifest = json.loads((tmp_path / "bf16/manifest.json").read_text())
+    assert manifest["identity"]["screen"] == "bf16"
+    assert manifest["ranks"][0]["recomputed_per_token"] >= manifest["metrics"]["l0"]
     main(["verify", "--run", str(tmp_path / "bf16"), "--all", "--no-progress"])
+
+
+def test_a_gpu_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(World, "device", lambda *_: torch.device("cuda"))
+    source = SAEV / "saev-2.1/topk"
+    with pytest.raises(ConfigError, match="--screen bf16 is for the CPU; this run is on cuda"):
+        run(Extract(shards=source / "shards", sae=source / "sae.pt", out=tmp_path / "run", layer=11, screen="bf16"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_screened_run_of_integers_is_the_fp32_one_on_any_number_of_ranks(tmp_path):

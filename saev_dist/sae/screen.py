@@ -52,7 +52,7 @@ class Rounded:
     off_b: NDArray[np.float64]
     """Norm of the difference to the tokens."""
     size_b: NDArray[np.float64]
-    """At least the norm of either."""
+    """At least the norm of the token, and of it in bfloat16."""
 
 
 class Screen:
@@ -107,7 +107,16 @@ class Screen:
         return Rounded(x_be, off_b, norm_b + off_b)
 
     def product(self, first: int, tokens: Rounded, out_cb: Tensor) -> Margin:
-        """The fast product, less the threshold, of as many features from `first` on as `out_cb` (bfloat16) has rows."""
+        """Write the fast product, less the threshold, of as many features from `first` on as `out_cb` has rows.
+
+        Args:
+            first: the first feature.
+            tokens: from `round`.
+            out_cb: bfloat16 (c, b).
+
+        Returns:
+            How far each entry may be off its code's float32 value, less the threshold.
+        """
         rows = slice(first, first + len(out_cb))
         torch.mm(self._w_se[rows], tokens.x_be.T, out=out_cb)
         parts_4c = self._parts_4s[:, rows]
