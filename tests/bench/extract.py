@@ -71,7 +71,7 @@ CASES = [
 def make_inputs(dpath: Path, case: Case) -> tuple[Path, Path]:
     """Shards and an SAE with the statistics of neither: Gaussian activations and weights, and a bias that makes the L0."""
     random = torch.Generator().manual_seed(0)
-    w_enc = torch.randn(case.d_model, case.d_sae, generator=random) / case.d_model**0.5
+    w_enc = torch.nn.functional.normalize(torch.randn(case.d_model, case.d_sae, generator=random), dim=0)
     bar = NormalDist().inv_cdf(1 - case.l0 / case.d_sae)
     params = {"TopK": {"top_k": case.l0}, "BatchTopK": {"threshold": bar}, "Relu": {}}[case.activation]
     b_enc = torch.full((case.d_sae,), -bar if case.activation == "Relu" else 0.0)

@@ -24,7 +24,7 @@ from tests.bench.extract import Case, check_slots, make_inputs, read_all
 from tests.bench.record import emit
 
 TOKENS = Case(n_imgs=10_000, n_patches=100, d_model=128, d_sae=4_096, top_k=32)
-FEATURES = Case(n_imgs=160, n_patches=100, d_model=64, d_sae=4_096, top_k=32)
+FEATURES = Case(n_imgs=480, n_patches=100, d_model=64, d_sae=4_096, top_k=32)
 SIZES = (100, 200, 1_000, 10_000)
 """Images: one batch, two batches, 10^5 and 10^6 tokens."""
 WIDTHS = (4_096, 8_192, 16_384, 32_768, 65_536, 131_072)
@@ -118,9 +118,8 @@ def measure_features(rounds: int) -> None:
             (dpath / str(width)).mkdir()
             inputs[width] = make_inputs(dpath / str(width), replace(FEATURES, d_sae=width))
         taken = all_runs(inputs, FEATURES.top_k, dpath, rounds, few=WIDTHS[2])
-        acts_td = read_all(inputs[WIDTHS[0]][0])
-        for width, (_, sae) in inputs.items():
-            check_slots(dpath / f"run{width}", acts_td, sae, replace(FEATURES, d_sae=width))
+        for width, (shards, sae) in inputs.items():
+            check_slots(dpath / f"run{width}", read_all(shards), sae, replace(FEATURES, d_sae=width))
 
     def slopes(key: str, unit: float) -> dict[str, float]:
         pairs = {f"{a} to {b}": (taken[b][key] - taken[a][key]) / (b - a) for a, b in pairwise(WIDTHS)}
