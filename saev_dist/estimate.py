@@ -21,7 +21,7 @@ CODE_BYTES = 120
 """A code (20 bytes) and the temporaries that order and count it: added up from the code, not measured."""
 CANDIDATE_BYTES = 70
 CANDIDATES_PER_CODE = 3
-"""Entries that --screen makes again, for each code: 1.4 to 3 were measured."""
+"""Entries that --screen makes again, for each code: 1.4 to 3 were measured; `recomputed_per_token` in manifest.json tells."""
 ASSUMED_DENSITY = 0.02
 """Share of nonzero codes where the activation does not fix it."""
 
@@ -53,8 +53,8 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     batch_tokens = plan.examples_per_batch * shards.n_patches
     per_token = sae.activation.k if isinstance(sae.activation, TopK | GroupMax) else round(ASSUMED_DENSITY * sae.d_sae) + 1
     weights = 4 * (2 * sae.d_model * sae.d_sae + sae.d_sae + sae.d_model)
-    piece = piece_images(plan.examples_per_batch, shards.n_patches, sae.d_sae, device) * shards.n_patches
-    n_threads = batch_threads(plan.examples_per_batch, shards.n_patches, sae.d_sae, device)
+    shapes = plan.examples_per_batch, shards.n_patches, sae.activation, sae.d_sae, device
+    piece, n_threads = piece_images(*shapes) * shards.n_patches, batch_threads(*shapes)
     block_tokens, block_features, _ = block_shape(piece, sae.activation, sae.d_sae, device)
     block = block_tokens * n_threads
     entry = 4 if cfg.precision != "bf16" else 2

@@ -263,7 +263,7 @@ def _done(live: list[Partial]) -> Intervals:
 
 def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, SaevPercentile | None, dict[str, Any]]:
     """Encode this rank's batches; return its state and its report."""
-    cfg, shards, bundle, saev_percentile = job.cfg, job.shards, share.bundle, share.saev_percentile
+    cfg, shards, sae, bundle, saev_percentile = job.cfg, job.shards, job.sae, share.bundle, share.saev_percentile
     stride = rows.sample_stride(shards.n_tokens, cfg.max_distribution_samples)
     pin = job.device.type == "cuda"
     reader = Reader(shards, job.plan, share.todo, depth=cfg.read_ahead, pin=pin, skip_bad=cfg.skip_bad_shards)
@@ -288,9 +288,9 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
         spill = stack.enter_context(Spill(store.partials_dpath, partials.new_owner(world.rank), _row_kinds(cfg)))
         keeper = stack.enter_context(Keeper(spill, share.fingerprint, share.absorbed, cfg.snapshot_every))
         stack.callback(progress.close)
-        n_threads = batch_threads(job.plan.examples_per_batch, shards.n_patches, job.sae.d_sae, job.device)
+        n_threads = batch_threads(job.plan.examples_per_batch, shards.n_patches, sae.activation, sae.d_sae, job.device)
         screen = cfg.screen == "bf16" and bool(share.todo)
-        encoder = stack.enter_context(Encoder(job.sae, job.device, cfg.precision, n_threads, screen=screen))
+        encoder = stack.enter_context(Encoder(sae, job.device, cfg.precision, n_threads, screen=screen))
         stream = stack.enter_context(closing(_encoded(reader, encoder, shards, clock)))
         while True:
             try:
@@ -307,7 +307,7 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
                     if saev_percentile is not None:
                         saev_percentile.update(codes)
             with clock("rows"):
-                parts = [_rows(codes, cfg, job.sae.d_sae, stride) for codes in pieces]
+                parts = [_rows(codes, cfg, sae.d_sae, stride) for codes in pieces]
                 spill.append(batch.index, {kind: np.concatenate([part[kind] for part in parts]) for kind in parts[0]})
             with clock("snapshot"):
                 keeper.save_if_due(state)

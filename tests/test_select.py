@@ -92,7 +92,7 @@ def test_the_order_is_stable_for_keys_of_any_size(keys, step):
 @pytest.mark.parametrize("kind", [Relu(), TopK(4)], ids=str)
 @pytest.mark.parametrize(
     ("piece_codes", "block_tokens", "block_features"),
-    [(1, 2048, 768), (500, 2048, 16), (1, 2, 16), (10**6, 7, 32), (10**6, 64, 1)],
+    [(1, 2048, 768), (100, 2048, 16), (1, 2, 16), (10**6, 7, 32), (10**6, 64, 1)],
 )
 def test_codes_do_not_depend_on_pieces_and_blocks(monkeypatch, kind, piece_codes, block_tokens, block_features):
     weights = make_weights()
@@ -116,12 +116,13 @@ def test_codes_do_not_depend_on_pieces_and_blocks(monkeypatch, kind, piece_codes
 
 @given(st.integers(1, 300), st.integers(1, 5000), st.integers(1, 2**20), st.integers(0, 64))
 def test_pieces_are_whole_images_and_blocks_are_bounded(n_imgs, n_patches, d_sae, k):
-    images = piece_images(n_imgs, n_patches, d_sae, CPU)
+    d_sae = -(-d_sae // k) * k if k else d_sae
+    kind = GroupMax(k) if k else TopK(n_patches) if n_imgs % 2 else Relu()
+    images = piece_images(n_imgs, n_patches, kind, d_sae, CPU)
     assert 1 <= images <= n_imgs
     assert images == 1 or images * n_patches <= encoder.BLOCK_TOKENS
-    assert images == 1 or images * n_patches * d_sae <= encoder.PIECE_CODES
-    d_sae = -(-d_sae // k) * k if k else d_sae
-    kind = GroupMax(k) if k else TopK(1) if n_imgs % 2 else Relu()
+    per_token = d_sae if isinstance(kind, Relu) else min(kind.k, d_sae)
+    assert images == 1 or images * n_patches * per_token <= encoder.PIECE_CODES
     tokens, first, features = block_shape(images * n_patches, kind, d_sae, CPU)
     assert first == (min(d_sae, encoder.FIRST_BLOCKS * features) if isinstance(kind, TopK) else features)
     assert 1 <= tokens <= images * n_patches

@@ -26,7 +26,7 @@ from saev_dist.sae.model import Activation, ConstantNorm, Gated, Given, GroupMax
 from saev_dist.sae.screen import Screen
 from saev_dist.sae.select import Bound, Sieve, keep, select_at_once
 
-PIECE_CODES = 2**25  # bounds the codes of a piece, where they are many
+PIECE_CODES = 2**25  # most codes that a piece may have: they are held until it is done
 BLOCK_TOKENS = 2048
 BLOCK_FEATURES = 768  # 6 MB: of the multiples of 256 the fastest, by 7 % at d_model 768 and 14 % at 1,024
 FIRST_BLOCKS = 4  # of features that a TopK sees first, together: a high bar from the start halves the candidates
@@ -126,7 +126,7 @@ class Encoder:
     def submit_batch(self, acts_bd: Tensor, *, img_i: int, n_patches: int) -> list[Callable[[], Codes]]:
         """Begin to encode a batch, in pieces; see `submit`."""
         n_imgs = len(acts_bd) // n_patches
-        step = piece_images(n_imgs, n_patches, self.sae.d_sae, self.device)
+        step = piece_images(n_imgs, n_patches, self.sae.activation, self.sae.d_sae, self.device)
         return [
             self.submit(acts_bd[first * n_patches : (first + step) * n_patches], img_i=img_i + first, n_patches=n_patches)
             for first in range(0, n_imgs, step)
@@ -294,11 +294,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def piece_images(n_imgs: int, n_patches: int, d_sae: int, device: torch.device) -> int:
+def piece_images(n_imgs: int, n_patches: int, activation: Activation, d_sae: int, device: torch.device) -> int:
     """Images of a batch that are one piece: a function of the shapes and the kind of device, not of rank or threads."""
     if device.type != "cpu":
         return n_imgs
-    most = max(1, min(PIECE_CODES // d_sae, BLOCK_TOKENS) // n_patches)
+    per_token = min(activation.k, d_sae) if isinstance(activation, TopK | GroupMax) else d_sae
+    most = max(1, min(PIECE_CODES // per_token, BLOCK_TOKENS) // n_patches)
     n_pieces = -(-n_imgs // most)
     return -(-n_imgs // n_pieces)
 
@@ -320,8 +321,8 @@ def usable_precision(wanted: Precision, device: torch.device) -> Precision:
     return "fp32" if wanted == "tf32" and device.type != "cuda" else wanted
 
 
-def batch_threads(n_imgs: int, n_patches: int, d_sae: int, device: torch.device) -> int:
+def batch_threads(n_imgs: int, n_patches: int, activation: Activation, d_sae: int, device: torch.device) -> int:
     """Threads that encode batches: torch's own number on the CPU, but no more than a batch has pieces; 1 elsewhere."""
     if device.type != "cpu":
         return 1
-    return min(torch.get_num_threads(), -(-n_imgs // piece_images(n_imgs, n_patches, d_sae, device)))
+    return min(torch.get_num_threads(), -(-n_imgs // piece_images(n_imgs, n_patches, activation, d_sae, device)))
