@@ -13,12 +13,14 @@ from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError
 from saev_dist.plan import Plan
-from saev_dist.sae.encoder import batch_threads, block_shape, piece_images
+from saev_dist.sae.encoder import LANES, batch_threads, block_shape, piece_images
 from saev_dist.sae.model import ConstantNorm, GroupMax, LayerNorm, Sae, TopK
 from saev_dist.world import World
 
 CODE_BYTES = 120
 """A code (20 bytes) and the temporaries that order and count it: added up from the code, not measured."""
+DEVICE_CODE_BYTES = 280
+"""Device memory for each code of a batch: 20 in each of three batches, and what selects, sorts and counts them."""
 CANDIDATE_BYTES = 70
 CANDIDATES_PER_CODE = 3
 """Entries that --screen makes again, for each code: 1.4 to 3 were measured; `recomputed_per_token` in manifest.json tells."""
@@ -69,16 +71,24 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     samples = 4 * min(cfg.n_distributions, sae.d_sae) * n_sampled
     host = {
         "weights": weights,
-        "read buffers": (cfg.read_ahead + 2) * batch_tokens * sae.d_model * 4,
+        "read buffers": (cfg.read_ahead + (2 if device.type == "cpu" else LANES + 1)) * batch_tokens * sae.d_model * 4,
         # the exchange and the last sort of the slots each hold the state a second and a third time
         "accumulators and their merge": 3 * state,
         "codes of two batches": 2 * batch_tokens * per_token * CODE_BYTES,
         "distributions, when written": samples,
     }
-    on_device = {"weights": weights // 2, "batch": batch_tokens * sae.d_model * 4, "dense codes": dense}
     if device.type == "cpu":
         host["dense codes"] = dense
         on_device = {}
+    else:
+        batch = batch_tokens * sae.d_model * 4
+        on_device = {
+            "weights": weights if cfg.metrics else weights // 2,
+            "batches": (LANES + (3 if cfg.metrics else 1)) * batch,
+            "dense codes": dense,
+            "codes": batch_tokens * per_token * DEVICE_CODE_BYTES,
+            "statistics": sae.d_sae * (8 * N_BINS + 44),
+        }
     if cfg.screen == "bf16":
         host["weights to screen by"] = (4 + 2) * sae.d_model * sae.d_sae
         host["candidates"] = block * CANDIDATES_PER_CODE * per_token * CANDIDATE_BYTES

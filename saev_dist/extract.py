@@ -8,7 +8,7 @@ Run by `saev-dist extract`; see `config.Extract` for what a user can set, and `p
 
 import platform
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saev_dist import __version__, partials
 from saev_dist.accumulators import rows
-from saev_dist.accumulators.base import Codes
+from saev_dist.accumulators.base import Codes, DeviceCodes
 from saev_dist.accumulators.bundle import Bundle
 from saev_dist.accumulators.histogram import Histogram
 from saev_dist.accumulators.moments import Moments
@@ -265,8 +265,6 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
     """Encode this rank's batches; return its state and its report."""
     cfg, shards, sae, bundle, saev_percentile = job.cfg, job.shards, job.sae, share.bundle, share.saev_percentile
     stride = rows.sample_stride(shards.n_tokens, cfg.max_distribution_samples)
-    pin = job.device.type == "cuda"
-    reader = Reader(shards, job.plan, share.todo, depth=cfg.read_ahead, pin=pin, skip_bad=cfg.skip_bad_shards)
     n_tokens = job.plan.n_examples_in(share.todo) * shards.n_patches
     n_before = job.plan.n_examples_in(_done(share.absorbed)) * shards.n_patches
     progress = Progress(
@@ -291,6 +289,16 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
         n_threads = batch_threads(job.plan.examples_per_batch, shards.n_patches, sae.activation, sae.d_sae, job.device)
         screen = cfg.screen == "bf16" and bool(share.todo)
         encoder = stack.enter_context(Encoder(sae, job.device, cfg.precision, n_threads, screen=screen))
+        reader = Reader(
+            shards,
+            job.plan,
+            share.todo,
+            depth=cfg.read_ahead,
+            hold=encoder.n_ahead,
+            pin=job.device.type == "cuda",
+            skip_bad=cfg.skip_bad_shards,
+        )
+        stack.enter_context(encoder.beside())
         stream = stack.enter_context(closing(_encoded(reader, encoder, shards, clock)))
         while True:
             try:
@@ -303,12 +311,16 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
                 break
             with clock("accumulate"):
                 for codes in pieces:
-                    bundle.update(codes)
+                    if isinstance(codes, DeviceCodes):
+                        bundle.update_on_device(codes)
+                    else:
+                        bundle.update(codes)
                     if saev_percentile is not None:
-                        saev_percentile.update(codes)
+                        saev_percentile.update(codes.cpu() if isinstance(codes, DeviceCodes) else codes)
             with clock("rows"):
                 parts = [_rows(codes, cfg, sae.d_sae, stride) for codes in pieces]
                 spill.append(batch.index, {kind: np.concatenate([part[kind] for part in parts]) for kind in parts[0]})
+            encoder.wait()
             with clock("snapshot"):
                 keeper.save_if_due(state)
             progress.advance(batch.n_examples * shards.n_patches)
@@ -333,26 +345,26 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
     return bundle, saev_percentile, report
 
 
-def _encoded(
-    reader: Reader, encoder: Encoder, shards: Shards, clock: "Clock"
-) -> Generator[tuple[Batch, list[Codes]], None, None]:
-    """Each batch with the codes of its pieces. The batch after it is being encoded while the caller works on them."""
+AnyCodes = list[Codes] | list[DeviceCodes]
 
-    def finish(batch: Batch, acts_bd: Tensor, pieces: list[Callable[[], Codes]]) -> tuple[Batch, list[Codes]]:
+
+def _encoded(reader: Reader, encoder: Encoder, shards: Shards, clock: "Clock") -> Generator[tuple[Batch, AnyCodes], None, None]:
+    """Each batch with the codes of its pieces. Those after it are being encoded while the caller works on them."""
+
+    def finish(batch: Batch, acts_bd: Tensor, pieces: list[Callable[[], Any]]) -> tuple[Batch, AnyCodes]:
         with clock("encode"):
             try:
                 return batch, [codes() for codes in pieces]
             except ActivationOverflow as err:
                 raise find_bad_value(acts_bd, batch, shards, err.limit) from None
 
-    ahead: tuple[Batch, Tensor, list[Callable[[], Codes]]] | None = None
+    under_way: deque[tuple[Batch, Tensor, list[Callable[[], Any]]]] = deque()
     for batch, acts_bd in reader:
-        task = (batch, acts_bd, encoder.submit_batch(acts_bd, img_i=batch.img_i, n_patches=shards.n_patches))
-        if ahead is not None:
-            yield finish(*ahead)
-        ahead = task
-    if ahead is not None:
-        yield finish(*ahead)
+        under_way.append((batch, acts_bd, encoder.submit_batch(acts_bd, img_i=batch.img_i, n_patches=shards.n_patches)))
+        if len(under_way) > encoder.n_ahead:
+            yield finish(*under_way.popleft())
+    while under_way:
+        yield finish(*under_way.popleft())
 
 
 def make_bundle(job: Job) -> Bundle:
@@ -375,7 +387,7 @@ def _row_kinds(cfg: Extract) -> list[str]:
     return names + (["distributions"] if cfg.n_distributions else [])
 
 
-def _rows(codes: Codes, cfg: Extract, d_sae: int, stride: int) -> Mapping[str, NDArray[Any]]:
+def _rows(codes: Codes | DeviceCodes, cfg: Extract, d_sae: int, stride: int) -> Mapping[str, NDArray[Any]]:
     """A piece's rows, by kind."""
     made: dict[str, NDArray[Any]] = {}
     if cfg.img_acts:

@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import torch
 from torch import Tensor
 
-from saev_dist.accumulators.base import Accumulator, Codes
+from saev_dist.accumulators.base import Accumulator, Codes, DeviceCodes
 from saev_dist.accumulators.bundle import Bundle
 from saev_dist.accumulators.histogram import Histogram
 from saev_dist.accumulators.moments import Moments
@@ -19,6 +19,8 @@ from saev_dist.accumulators.topk import TopK
 
 D_SAE, D_MODEL, N_PATCHES = 5, 3, 3
 VALUES = (-2.0, -0.25, 0.25, 1.0, 1.0, 1.0, 1.5, 3e-6, 1e-30, 7e4, 1 / 3)
+EXACT = (-2.0, -0.25, 0.25, 1.0, 1.0, 1.0, 1.5, 2.0**-20, 7e4)
+"""Whose sums are exact in float64 and in fixed point."""
 
 KINDS: dict[str, Callable[[], Accumulator]] = {
     "topk, patches": lambda: TopK(D_SAE, 4, N_PATCHES, "patch"),
@@ -45,10 +47,17 @@ def make_codes(img_i: int, values_eps: list[list[list[float]]]) -> Codes:
     )
 
 
+def on_device(codes: Codes, device: torch.device) -> DeviceCodes:
+    """What an encoder on that device would have made."""
+    fields = vars(codes) | dict(zip(("token_n", "feature_n", "value_n"), codes.by_token(), strict=True))
+    moved = {name: fields[name].to(device) for name in ("token_n", "feature_n", "value_n")}
+    return DeviceCodes(**fields | moved, x_bd=codes.acts_bd.to(device))
+
+
 @st.composite
-def batches(draw: st.DrawFn, max_batches: int = 6) -> list[Codes]:
+def batches(draw: st.DrawFn, max_batches: int = 6, values: tuple[float, ...] = VALUES) -> list[Codes]:
     """Disjoint batches with gaps between them, in random order."""
-    value = st.one_of(st.just(0.0), st.just(0.0), st.sampled_from(VALUES))
+    value = st.one_of(st.just(0.0), st.just(0.0), st.sampled_from(values))
     img = st.lists(st.lists(value, min_size=D_SAE, max_size=D_SAE), min_size=N_PATCHES, max_size=N_PATCHES)
     out, img_i = [], 0
     for _ in range(draw(st.integers(0, max_batches))):

@@ -1,7 +1,7 @@
 """PURE. The contract of an accumulator, and the sparse codes that it is fed.
 
 To add a statistic: one file with a class that derives from `Accumulator`, one line in `extract.make_bundle`, one line in
-`tests/laws.py`, whose battery then tests it.
+`tests/laws.py`, whose battery then tests it. It works on a GPU too; `update_on_device` makes it fast there.
 
 Names: `b` tokens, `d` model width, `n` codes, `s` features.
 """
@@ -18,11 +18,8 @@ from saev_dist.errors import MergeError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Codes:
-    """The nonzero codes of consecutive whole examples, a batch or a piece of one, on the CPU: by feature, then by token.
-
-    Statistics are kept by feature, so that in this order they are gathered and counted in sequence.
-    """
+class _Codes:
+    """The nonzero codes of consecutive whole examples."""
 
     token_n: Tensor
     """int64 (n,): token counted from the first of `img_i`, `(image - img_i) * n_patches + patch`."""
@@ -36,16 +33,54 @@ class Codes:
     n_patches: int
     """Content tokens per image."""
     acts_bd: Tensor
-    """float32 (tokens, d_model): what the codes were encoded from; valid during `update` only."""
+    """float32 (tokens, d_model), on the CPU: what the codes were encoded from; valid during `update` only."""
 
     @property
     def n_tokens(self) -> int:
         return self.n_imgs * self.n_patches
 
+
+class Codes(_Codes):
+    """The nonzero codes of a batch, or of a piece of one, on the CPU: by feature, then by token.
+
+    Statistics are kept by feature, so that in this order they are gathered and counted in sequence.
+    """
+
     def by_token(self) -> tuple[Tensor, Tensor, Tensor]:
         """Token, feature and value, ordered by token, then by feature."""
         order_n = stable_order(self.token_n, self.n_tokens)
         return self.token_n[order_n], self.feature_n[order_n], self.value_n[order_n]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DeviceCodes(_Codes):
+    """The nonzero codes of a batch on the device that encoded it, where that is not the CPU: by token, then by feature."""
+
+    x_bd: Tensor
+    """`acts_bd` on the device."""
+
+    def cpu(self, keep_n: Tensor | None = None) -> Codes:
+        """All of them on the CPU, or those that a mask keeps."""
+        parts = (self.token_n, self.feature_n, self.value_n)
+        token_n, feature_n, value_n = to_cpu(*(parts if keep_n is None else (part[keep_n] for part in parts)))
+        order_n = stable_order(feature_n, int(feature_n.max()) + 1 if len(feature_n) else 1)
+        return Codes(
+            token_n=token_n[order_n],
+            feature_n=feature_n[order_n],
+            value_n=value_n[order_n],
+            img_i=self.img_i,
+            n_imgs=self.n_imgs,
+            n_patches=self.n_patches,
+            acts_bd=self.acts_bd,
+        )
+
+
+def to_cpu(*tensors: Tensor) -> list[Tensor]:
+    """Copies on the CPU, made all at once where they come from a GPU."""
+    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # from a GPU: into page-locked memory
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return copies
 
 
 def stable_order(key_n: Tensor, limit: int) -> Tensor:
@@ -76,6 +111,14 @@ class Accumulator(ABC):
     def update(self, codes: Codes) -> None:
         """Fold one batch in."""
 
+    def update_on_device(self, codes: DeviceCodes) -> None:
+        """Fold one batch in whose codes are on a GPU.
+
+        This one brings all codes to the CPU. A statistic that should not slow a GPU down overrides it: it counts on the
+        device, puts into its state what it counted when `flush` is called, and drops that in `load_state_dict`.
+        """
+        self.update(codes.cpu())
+
     @abstractmethod
     def merge(self, other: Self) -> Self:
         """The state over the batches of both, which must be disjoint; neither operand changes."""
@@ -88,7 +131,7 @@ class Accumulator(ABC):
         """
 
     def flush(self) -> None:
-        """Fold in what `update` may have put off. Called before the state is read."""
+        """Fold in what updates may have put off. Called before the state is read."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state's tensors, not copied."""

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from saev_dist.accumulators.base import Accumulator, Codes
+from saev_dist.accumulators.base import Accumulator, Codes, DeviceCodes
 
 
 class Bundle(Accumulator):
@@ -23,6 +23,10 @@ class Bundle(Accumulator):
     def update(self, codes: Codes) -> None:
         for part in self.parts.values():
             part.update(codes)
+
+    def update_on_device(self, codes: DeviceCodes) -> None:
+        for part in self.parts.values():
+            part.update_on_device(codes)
 
     def flush(self) -> None:
         for part in self.parts.values():

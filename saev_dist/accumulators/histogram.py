@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saev_dist.accumulators.base import Accumulator, Codes
+from saev_dist.accumulators.base import Accumulator, Codes, DeviceCodes
 
 BITS = 4
 MIN_EXPONENT, MAX_EXPONENT = -16, 16
@@ -37,10 +37,16 @@ def edges() -> Tensor:
     return torch.from_numpy(np.concatenate([[0.0], patterns.view(np.float32), [np.inf]]).astype(np.float32))
 
 
+def _count(counts_sh: Tensor, codes: Codes | DeviceCodes) -> None:
+    # A score of zero or below goes nowhere: its weight is 0, and its bin is merely in range.
+    flat_n = codes.feature_n * N_BINS + bin_of(codes.value_n)
+    counts_sh.view(-1).scatter_add_(0, flat_n, (codes.value_n > 0).long())
+
+
 class Histogram(Accumulator):
     """Counts of each feature's scores above zero, by bin.
 
-    Memory: 8 bytes a bin, 514 bins: 4.1 kB a feature.
+    Memory: 8 bytes a bin, 514 bins: 4.1 kB a feature; as much on a GPU.
 
     Args:
         d_sae: features.
@@ -53,11 +59,25 @@ class Histogram(Accumulator):
     def __init__(self, d_sae: int, percentile: float) -> None:
         self.percentile = percentile
         self.counts_sh = torch.zeros(d_sae, N_BINS, dtype=torch.int64)
+        self._waiting_sh: Tensor | None = None
+        """On a device: the counts since the last `flush`."""
 
     def update(self, codes: Codes) -> None:
-        # A score of zero or below goes nowhere: its weight is 0, and its bin is merely in range.
-        flat_n = codes.feature_n * N_BINS + bin_of(codes.value_n)
-        self.counts_sh.view(-1).scatter_add_(0, flat_n, (codes.value_n > 0).long())
+        _count(self.counts_sh, codes)
+
+    def update_on_device(self, codes: DeviceCodes) -> None:
+        if self._waiting_sh is None:
+            self._waiting_sh = torch.zeros(self.counts_sh.shape, dtype=torch.int64, device=codes.value_n.device)
+        _count(self._waiting_sh, codes)
+
+    def flush(self) -> None:
+        if self._waiting_sh is not None:
+            self.counts_sh += self._waiting_sh.cpu()
+            self._waiting_sh = None
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self._waiting_sh = None
 
     def merge(self, other: Self) -> Self:
         self.check_same_kind(other)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saev_dist.accumulators import fixed_point
-from saev_dist.accumulators.base import Accumulator, Codes
+from saev_dist.accumulators.base import Accumulator, Codes, DeviceCodes, to_cpu
 
 
 class Reconstruction(Accumulator):
@@ -20,7 +20,7 @@ class Reconstruction(Accumulator):
     `normalized_mse = sum |x - x_hat|^2 / sum |x - mean(x)|^2`, with the mean over all tokens, as saev defines it. A
     batch's float64 sums are rounded to fixed point, and the rest is exact integer arithmetic.
 
-    Cost: one row of the decoder is read per code, on the CPU; and a (tokens, d_model) array for each batch.
+    Cost: one row of the decoder is read per code; a (tokens, d_model) array for each batch; on a GPU the decoder.
 
     Args:
         w_dec_sd: float32 (d_sae, d_model).
@@ -38,17 +38,28 @@ class Reconstruction(Accumulator):
         """Sum of their squares."""
         self.errors_12 = torch.zeros(1, 2, dtype=torch.int64)
         """Sum of the squared errors."""
+        self._on_device: tuple[Tensor, Tensor] | None = None
+        """The decoder."""
 
     def update(self, codes: Codes) -> None:
-        token_n, feature_n, value_n = codes.by_token()
-        first_b = torch.searchsorted(token_n, torch.arange(codes.n_tokens))
-        decoded_bd = F.embedding_bag(feature_n, self.w_dec_sd, first_b, mode="sum", per_sample_weights=value_n)
-        decoded_bd.add_(self.b_dec_d)
-        x_bd = codes.acts_bd
+        self._fold(codes.acts_bd, *codes.by_token(), self.w_dec_sd, self.b_dec_d)
+
+    def update_on_device(self, codes: DeviceCodes) -> None:
+        if self._on_device is None:
+            self._on_device = self.w_dec_sd.to(codes.value_n.device), self.b_dec_d.to(codes.value_n.device)
+        self._fold(codes.x_bd, codes.token_n, codes.feature_n, codes.value_n, *self._on_device)
+
+    def _fold(
+        self, x_bd: Tensor, token_n: Tensor, feature_n: Tensor, value_n: Tensor, w_dec_sd: Tensor, b_dec_d: Tensor
+    ) -> None:
+        """Add the sums of some tokens, whose codes are ordered by token."""
+        first_b = torch.searchsorted(token_n, torch.arange(len(x_bd), device=x_bd.device))
+        decoded_bd = F.embedding_bag(feature_n, w_dec_sd, first_b, mode="sum", per_sample_weights=value_n)
+        decoded_bd.add_(b_dec_d)
         if self.undo_norm is not None:
             decoded_bd = self.undo_norm(decoded_bd, x_bd)
         sums = (x_bd.sum(0, dtype=torch.float64), _sum_of_squares(x_bd), _sum_of_squares(decoded_bd.sub_(x_bd)))
-        for name, value in zip(self.STATE, sums, strict=True):
+        for name, value in zip(self.STATE, to_cpu(*sums), strict=True):
             setattr(self, name, fixed_point.add(getattr(self, name), fixed_point.from_float(value)))
 
     def merge(self, other: Self) -> Self:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saev_dist.accumulators.base import Codes, stable_order
+from saev_dist.accumulators.base import Codes, DeviceCodes, stable_order, to_cpu
 
 N_STRONGEST = 3
 MAX_PLACES = 32
@@ -33,12 +33,14 @@ def n_sampled(first_token: int, n_tokens: int, stride: int) -> int:
     return len(range(-first_token % stride, n_tokens, stride))
 
 
-def sampled_values(codes: Codes, n_features: int, stride: int) -> NDArray[np.float32]:
+def sampled_values(codes: Codes | DeviceCodes, n_features: int, stride: int) -> NDArray[np.float32]:
     """The first features' values, zeros included, on those tokens whose global index is a multiple of `stride`.
 
     Returns:
         float32 (r, n_features).
     """
+    if isinstance(codes, DeviceCodes):
+        return _sampled_values_on_device(codes, n_features, stride)
     offset = -codes.img_i * codes.n_patches % stride
     rows = np.zeros((n_sampled(codes.img_i * codes.n_patches, codes.n_tokens, stride), n_features), np.float32)
     stop = int(np.searchsorted(codes.feature_n.numpy(), n_features))
@@ -48,7 +50,17 @@ def sampled_values(codes: Codes, n_features: int, stride: int) -> NDArray[np.flo
     return rows
 
 
-def image_means(codes: Codes, d_sae: int) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
+def _sampled_values_on_device(codes: DeviceCodes, n_features: int, stride: int) -> NDArray[np.float32]:
+    offset = -codes.img_i * codes.n_patches % stride
+    n_rows = n_sampled(codes.img_i * codes.n_patches, codes.n_tokens, stride)
+    row_n, past_n = (codes.token_n - offset) // stride, (codes.token_n - offset) % stride
+    nowhere = n_rows * n_features  # a place for the others, so that nobody waits for their number
+    flat_n = torch.where((codes.feature_n < n_features) & (past_n == 0), row_n * n_features + codes.feature_n, nowhere)
+    (rows,) = to_cpu(codes.value_n.new_zeros(nowhere + 1).scatter_(0, flat_n, codes.value_n))
+    return rows[:nowhere].view(n_rows, n_features).numpy()
+
+
+def image_means(codes: Codes | DeviceCodes, d_sae: int) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
     """Per image and feature the mean of the 3 strongest patches (of all, with fewer), as rows of a CSR matrix.
 
     Patches without a code count as zeros, between the positive and the negative ones. Means of 0 are not stored.
@@ -57,6 +69,8 @@ def image_means(codes: Codes, d_sae: int) -> tuple[NDArray[np.int64], NDArray[np
     Returns:
         entries per image, int64 (e,); their features, int32 (v,), ascending within an image; their means, float32 (v,).
     """
+    if isinstance(codes, DeviceCodes):
+        return _image_means_on_device(codes, d_sae)
     feature_n, value_n = codes.feature_n.numpy(), codes.value_n.numpy()
     img_n = codes.token_n.numpy() // codes.n_patches
     start_v = np.flatnonzero(np.diff(feature_n * codes.n_imgs + img_n, prepend=-1))
@@ -66,6 +80,32 @@ def image_means(codes: Codes, d_sae: int) -> tuple[NDArray[np.int64], NDArray[np
     img_v, feature_v, mean_v = img_v[keep_v], feature_v[keep_v], mean_v[keep_v]
     order_v = stable_order(torch.from_numpy(img_v), codes.n_imgs).numpy()
     return np.bincount(img_v, minlength=codes.n_imgs), feature_v[order_v].astype(np.int32), mean_v[order_v]
+
+
+def _image_means_on_device(codes: DeviceCodes, d_sae: int) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
+    """By their definition: each group's values in descending order, the first 3 added up."""
+    order_n = codes.value_n.sort(descending=True, stable=True).indices
+    group_n = (codes.token_n // codes.n_patches * d_sae + codes.feature_n)[order_n]
+    group_n, again_n = group_n.sort(stable=True)
+    value_n = codes.value_n[order_n[again_n]]
+    group_v, size_v = torch.unique_consecutive(group_n, return_counts=True)
+    start_v = size_v.cumsum(0) - size_v
+    place_n = torch.arange(len(group_v), device=group_v.device).repeat_interleave(size_v, output_size=len(group_n))
+    n_above_v = torch.zeros_like(size_v).scatter_add_(0, place_n, (value_n > 0).long())
+    n_zeros_v = codes.n_patches - size_v
+    sum_v = value_n.new_zeros(len(group_v))
+    for place in range(min(N_STRONGEST, codes.n_patches)):  # in the descending order: above zero, zeros, below zero
+        is_above_v, is_zero_v = place < n_above_v, (place >= n_above_v) & (place < n_above_v + n_zeros_v)
+        code_v = torch.where(is_above_v, place, place - n_zeros_v).clamp_(min=0)
+        sum_v += value_n[start_v + code_v].masked_fill_(is_zero_v, 0)
+    # a divisor on the device: torch would multiply by the inverse of a number of the CPU's, which rounds otherwise
+    mean_v = sum_v / sum_v.new_full((1,), min(N_STRONGEST, codes.n_patches))
+    keep_v = mean_v != 0
+    group_v, mean_v = group_v[keep_v], mean_v[keep_v]
+    img_v = group_v // d_sae
+    count_e = img_v.new_zeros(codes.n_imgs).scatter_add_(0, img_v, torch.ones_like(img_v))
+    counts, features, means = to_cpu(count_e, (group_v - img_v * d_sae).int(), mean_v)
+    return counts.numpy(), features.numpy(), means.numpy()
 
 
 def _strongest_sums(value_n: NDArray[np.float32], start_v: NDArray[np.int64], n_patches: int) -> NDArray[np.float32]:

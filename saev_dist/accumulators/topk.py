@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saev_dist.accumulators.base import Accumulator, Codes, stable_order
+from saev_dist.accumulators.base import Accumulator, Codes, DeviceCodes, stable_order
 
 RankBy = Literal["patch", "image"]
 Candidates = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
@@ -51,6 +51,7 @@ class TopK(Accumulator):
         """int64; -1 = empty."""
         self._waiting: list[Candidates] = []
         self._n_waiting, self._sorted = 0, True
+        self._bar_on_device_s: Tensor | None = None
         self._raise_bar()
 
     def update(self, codes: Codes) -> None:
@@ -70,6 +71,12 @@ class TopK(Accumulator):
             self._n_waiting += len(value_n)
         if self._n_waiting >= self.values_sk.numel() // 2:
             self._prune()
+
+    def update_on_device(self, codes: DeviceCodes) -> None:
+        """Bring only what reaches the bar to the CPU: nearly nothing, once the slots are filled."""
+        if self._bar_on_device_s is None:
+            self._bar_on_device_s = torch.from_numpy(self._bar_s).to(codes.value_n.device)
+        self.update(codes.cpu(codes.value_n >= self._bar_on_device_s[codes.feature_n]))
 
     def flush(self) -> None:
         self._prune()
@@ -97,6 +104,7 @@ class TopK(Accumulator):
         values_sk, places_sk = self.values_sk.numpy(), self.places_sk.numpy()
         least_s = values_sk.min(axis=1)
         self._bar_s = np.maximum(least_s, TINY)
+        self._bar_on_device_s = None
         last_s = np.where(values_sk == least_s[:, None], places_sk, -1).max(axis=1)
         self._bar_place_s = np.where(least_s > 0, last_s, np.iinfo(np.int64).max)
 

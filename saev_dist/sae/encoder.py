@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saev_dist.accumulators.base import Codes, stable_order
+from saev_dist.accumulators.base import Codes, DeviceCodes, stable_order
 from saev_dist.sae.model import Activation, ConstantNorm, Gated, Given, GroupMax, LayerNorm, Precision, Sae, Threshold, TopK
 from saev_dist.sae.screen import Screen
 from saev_dist.sae.select import Bound, Sieve, keep, select_at_once
@@ -30,6 +30,8 @@ PIECE_CODES = 2**25  # most codes that a piece may have: they are held until it 
 BLOCK_TOKENS = 2048
 BLOCK_FEATURES = 768  # 6 MB: of the multiples of 256 the fastest, by 7 % at d_model 768 and 14 % at 1,024
 FIRST_BLOCKS = 4  # of features that a TopK sees first, together: a high bar from the start halves the candidates
+LANES = 2  # batches that a GPU works on at a time
+LANE_CODES = 2**29  # entries of a GPU's product at a time, 2 GB in fp32
 FP32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -48,19 +50,20 @@ class ActivationOverflow(Exception):
 class Encoder:
     """An SAE's encoder on one device. A context manager: its threads end with it.
 
-    Inside, torch uses one thread for each operation of this process: the threads work on pieces side by side.
+    Inside, torch uses one thread for each operation of this process: the threads work on pieces side by side. On a GPU a
+    thread has a stream of its own, so that one's copies and waiting hide behind another's product.
 
     Args:
         sae: weights and rules.
         device: where the product runs.
         precision: fp32; tf32 (CUDA only); bf16, whose product is rounded to 8 bits and so has many ties.
-        n_threads: pieces that are encoded at a time.
+        n_threads: pieces, or on a GPU batches, that are encoded at a time.
         screen: on the CPU, in fp32: make the product in bfloat16 first, and in fp32 only where a code may be.
 
     Raises:
         ConfigError: the weights cannot be screened.
 
-    Device memory: the weights, and for each thread a block: on the CPU of `block_shape`, else of a batch and all features.
+    Device memory: the weights, and for each thread a block of `block_shape`.
     """
 
     def __init__(self, sae: Sae, device: torch.device, precision: Precision, n_threads: int, *, screen: bool = False) -> None:
@@ -104,9 +107,11 @@ class Encoder:
             assert device.type == "cpu" and precision == "fp32"
             with _one_thread():
                 self._screen = Screen(self._w_ds, self._b_s, self._threshold)
-        self._blocks = _Blocks()
+        self._own = _Own()
 
     def __enter__(self) -> Self:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the weights are there, for all streams
         self._stack = ExitStack()
         self._stack.enter_context(_one_thread())
         # torch's setting is each thread's own for MKL, hence the initializer
@@ -123,8 +128,34 @@ class Encoder:
         """The nonzero codes of whole examples: `submit` and wait."""
         return self.submit(acts_bd, img_i=img_i, n_patches=n_patches, lift_s=lift_s)()
 
-    def submit_batch(self, acts_bd: Tensor, *, img_i: int, n_patches: int) -> list[Callable[[], Codes]]:
-        """Begin to encode a batch, in pieces; see `submit`."""
+    @property
+    def n_ahead(self) -> int:
+        """Batches to have under way beside the one whose codes are being worked on."""
+        return LANES if encodes_at_once(self.device) else 1
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Inside, the caller's own work on the device goes before the products that wait there."""
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.stream(torch.cuda.Stream(self.device, priority=-1)):
+            yield
+
+    def wait(self) -> None:
+        """Wait until what the caller had done on the device is done: codes that are let go may be overwritten."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def submit_batch(
+        self, acts_bd: Tensor, *, img_i: int, n_patches: int
+    ) -> list[Callable[[], Codes]] | list[Callable[[], DeviceCodes]]:
+        """Begin to encode a batch: on the CPU in pieces, on a GPU at once, and leave the codes there; see `submit`."""
+        if encodes_at_once(self.device):
+            whole: Callable[[], DeviceCodes] = self._pool.submit(
+                self._encode_at_once, acts_bd, img_i, n_patches, None, None
+            ).result
+            return [whole]
         n_imgs = len(acts_bd) // n_patches
         step = piece_images(n_imgs, n_patches, self.sae.activation, self.sae.d_sae, self.device)
         return [
@@ -151,13 +182,8 @@ class Encoder:
             A function that waits for the codes. It raises ActivationOverflow where a value is NaN, infinite, or too
             large for a float32 product.
         """
-        bias_s = self._b_s
-        if lift_s is not None:
-            assert self._screen is None
-            if isinstance(self.sae.activation, Gated):  # the gate decides, and its h becomes a score by this factor
-                lift_s = lift_s / self.sae.activation.scale_s
-            bias_s = bias_s + lift_s.to(self.device, self.dtype)
-        return self._pool.submit(self._encode_piece, acts_bd, img_i, n_patches, bias_s, only).result
+        assert lift_s is None or self._screen is None
+        return self._pool.submit(self._encode, acts_bd, img_i, n_patches, lift_s, only).result
 
     @property
     def recomputed_per_token(self) -> float | None:
@@ -183,41 +209,71 @@ class Encoder:
             terms_n = terms_n * activation.scale_s[feature_n] + activation.b_mag_s[feature_n].abs()
         return terms_n
 
-    def _encode_piece(self, acts_bd: Tensor, img_i: int, n_patches: int, bias_s: Tensor, only: Tensor | None) -> Codes:
-        n_tokens, d_sae = len(acts_bd), self.sae.d_sae
-        step, _, _ = block_shape(n_tokens, self.sae.activation, self.sae.d_sae, self.device)
-        parts = []
-        for first in range(0, n_tokens, step):
-            token_n, feature_n, value_n = self._encode_block(acts_bd[first : first + step], bias_s, only)
-            parts.append((token_n + first, feature_n, value_n))
-        token_n, feature_n, value_n = parts[0]
-        if len(parts) > 1 or self.device.type != "cpu":
-            token_n, feature_n, value_n = (torch.cat(part) for part in zip(*parts, strict=True))
-            order_n = stable_order(feature_n, d_sae)
+    def _encode(self, acts_bd: Tensor, img_i: int, n_patches: int, lift_s: Tensor | None, only: Tensor | None) -> Codes:
+        if encodes_at_once(self.device):
+            return self._encode_at_once(acts_bd, img_i, n_patches, lift_s, only).cpu()
+        token_n, feature_n, value_n, n_blocks = self._encode_blocks(acts_bd, lift_s, only)
+        if n_blocks > 1:
+            order_n = stable_order(feature_n, self.sae.d_sae)
             token_n, feature_n, value_n = token_n[order_n], feature_n[order_n], value_n[order_n]
         return Codes(
             token_n=token_n,
             feature_n=feature_n,
             value_n=value_n,
             img_i=img_i,
-            n_imgs=n_tokens // n_patches,
+            n_imgs=len(acts_bd) // n_patches,
             n_patches=n_patches,
             acts_bd=acts_bd,
         )
 
-    def _encode_block(self, acts_bd: Tensor, bias_s: Tensor, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Token (int64, from the first of `acts_bd`), feature (int64) and value (float32) of each nonzero code; on the CPU.
+    def _encode_at_once(
+        self, acts_bd: Tensor, img_i: int, n_patches: int, lift_s: Tensor | None, only: Tensor | None
+    ) -> DeviceCodes:
+        with self._lane():
+            x_bd = acts_bd.to(self.device, non_blocking=True)
+            token_n, feature_n, value_n, _ = self._encode_blocks(x_bd, lift_s, only)
+            self.wait()  # so that codes can be used in any stream, and `acts_bd` again
+        return DeviceCodes(
+            token_n=token_n,
+            feature_n=feature_n,
+            value_n=value_n,
+            img_i=img_i,
+            n_imgs=len(acts_bd) // n_patches,
+            n_patches=n_patches,
+            acts_bd=acts_bd,
+            x_bd=x_bd,
+        )
 
-        Those of a feature are in the order of tokens; where the CPU found them, features are in order too.
+    def _encode_blocks(self, x_bd: Tensor, lift_s: Tensor | None, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Token (from the first), feature and value of each nonzero code, block after block, on the device; and the blocks."""
+        bias_s = self._b_s
+        if lift_s is not None:
+            if isinstance(self.sae.activation, Gated):  # the gate decides, and its h becomes a score by this factor
+                lift_s = lift_s / self.sae.activation.scale_s
+            bias_s = bias_s + lift_s.to(self.device, self.dtype)
+        step, _, _ = block_shape(len(x_bd), self.sae.activation, self.sae.d_sae, self.device)
+        parts = []
+        for first in range(0, len(x_bd), step):
+            token_n, feature_n, value_n = self._encode_block(x_bd[first : first + step], bias_s, only)
+            parts.append((token_n + first if first else token_n, feature_n, value_n))
+        if len(parts) == 1:
+            return *parts[0], 1
+        token_n, feature_n, value_n = (torch.cat(part) for part in zip(*parts, strict=True))
+        return token_n, feature_n, value_n, len(parts)
+
+    def _encode_block(self, x_bd: Tensor, bias_s: Tensor, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Token (int64), feature (int64) and value (float32) of each nonzero code, on the device.
+
+        On the CPU by feature, then token; on a GPU by token, then feature.
         """
-        low, high = torch.aminmax(acts_bd)
-        if not max(-float(low), float(high)) < self._limit:  # NaN and infinity travel through aminmax
+        low, high = torch.stack(torch.aminmax(x_bd)).tolist()
+        if not max(-low, high) < self._limit:  # NaN and infinity travel through aminmax
             raise ActivationOverflow(self._limit)
         activation = self.sae.activation
         if isinstance(self.sae.input_norm, LayerNorm | ConstantNorm):
-            acts_bd = self.sae.input_norm.apply(acts_bd.to(self.device, non_blocking=True))
-        x_bd = acts_bd.to(self.device, self.dtype, non_blocking=True)
-        token_n, feature_n, value_n = (self._select if self.device.type == "cpu" else self._select_at_once)(x_bd, bias_s)
+            x_bd = self.sae.input_norm.apply(x_bd)
+        select = self._select_at_once if encodes_at_once(self.device) else self._select
+        token_n, feature_n, value_n = select(x_bd.to(self.dtype), bias_s)
         if isinstance(activation, Gated):
             value_n = value_n * self._mag_scale_s[feature_n] + self._mag_shift_s[feature_n]
         keep_n = value_n > 0 if isinstance(activation, Gated) or (isinstance(activation, TopK) and activation.relu) else None
@@ -226,7 +282,7 @@ class Encoder:
             keep_n = wanted_n if keep_n is None else keep_n & wanted_n
         if keep_n is not None:
             token_n, feature_n, value_n = token_n[keep_n], feature_n[keep_n], value_n[keep_n]
-        return token_n.cpu(), feature_n.cpu(), value_n.cpu()
+        return token_n, feature_n, value_n
 
     def _select(self, x_bd: Tensor, bias_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n_tokens, d_sae, activation = len(x_bd), self.sae.d_sae, self.sae.activation
@@ -268,19 +324,30 @@ class Encoder:
         token_n = flat_n // d_sae
         return token_n, flat_n - token_n * d_sae, value_n
 
+    @contextmanager
+    def _lane(self) -> Iterator[None]:
+        """This thread's stream."""
+        if self.device.type != "cuda":
+            yield
+            return
+        self._own.stream = self._own.stream or torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._own.stream):
+            yield
+
     def _block(self, n_codes: int, dtype: torch.dtype) -> Tensor:
         """This thread's block of a type, flat, kept for the whole run: a fresh array is paged in anew each time."""
-        blocks = self._blocks.by_type
+        blocks = self._own.blocks
         if dtype not in blocks or len(blocks[dtype]) < n_codes:
             blocks[dtype] = torch.zeros(n_codes, device=self.device, dtype=dtype)
         return blocks[dtype][:n_codes]
 
 
-class _Blocks(threading.local):
-    """Each thread's own."""
+class _Own(threading.local):
+    """What each thread has for itself: blocks by type, and on a GPU a stream."""
 
     def __init__(self) -> None:
-        self.by_type: dict[torch.dtype, Tensor] = {}
+        self.blocks: dict[torch.dtype, Tensor] = {}
+        self.stream: torch.cuda.Stream | None = None
 
 
 @contextmanager
@@ -294,9 +361,14 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def encodes_at_once(device: torch.device) -> bool:
+    """Whether all features of a token are looked at together, and the codes stay on the device: not on the CPU."""
+    return device.type != "cpu"
+
+
 def piece_images(n_imgs: int, n_patches: int, activation: Activation, d_sae: int, device: torch.device) -> int:
     """Images of a batch that are one piece: a function of the shapes and the kind of device, not of rank or threads."""
-    if device.type != "cpu":
+    if encodes_at_once(device):
         return n_imgs
     per_token = min(activation.k, d_sae) if isinstance(activation, TopK | GroupMax) else d_sae
     most = max(1, min(PIECE_CODES // per_token, BLOCK_TOKENS) // n_patches)
@@ -306,8 +378,8 @@ def piece_images(n_imgs: int, n_patches: int, activation: Activation, d_sae: int
 
 def block_shape(n_tokens: int, activation: Activation, d_sae: int, device: torch.device) -> tuple[int, int, int]:
     """Of the blocks of a piece of `n_tokens`: tokens, features of the first, features of the others. A function of the same."""
-    if device.type != "cpu":
-        return n_tokens, d_sae, d_sae
+    if encodes_at_once(device):
+        return min(n_tokens, max(1, LANE_CODES // d_sae)), d_sae, d_sae
     unit = d_sae // activation.k if isinstance(activation, GroupMax) else 16  # whole groups, or whole cache lines
     n_blocks = -(-d_sae // max(BLOCK_FEATURES, unit))
     n_features = min(d_sae, -(-d_sae // (n_blocks * unit)) * unit)
@@ -322,7 +394,7 @@ def usable_precision(wanted: Precision, device: torch.device) -> Precision:
 
 
 def batch_threads(n_imgs: int, n_patches: int, activation: Activation, d_sae: int, device: torch.device) -> int:
-    """Threads that encode batches: torch's own number on the CPU, but no more than a batch has pieces; 1 elsewhere."""
-    if device.type != "cpu":
-        return 1
+    """Threads that encode batches: torch's own number on the CPU, but no more than a batch has pieces; 2 on a GPU."""
+    if encodes_at_once(device):
+        return LANES
     return min(torch.get_num_threads(), -(-n_imgs // piece_images(n_imgs, n_patches, activation, d_sae, device)))

@@ -1,0 +1,154 @@
+"""End-to-end extraction on a GPU over the bare matrix product: `python -m tests.bench.gpu`.
+
+At fp32, TF32 and bf16, all artifacts on, from the page cache: the shards are one file under many names, so that a run is
+long and the disk is not what is measured. The ceiling is one `torch.addmm` a batch in the same precision, of tokens that
+lie on the device, before and after each run. What remains is in the line: seconds of each stage of the stream, the
+kernels that took longest, and the most device memory. The slots are checked against a dense search on the CPU.
+
+`--device cpu` tries the bench itself out, at small shapes. One JSON line a case and precision.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from saev_dist.config import Extract
+from saev_dist.extract import run
+from saev_dist.sae.saev import load_saev
+from tests.bench.extract import Case, check_slots, make_inputs, read_all
+from tests.bench.record import emit
+
+CASES = [
+    Case("TopK", 64, n_imgs=996, d_model=1_024, d_sae=16_384),
+    Case("Relu", 300, n_imgs=996, d_model=1_024, d_sae=16_384),
+    Case("TopK", 32, n_imgs=996, d_model=1_024, d_sae=32_768),
+]
+SMALL = [Case("TopK", 8, n_imgs=200, d_model=64, d_sae=512, top_k=16)]
+PRECISIONS = ("fp32", "tf32", "bf16")
+N_KERNELS = 12
+
+
+def repeat(dpath: Path, n: int) -> None:
+    """Give the one shard of a directory `n` names."""
+    metadata = json.loads((dpath / "metadata.json").read_text())
+    (entry,) = json.loads((dpath / "shards.json").read_text())
+    entries = [entry] + [entry | {"name": f"acts{i:06d}.bin"} for i in range(1, n)]
+    for other in entries[1:]:
+        os.link(dpath / entry["name"], dpath / other["name"])
+    (dpath / "shards.json").write_text(json.dumps(entries))
+    (dpath / "metadata.json").write_text(json.dumps(metadata | {"n_examples": n * metadata["n_examples"]}))
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Wall clock until the device has done it."""
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def kernels(work: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """Milliseconds of the kernels (on the CPU the operations) that took longest together."""
+    kind = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profile:
+        work()
+    name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    rows = sorted(profile.key_averages(), key=lambda row: -getattr(row, name))
+    return {row.key[:80]: round(getattr(row, name) / 1e3, 1) for row in rows[:N_KERNELS]}
+
+
+def measure(case: Case, precision: str, device: torch.device, rounds: int, n_names: int) -> None:
+    """Print the line of one case and precision."""
+    with tempfile.TemporaryDirectory() as name:
+        dpath = Path(name)
+        shards, sae_fpath = make_inputs(dpath, case)
+        acts_td, sae = read_all(shards), load_saev(sae_fpath)
+        repeat(shards, n_names)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        w_ds, b_s = sae.w_enc_ds.to(device, dtype), sae.b_enc_s.to(device, dtype)
+        x_bd = acts_td[: case.batch_tokens].to(device, dtype)
+        out_bs = torch.empty(len(x_bd), case.d_sae, device=device, dtype=dtype)
+        n_tokens = n_names * case.n_tokens
+
+        def product() -> None:
+            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+            for _ in range(-(-n_tokens // case.batch_tokens)):
+                torch.addmm(b_s, x_bd, w_ds, out=out_bs)
+
+        def extract() -> None:
+            run(
+                Extract(
+                    shards=shards,
+                    sae=sae_fpath,
+                    out=dpath / "run",
+                    top_k=case.top_k,
+                    device=device.type,
+                    precision=precision,
+                    force=True,
+                )
+            )
+
+        seconds(product, device)
+        products, manifests = [seconds(product, device)], []
+        most = 0
+        for _ in range(rounds):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            extract()
+            if device.type == "cuda":
+                most = torch.cuda.max_memory_allocated(device)
+            products.append(seconds(product, device))
+            manifests.append(json.loads((dpath / "run/manifest.json").read_text()))
+        if precision == "fp32":  # of equal scores the first image wins, so the first name's images hold all slots' tops
+            check_slots(dpath / "run", acts_td, sae_fpath, case)
+        longest = kernels(extract, device)
+    totals = [sum(manifest["wall_s"].values()) for manifest in manifests]
+    shares = [(a + b) / 2 / total for (a, b), total in zip(pairwise(products), totals, strict=True)]
+    held = x_bd.nbytes + out_bs.nbytes + w_ds.nbytes  # by this bench
+    emit(
+        "gpu",
+        f"gpu: {case}, {precision}",
+        asdict(case) | {"precision": precision, "names": n_names, "device": manifests[-1]["machine"]["gpu"] or device.type},
+        ceiling=f"the bare {precision} product of as many tokens on the device",
+        share=median(shares),
+        shares=[round(share, 3) for share in shares],
+        tokens_per_s=round(n_tokens / min(totals)),
+        read_gb_per_s=round(n_tokens * case.d_model * 4 / min(totals) / 1e9, 2),
+        product_tflops=round(2 * n_tokens * case.d_model * case.d_sae / min(products) / 1e12, 1),
+        device_gb=round((most - held) / 1e9, 2) if most else None,
+        rounds=[
+            manifest["wall_s"]
+            | {key: manifest["ranks"][0][key] for key in ("encode_s", "accumulate_s", "rows_s", "read_wait_s")}
+            for manifest in manifests
+        ],
+        kernels_ms=longest,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--names", type=int, default=32, help="names of the shard: 0.8 GB to read each")
+    parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="numbers in CASES; default: all")
+    parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=PRECISIONS)
+    args = parser.parse_args()
+    on_cpu = args.device == "cpu"
+    for case in SMALL if on_cpu else [CASES[index] for index in args.cases]:
+        for precision in [one for one in args.precisions if not (on_cpu and one == "tf32")]:
+            measure(case, precision, torch.device(args.device), args.rounds, 4 if on_cpu else args.names)
+
+
+if __name__ == "__main__":
+    main()

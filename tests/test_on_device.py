@@ -1,0 +1,206 @@
+"""What runs on a GPU: on one where there is one, and on the CPU, whose tensors stand in for a GPU's."""
+
+import re
+from fractions import Fraction
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+from saev_dist.accumulators import fixed_point, moments, rows
+from saev_dist.accumulators.base import Accumulator
+from saev_dist.accumulators.moments import Moments
+from saev_dist.accumulators.reconstruction import Reconstruction
+from saev_dist.cli import main
+from saev_dist.config import Extract
+from saev_dist.errors import DataError, MergeError
+from saev_dist.extract import run
+from saev_dist.sae import encoder
+from saev_dist.sae.encoder import Encoder, batch_threads
+from saev_dist.sae.model import Gated, GroupMax, LayerNorm, Relu, Sae, Threshold, TopK
+from saev_dist.world import World
+from tests.laws import D_SAE, EXACT, KINDS, batches, fold, make_codes, on_device, same
+from tests.ranks import artifact_hashes
+from tests.synthetic import BATCH_TOPK, RELU, TOPK, make_acts, make_sae, make_shards, make_weights
+
+DEVICES = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+every_device = pytest.mark.parametrize("device", DEVICES, ids=str)
+
+
+@pytest.fixture(params=DEVICES, ids=str)
+def device(request, monkeypatch):
+    """Encoders on it leave codes there."""
+    if request.param.type == "cpu":
+        monkeypatch.setattr(encoder, "encodes_at_once", lambda device: True)
+    return request.param
+
+
+@every_device
+@pytest.mark.parametrize("kind", KINDS)
+@given(batches(values=EXACT), st.lists(st.sampled_from(["device", "fallback", "cpu", "read"]), min_size=6, max_size=6))
+def test_a_state_does_not_depend_on_where_it_was_counted(device, kind, group, wheres):
+    """Nor on when it is read."""
+    acc, expected = KINDS[kind](), fold(KINDS[kind], group)
+    for codes, where in zip(group, wheres, strict=False):
+        if where == "cpu":
+            acc.update(codes)
+        elif where == "fallback":
+            Accumulator.update_on_device(acc, on_device(codes, device))
+        else:
+            acc.update_on_device(on_device(codes, device))
+        if where == "read":
+            acc.state_dict()
+    if device.type == "cuda" and isinstance(acc, Reconstruction):  # its products of floats are the device's own
+        assert acc.finalize(10)["metrics"] == pytest.approx(expected.finalize(10)["metrics"], rel=1e-4)
+    else:
+        assert same(acc, expected)
+
+
+@every_device
+@pytest.mark.parametrize("kind", KINDS)
+@given(batches(values=EXACT))
+def test_a_state_that_is_taken_over_replaces_what_a_device_counted(device, kind, group):
+    acc = KINDS[kind]()
+    for codes in group:
+        acc.update_on_device(on_device(codes, device))
+    acc.load_state_dict(KINDS[kind]().state_dict())
+    assert same(acc, KINDS[kind]())
+
+
+@every_device
+@given(batches())
+def test_moments_of_a_device_round_each_score(device, group):
+    acc = Moments(D_SAE)
+    for codes in group:
+        acc.update_on_device(on_device(codes, device))
+    found = fixed_point.to_fractions(acc.state_dict()["sum_s2"])
+    for s in range(D_SAE):
+        above = [Fraction(v) for codes in group for v in codes.value_n[codes.feature_n == s].tolist() if v > 0]
+        assert abs(found[s] - sum(above)) <= len(above) * Fraction(2) ** -63
+
+
+@every_device
+def test_moments_of_a_device_neither_wrap_nor_pass_the_limit(device, monkeypatch):
+    def codes_of(value: float, n: int):
+        dense = [[[value, 0.0, 0.0, 0.0, 0.0]] * 3] * n
+        return on_device(make_codes(0, dense), device)
+
+    for value, n, fine in ((2.0**60, 1, True), (2.0**60, 2, False), (2.0**63, 1, False), (3e38, 1, False)):
+        acc = Moments(D_SAE)
+        acc.update_on_device(codes_of(value, n))
+        if fine:
+            assert fixed_point.to_fractions(acc.state_dict()["sum_s2"])[0] == 3 * n * Fraction(value)
+        else:
+            with pytest.raises(MergeError, match=r"passes 4\.6e18"):
+                acc.state_dict()
+    monkeypatch.setattr(fixed_point, "MAX_ADDED", 4)
+    acc, n_flushed = Moments(D_SAE), []
+    flush = Moments.flush
+    monkeypatch.setattr(moments.Moments, "flush", lambda self: (n_flushed.append(self._n_waiting), flush(self)))
+    for _ in range(3):
+        acc.update_on_device(codes_of(1.5, 1))
+    assert n_flushed == [3, 3]
+    assert fixed_point.to_fractions(acc.state_dict()["sum_s2"])[0] == 9 * Fraction(3, 2)
+
+
+@every_device
+@given(batches(), st.integers(1, 7), st.integers(1, 5))
+def test_rows_are_those_of_the_cpu_to_the_bit(device, group, stride, n_features):
+    for codes in group:
+        moved = on_device(codes, device)
+        for found, expected in zip(rows.image_means(moved, D_SAE), rows.image_means(codes, D_SAE), strict=True):
+            assert found.dtype == expected.dtype
+            np.testing.assert_array_equal(found, expected)
+        found = rows.sampled_values(moved, n_features, stride)
+        np.testing.assert_array_equal(found, rows.sampled_values(codes, n_features, stride))
+
+
+KINDS_OF_SAE = [
+    Relu(), TopK(4), TopK(4, relu=True), TopK(99), GroupMax(4), Threshold(0.5), Threshold(torch.arange(24) / 8),
+    Gated(torch.arange(1, 25) / 32, torch.arange(24) * 0.25 - 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("lane_codes", [1, 500, 10**6])
+@pytest.mark.parametrize("norm", [None, LayerNorm()], ids=str)
+@pytest.mark.parametrize("kind", KINDS_OF_SAE, ids=lambda kind: f"{kind.name}-{getattr(kind, 'k', '')}")
+def test_codes_are_those_of_the_cpu(monkeypatch, device, kind, norm, lane_codes):
+    sae = Sae(**make_weights(), activation=kind, pre_bias=True, input_norm=norm, source="integers")
+    acts_bd = torch.from_numpy(make_acts(11)).view(-1, sae.d_model)
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "encodes_at_once", lambda device: False)
+        with Encoder(sae, torch.device("cpu"), "fp32", 1) as plain:
+            expected = plain.encode(acts_bd, img_i=3, n_patches=5)
+    monkeypatch.setattr(encoder, "LANE_CODES", lane_codes)
+    n_threads = batch_threads(11, 5, kind, sae.d_sae, device)
+    assert n_threads == 2
+    with Encoder(sae, device, "fp32", n_threads) as lanes, lanes.beside():
+        waits = [lanes.submit_batch(acts_bd, img_i=3, n_patches=5)[0] for _ in range(4)]
+        many = [wait() for wait in waits]
+        one = lanes.encode(acts_bd, img_i=3, n_patches=5)
+        for codes in (*(codes.cpu() for codes in many), one):
+            assert (codes.img_i, codes.n_imgs, codes.n_patches) == (3, 11, 5)
+            if norm is None:
+                assert torch.equal(codes.token_n, expected.token_n)
+                assert torch.equal(codes.feature_n, expected.feature_n)
+                assert torch.equal(codes.value_n, expected.value_n)
+            else:
+                dense_bs, expected_bs = torch.zeros(55, sae.d_sae), torch.zeros(55, sae.d_sae)
+                dense_bs[codes.token_n, codes.feature_n] = codes.value_n
+                expected_bs[expected.token_n, expected.feature_n] = expected.value_n
+                torch.testing.assert_close(dense_bs, expected_bs)
+        for codes in many:
+            assert codes.value_n.device.type == device.type
+            assert (codes.token_n * sae.d_sae + codes.feature_n).diff().gt(0).all(), "by token, then by feature"
+            keep_n = codes.value_n > 1
+            assert torch.equal(codes.cpu(keep_n).value_n, one.value_n[one.value_n > 1])
+
+
+@pytest.mark.parametrize("activation", [RELU, TOPK, BATCH_TOPK], ids=lambda activation: activation["cls"])
+@pytest.mark.parametrize("rank_by", ["patch", "image"])
+def test_a_run_of_integers_is_the_one_of_the_cpu(tmp_path, monkeypatch, device, activation, rank_by):
+    shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt", activation)
+
+    def extract(out, where):
+        cfg = Extract(
+            shards=shards, sae=sae, out=tmp_path / out, top_k=8, rank_by=rank_by, batch_tokens=11, n_distributions=7,
+            max_distribution_samples=50, metrics=True, snapshot_every=0, device=where, progress=False,
+        )  # fmt: skip
+        run(cfg)
+        return artifact_hashes(tmp_path / out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "encodes_at_once", lambda device: device.type != "cpu")
+        expected = extract("cpu", "cpu")
+    assert extract("device", device.type) == expected
+    main(["verify", "--run", str(tmp_path / "device"), "--all", "--no-progress", "--device", device.type])
+
+
+def test_what_a_gpu_has_no_memory_for_is_refused_before_the_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(World, "device", lambda *_: torch.device("cuda"))
+    shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt", RELU)
+    args = ["extract", "--shards", str(shards), "--sae", str(sae), "--out", str(tmp_path / "run"), "--dry-run"]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    main(args)
+    assert re.search(r"device +weights .*, batches .*, dense codes .*, codes .*, statistics ", capsys.readouterr().out)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
+    with pytest.raises(SystemExit) as left:
+        main(args)
+    assert left.value.code == 1
+    assert "of device memory; 1.0 kB are free on cuda. Lower --batch-tokens." in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_value_is_named_with_its_place(tmp_path, device):
+    acts = make_acts()
+    acts[17, 3, 2] = np.nan
+    shards, sae = make_shards(tmp_path / "shards", acts), make_sae(tmp_path / "sae.pt")
+    with pytest.raises(DataError, match=r"image 17 .*patch 3, dimension 2 is nan"):
+        run(
+            Extract(
+                shards=shards, sae=sae, out=tmp_path / "run", batch_tokens=11, self_check="off", device=device.type,
+                progress=False,
+            )
+        )  # fmt: skip
