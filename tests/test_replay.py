@@ -374,6 +374,12 @@ def test_a_name_of_two_lines_with_escape_sequences_stays_one_line_of_text(tmp_pa
     assert r"000\n\x1b[31m\u2028.png is not a picture" in line
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(DataError, match=r"x\.png is no file; expected a picture"):
+        load_picture(tmp_path, "x.png", in_data_set=False)
+
+
 def test_a_picture_never_starts_another_program(tmp_path, monkeypatch):
     """Pillow hands Encapsulated PostScript, whatever its name, to a `gs` on the path."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\necho ran >> {tmp_path}/ran\n")

@@ -312,8 +312,10 @@ def test_a_run_that_another_process_has_just_finished_is_not_computed_again(tmp_
 # ---- merge
 
 
-def test_merge_makes_the_artifacts_when_all_is_done(tmp_path, server, whole):
+@pytest.mark.parametrize("flags", [[], ["--screen", "bf16"]], ids=str)
+def test_merge_makes_the_artifacts_when_all_is_done(tmp_path, server, whole, flags):
     args, expected, shards = whole
+    args = [args[0], *flags, *args[1:]]
     out = tmp_path / "run"
     codes, output = server.run("merge", "--run", out)
     assert codes == [1] and f"{out} is not a run" in output

@@ -19,6 +19,7 @@ from saev_dist.sae import plain
 from saev_dist.sae.encoder import Encoder
 from saev_dist.sae.load import Overrides, load_sae, recognise
 from saev_dist.sae.model import Gated, Given, GroupMax, LayerNorm, Relu, Sae, Threshold, TopK
+from saev_dist.sae.saev import save_saev
 from saev_dist.sae.safetensors import read_safetensors, write_safetensors
 from tests.synthetic import BATCH_TOPK, RELU, make_sae
 
@@ -331,6 +332,13 @@ def test_a_threshold_can_be_given_where_the_file_lacks_it(tmp_path):
     value_bk, feature_bk = h_bs.topk(3)  # as saev encoded before it had thresholds
     top_bs = torch.zeros_like(h_bs).scatter(1, feature_bk, value_bk)
     torch.testing.assert_close(encode(load(fpath, activation="topk:3"), x_bd), top_bs)
+
+
+def test_one_number_is_not_normalised(tmp_path):
+    save_saev(tmp_path / "sae.pt", torch.ones(1, 4), torch.zeros(4), torch.ones(4, 1), torch.zeros(1), RELU)
+    load(tmp_path / "sae.pt")
+    with pytest.raises(ConfigError, match="width 1, which layer_norm cannot normalise"):
+        load(tmp_path / "sae.pt", input_norm="layer_norm")
 
 
 CONTRADICTIONS = {

@@ -10,6 +10,7 @@ Nothing here imports torch: the processes that draw start in a fraction of a sec
 import functools
 import importlib.util
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -153,6 +154,8 @@ def load_picture(root: Path, name: str, *, in_data_set: bool) -> Image.Image:
     """
     where = f"{root}, picture {name}" if in_data_set else str(root / name)
     try:
+        if not in_data_set and not stat.S_ISREG(os.stat(root / name).st_mode):  # a pipe would be waited for
+            raise DataError(f"{where} is no file; expected a picture. Replace it, or use --no-pictures.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged EXIF data and the like, as many photographs have them
             warnings.simplefilter("error", Image.DecompressionBombWarning)

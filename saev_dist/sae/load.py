@@ -21,7 +21,7 @@ from saev_dist.errors import CheckpointError, ConfigError
 from saev_dist.fields import Fields
 from saev_dist.sae import dictionary_learning, hub, plain, sae_lens, saev, sparsify
 from saev_dist.sae.checkpoint import check_k, file_in, load_torch, take
-from saev_dist.sae.model import TOKEN_NORMS, Given, Relu, Sae, Threshold, TopK
+from saev_dist.sae.model import TOKEN_NORMS, Given, LayerNorm, Relu, Sae, Threshold, TopK
 from saev_dist.sae.safetensors import read_header, read_safetensors
 
 
@@ -136,6 +136,8 @@ class Overrides:
                     f"--input-mean holds {len(mean_d):,} numbers; {path} takes activations of width {sae.d_model:,}."
                 )
             sae = replace(sae, input_norm=Given(mean_d, 1.0 if self.input_scale is None else self.input_scale))
+        if isinstance(sae.input_norm, LayerNorm) and sae.d_model == 1:
+            raise ConfigError(f"{path} takes activations of width 1, which layer_norm cannot normalise. Use --input-norm none.")
         return sae
 
 
