@@ -49,9 +49,17 @@ def make_codes(img_i: int, values_eps: list[list[list[float]]]) -> Codes:
 
 def on_device(codes: Codes, device: torch.device) -> DeviceCodes:
     """What an encoder on that device would have made."""
-    fields = vars(codes) | dict(zip(("token_n", "feature_n", "value_n"), codes.by_token(), strict=True))
-    moved = {name: fields[name].to(device) for name in ("token_n", "feature_n", "value_n")}
-    return DeviceCodes(**fields | moved, x_bd=codes.acts_bd.to(device))
+    token_n, feature_n, value_n = (part.to(device) for part in codes.by_token())
+    return DeviceCodes(
+        token_n=token_n,
+        feature_n=feature_n,
+        value_n=value_n,
+        img_i=codes.img_i,
+        n_imgs=codes.n_imgs,
+        n_patches=codes.n_patches,
+        acts_bd=codes.acts_bd,
+        x_bd=codes.acts_bd.to(device),
+    )
 
 
 @st.composite

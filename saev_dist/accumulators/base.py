@@ -8,10 +8,12 @@ Names: `b` tokens, `d` model width, `n` codes, `s` features.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from saev_dist.errors import MergeError
@@ -46,6 +48,16 @@ class Codes(_Codes):
     Statistics are kept by feature, so that in this order they are gathered and counted in sequence.
     """
 
+    @cached_property
+    def is_first_n(self) -> NDArray[np.bool_]:
+        """Whether a code is the first of its feature, bool (n,)."""
+        return changes(self.feature_n.numpy())
+
+    @cached_property
+    def all_above(self) -> bool:
+        """Whether all values are above zero."""
+        return not len(self.value_n) or bool(self.value_n.numpy().min() > 0)
+
     def by_token(self) -> tuple[Tensor, Tensor, Tensor]:
         """Token, feature and value, ordered by token, then by feature."""
         order_n = stable_order(self.token_n, self.n_tokens)
@@ -73,6 +85,13 @@ class DeviceCodes(_Codes):
             n_patches=self.n_patches,
             acts_bd=self.acts_bd,
         )
+
+
+def changes(key_n: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether each key differs from the one before; the first does."""
+    changes_n = np.ones(len(key_n), dtype=bool)
+    np.not_equal(key_n[1:], key_n[:-1], out=changes_n[1:])
+    return changes_n
 
 
 def to_cpu(*tensors: Tensor) -> list[Tensor]:

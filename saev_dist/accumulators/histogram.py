@@ -27,8 +27,8 @@ PERCENTILE_ROWS = 2048
 
 
 def bin_of(value: Tensor) -> Tensor:
-    """Bin, int64, of float32 scores above zero. Bin i holds `edges()[i] <= score < edges()[i + 1]`."""
-    return ((value.view(torch.int32) >> _SHIFT) - (_FIRST - 1)).clamp_(0, N_BINS - 1).long()
+    """Bin, int32, of float32 scores above zero. Bin i holds `edges()[i] <= score < edges()[i + 1]`."""
+    return (value.view(torch.int32) >> _SHIFT).sub_(_FIRST - 1).clamp_(0, N_BINS - 1)
 
 
 def edges() -> Tensor:
@@ -37,10 +37,11 @@ def edges() -> Tensor:
     return torch.from_numpy(np.concatenate([[0.0], patterns.view(np.float32), [np.inf]]).astype(np.float32))
 
 
-def _count(counts_sh: Tensor, codes: Codes | DeviceCodes) -> None:
-    # A score of zero or below goes nowhere: its weight is 0, and its bin is merely in range.
-    flat_n = codes.feature_n * N_BINS + bin_of(codes.value_n)
-    counts_sh.view(-1).scatter_add_(0, flat_n, (codes.value_n > 0).long())
+def _place(feature_n: Tensor, value_n: Tensor) -> Tensor:
+    """Where a score is counted in the flat counts, int64."""
+    place_n = feature_n * N_BINS
+    place_n += bin_of(value_n)
+    return place_n
 
 
 class Histogram(Accumulator):
@@ -63,12 +64,17 @@ class Histogram(Accumulator):
         """On a device: the counts since the last `flush`."""
 
     def update(self, codes: Codes) -> None:
-        _count(self.counts_sh, codes)
+        feature_n, value_n = codes.feature_n, codes.value_n
+        if not codes.all_above:
+            feature_n, value_n = feature_n[value_n > 0], value_n[value_n > 0]
+        np.add.at(self.counts_sh.view(-1).numpy(), _place(feature_n, value_n).numpy(), 1)
 
     def update_on_device(self, codes: DeviceCodes) -> None:
         if self._waiting_sh is None:
             self._waiting_sh = torch.zeros(self.counts_sh.shape, dtype=torch.int64, device=codes.value_n.device)
-        _count(self._waiting_sh, codes)
+        # A score of zero or below counts nothing: its weight is 0, and its bin is merely in range.
+        place_n = _place(codes.feature_n, codes.value_n)
+        self._waiting_sh.view(-1).scatter_add_(0, place_n, (codes.value_n > 0).long())
 
     def flush(self) -> None:
         if self._waiting_sh is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saev_dist.accumulators import fixed_point
-from saev_dist.accumulators.base import Accumulator, Codes, DeviceCodes
+from saev_dist.accumulators.base import Accumulator, Codes, DeviceCodes, changes
 
 
 class Moments(Accumulator):
@@ -32,14 +32,19 @@ class Moments(Accumulator):
         self._n_waiting = 0
 
     def update(self, codes: Codes) -> None:
-        d_sae = len(self.count_s)
-        feature_n, value_n = codes.feature_n.numpy(), codes.value_n.numpy()
-        if len(value_n) and value_n.min() <= 0:
+        feature_n, value_n, is_first_n = codes.feature_n.numpy(), codes.value_n.numpy(), codes.is_first_n
+        if not codes.all_above:
             feature_n, value_n = feature_n[value_n > 0], value_n[value_n > 0]
-        # bincount runs through the codes in order on one thread: its float64 sums are reproducible
-        sum_s = np.bincount(feature_n, weights=value_n, minlength=d_sae)
-        self.count_s += torch.from_numpy(np.bincount(feature_n, minlength=d_sae))
-        self.sum_s2 = fixed_point.add(self.sum_s2, fixed_point.from_float(torch.from_numpy(sum_s)))
+            is_first_n = changes(feature_n)
+        start_v = np.flatnonzero(is_first_n)
+        if not len(start_v):
+            return
+        feature_v = torch.from_numpy(feature_n[start_v])
+        self.count_s[feature_v] += torch.from_numpy(np.diff(start_v, append=len(value_n)))
+        sum_s = torch.zeros(len(self.count_s), dtype=torch.float64)
+        # reduceat works on one thread in an order that the codes' places alone decide: its float64 sums are reproducible
+        sum_s[feature_v] = torch.from_numpy(np.add.reduceat(value_n, start_v, dtype=np.float64))
+        self.sum_s2 = fixed_point.add(self.sum_s2, fixed_point.from_float(sum_s))
 
     def update_on_device(self, codes: DeviceCodes) -> None:
         if self._n_waiting + codes.n_tokens > fixed_point.MAX_ADDED:

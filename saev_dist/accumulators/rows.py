@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saev_dist.accumulators.base import Codes, DeviceCodes, stable_order, to_cpu
+from saev_dist.accumulators.base import Codes, DeviceCodes, changes, stable_order, to_cpu
 
 N_STRONGEST = 3
 MAX_PLACES = 32
 """Codes of a feature in an image, up to which they are looked at one after the other."""
+GROUPS = 2**15
+"""Groups that are looked at together: their values stay in the cache."""
 
 
 def sample_stride(n_tokens: int, max_samples: int) -> int:
@@ -73,9 +75,10 @@ def image_means(codes: Codes | DeviceCodes, d_sae: int) -> tuple[NDArray[np.int6
         return _image_means_on_device(codes, d_sae)
     feature_n, value_n = codes.feature_n.numpy(), codes.value_n.numpy()
     img_n = codes.token_n.numpy() // codes.n_patches
-    start_v = np.flatnonzero(np.diff(feature_n * codes.n_imgs + img_n, prepend=-1))
+    start_v = np.flatnonzero(codes.is_first_n | changes(img_n))
     img_v, feature_v = img_n[start_v], feature_n[start_v]
-    mean_v = _strongest_sums(value_n, start_v, codes.n_patches) / np.float32(min(N_STRONGEST, codes.n_patches))
+    sum_v = _strongest_sums(value_n, start_v, codes.n_patches, has_below=not codes.all_above)
+    mean_v = sum_v / np.float32(min(N_STRONGEST, codes.n_patches))
     keep_v = mean_v != 0
     img_v, feature_v, mean_v = img_v[keep_v], feature_v[keep_v], mean_v[keep_v]
     order_v = stable_order(torch.from_numpy(img_v), codes.n_imgs).numpy()
@@ -108,15 +111,23 @@ def _image_means_on_device(codes: DeviceCodes, d_sae: int) -> tuple[NDArray[np.i
     return counts.numpy(), features.numpy(), means.numpy()
 
 
-def _strongest_sums(value_n: NDArray[np.float32], start_v: NDArray[np.int64], n_patches: int) -> NDArray[np.float32]:
-    """Sums of the 3 strongest patches of each group: its values, side by side from `start_v` on, and zeros for the rest."""
+def _strongest_sums(
+    value_n: NDArray[np.float32], start_v: NDArray[np.int64], n_patches: int, *, has_below: bool
+) -> NDArray[np.float32]:
+    """Sums of the 3 strongest patches of each group: its values, side by side from `start_v` on, and zeros for the rest.
+
+    Args:
+        has_below: some values are below zero.
+    """
     size_v = np.diff(start_v, append=len(value_n))
     sum_v = np.zeros(len(start_v), np.float32)
     large_v = size_v > MAX_PLACES
-    if len(value_n) and value_n.min() < 0:  # where too few zeros are left, values below zero count
+    if has_below:  # where too few zeros are left, values below zero count
         large_v |= size_v > n_patches - N_STRONGEST
     small_x, large_x = np.flatnonzero(~large_v), np.flatnonzero(large_v)
-    sum_v[small_x] = _strongest_of_small(value_n, start_v[small_x], size_v[small_x])
+    for first in range(0, len(small_x), GROUPS):
+        part_x = small_x[first : first + GROUPS]
+        sum_v[part_x] = _strongest_of_small(value_n, start_v[part_x], size_v[part_x])
     if len(large_x):
         sum_v[large_x] = _strongest_of_large(value_n[np.repeat(large_v, size_v)], size_v[large_x], n_patches)
     return sum_v

@@ -149,7 +149,9 @@ def _strongest(values_rw: Tensor, places_rw: Tensor, top_k: int) -> tuple[Tensor
 
 
 def _by_feature(parts: list[Candidates], n_features: int) -> Candidates:
-    """All candidates, ordered by feature."""
+    """All candidates, ordered by feature, as those of each part are."""
+    if len(parts) == 1:
+        return parts[0]
     feature_n, value_n, place_n = (np.concatenate([part[i] for part in parts]) for i in range(3))
     order_n = stable_order(torch.from_numpy(feature_n), n_features).numpy()
     return feature_n[order_n], value_n[order_n], place_n[order_n]
