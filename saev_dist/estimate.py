@@ -21,6 +21,8 @@ CODE_BYTES = 120
 """A code (20 bytes) and the temporaries that order and count it: added up from the code, not measured."""
 DEVICE_CODE_BYTES = 280
 """Device memory for each code of a batch: 20 in each of three batches, and what selects, sorts and counts them."""
+LIBRARY_BYTES = 2**29
+"""What CUDA's libraries take on a GPU, about."""
 CANDIDATE_BYTES = 70
 CANDIDATES_PER_CODE = 3
 """Entries that --screen makes again, for each code: 1.4 to 3 were measured; `recomputed_per_token` in manifest.json tells."""
@@ -84,10 +86,11 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
         batch = batch_tokens * sae.d_model * 4
         on_device = {
             "weights": weights if cfg.metrics else weights // 2,
-            "batches": (LANES + (3 if cfg.metrics else 1)) * batch,
+            "batches": (LANES + (6 if cfg.metrics else 1)) * batch,
             "dense codes": dense,
             "codes": batch_tokens * per_token * DEVICE_CODE_BYTES,
             "statistics": sae.d_sae * (8 * N_BINS + 44),
+            "libraries": LIBRARY_BYTES,
         }
     if cfg.screen == "bf16":
         host["weights to screen by"] = (4 + 2) * sae.d_model * sae.d_sae

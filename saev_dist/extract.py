@@ -311,16 +311,14 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
                 break
             with clock("accumulate"):
                 for codes in pieces:
-                    if isinstance(codes, DeviceCodes):
-                        bundle.update_on_device(codes)
-                    else:
-                        bundle.update(codes)
+                    bundle.add(codes)
                     if saev_percentile is not None:
                         saev_percentile.update(codes.cpu() if isinstance(codes, DeviceCodes) else codes)
             with clock("rows"):
                 parts = [_rows(codes, cfg, sae.d_sae, stride) for codes in pieces]
                 spill.append(batch.index, {kind: np.concatenate([part[kind] for part in parts]) for kind in parts[0]})
             encoder.wait()
+            del codes, pieces, parts  # a GPU's memory
             with clock("snapshot"):
                 keeper.save_if_due(state)
             progress.advance(batch.n_examples * shards.n_patches)

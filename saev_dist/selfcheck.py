@@ -14,20 +14,20 @@ Names: `b` tokens, `d` model width, `s` features.
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from saev_dist.accumulators.base import Codes
+from saev_dist.accumulators.base import Codes, DeviceCodes
 from saev_dist.accumulators.reconstruction import Reconstruction
 from saev_dist.data.reader import sample_images
 from saev_dist.data.shards import Shards
 from saev_dist.errors import CheckpointError, MergeError
 from saev_dist.report import table, warn
-from saev_dist.sae.encoder import ActivationOverflow, Encoder
+from saev_dist.sae.encoder import LANES, ActivationOverflow, Encoder, encodes_at_once
 from saev_dist.sae.model import ConstantNorm, Given, LayerNorm, Relu, Sae, Threshold, TopK
 
 N_TOKENS, FEW_TOKENS, N_IMAGES = 4096, 512, 64
@@ -162,20 +162,15 @@ def _other_readings(sae: Sae, x_bd: Tensor, l0: float) -> list[tuple[str, str, S
 def _measure(sae: Sae, x_bd: Tensor, device: torch.device, name: str, flags: str) -> Figures:
     """Encode and decode the tokens under one reading."""
     reconstruction = Reconstruction(*sae.decoder(), sae.undo_norm())
-    n_codes, fired_s = 0, torch.zeros(sae.d_sae, dtype=torch.bool)
-    n_threads = torch.get_num_threads() if device.type == "cpu" else 1
-    under_way: deque[Callable[[], Codes]] = deque()
+    n_codes, fired_s = 0, torch.zeros(sae.d_sae, dtype=torch.bool, device=device)
+    n_threads = LANES if encodes_at_once(device) else torch.get_num_threads()
     try:
-        with Encoder(sae, device, "fp32", n_threads) as encoder:
-            chunks = x_bd.split(max(1, CHUNK_CODES // sae.d_sae))
-            for i in range(len(chunks) + n_threads):
-                if i < len(chunks):
-                    under_way.append(encoder.submit(chunks[i], img_i=0, n_patches=1))
-                if i >= n_threads and under_way:
-                    codes = under_way.popleft()()
-                    reconstruction.update(codes)
-                    n_codes += len(codes.value_n)
-                    fired_s[codes.feature_n] = True
+        with Encoder(sae, device, "fp32", n_threads) as encoder, encoder.beside():
+            for codes in _encoded(encoder, x_bd):
+                reconstruction.add(codes)
+                n_codes += len(codes.value_n)
+                fired_s[codes.feature_n] = True
+                encoder.wait()
     except (
         ActivationOverflow,
         MergeError,
@@ -189,6 +184,16 @@ def _measure(sae: Sae, x_bd: Tensor, device: torch.device, name: str, flags: str
         l0=n_codes / len(x_bd),
         dead_share=1 - float(fired_s.sum()) / sae.d_sae,
     )
+
+
+def _encoded(encoder: Encoder, x_bd: Tensor) -> Iterator[Codes | DeviceCodes]:
+    under_way: deque[Callable[[], Codes | DeviceCodes]] = deque()
+    for chunk_bd in x_bd.split(max(1, CHUNK_CODES // encoder.sae.d_sae)):
+        under_way.extend(encoder.submit_batch(chunk_bd, img_i=0, n_patches=1))
+        while len(under_way) > encoder.n_threads:
+            yield under_way.popleft()()
+    while under_way:
+        yield under_way.popleft()()
 
 
 def _finding(own: Figures, others: list[Figures], n_tokens: int) -> str | None:

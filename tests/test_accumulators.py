@@ -266,3 +266,15 @@ def test_normalized_mse_equals_its_definition(group):
     baseline = (x - x.mean(0)).square().sum().item()
     assert metrics["sse_baseline"] == pytest.approx(baseline, rel=1e-4, abs=1e-17 + 1e-9 * x.square().sum().item())
     assert metrics["sse_recon"] == pytest.approx((x - decoded).square().sum().item(), rel=1e-4, abs=1e-17)
+
+
+def test_squares_of_integers_are_summed_exactly():
+    n = 3_000
+    codes = Codes(
+        token_n=torch.arange(n), feature_n=torch.zeros(n, dtype=torch.int64), value_n=torch.ones(n), img_i=0, n_imgs=n,
+        n_patches=1, acts_bd=torch.full((n, D_MODEL), 3001.0),
+    )  # fmt: skip
+    acc = Reconstruction(torch.ones(D_SAE, D_MODEL), torch.zeros(D_MODEL))
+    acc.update(codes)
+    assert fixed_point.to_fractions(acc.squares_12) == [n * D_MODEL * 3001**2]
+    assert fixed_point.to_fractions(acc.errors_12) == [n * D_MODEL * 3000**2]

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 
-from saev_dist.accumulators import fixed_point, moments, rows
+from saev_dist.accumulators import fixed_point, moments, rows, topk
 from saev_dist.accumulators.base import Accumulator
 from saev_dist.accumulators.moments import Moments
 from saev_dist.accumulators.reconstruction import Reconstruction
+from saev_dist.accumulators.topk import TopK as Slots
 from saev_dist.cli import main
 from saev_dist.config import Extract
 from saev_dist.errors import DataError, MergeError
@@ -53,7 +54,8 @@ def test_a_state_does_not_depend_on_where_it_was_counted(device, kind, group, wh
         if where == "read":
             acc.state_dict()
     if device.type == "cuda" and isinstance(acc, Reconstruction):  # its products of floats are the device's own
-        assert acc.finalize(10)["metrics"] == pytest.approx(expected.finalize(10)["metrics"], rel=1e-4)
+        for (name, found), other in zip(acc.state_dict().items(), expected.state_dict().values(), strict=True):
+            torch.testing.assert_close(*map(fixed_point.to_float, (found, other)), rtol=1e-4, atol=1e-9, msg=name)
     else:
         assert same(acc, expected)
 
@@ -67,6 +69,19 @@ def test_a_state_that_is_taken_over_replaces_what_a_device_counted(device, kind,
         acc.update_on_device(on_device(codes, device))
     acc.load_state_dict(KINDS[kind]().state_dict())
     assert same(acc, KINDS[kind]())
+
+
+@every_device
+def test_slots_that_were_full_keep_nothing_out_of_a_state_that_is_taken_over(device):
+    acc, full, empty = (Slots(D_SAE, 2, 3, "patch") for _ in range(3))
+    strong, weak = (on_device(make_codes(0, [[[value, 0.0, 0.0, 0.0, 0.0]] * 3]), device) for value in (2.0, 1.0))
+    full.update_on_device(strong)
+    acc.load_state_dict(full.state_dict())
+    acc.update_on_device(weak)
+    assert acc.state_dict()["values_sk"][0].tolist() == [2.0, 2.0]
+    acc.load_state_dict(empty.state_dict())
+    acc.update_on_device(weak)
+    assert acc.state_dict()["values_sk"][0].tolist() == [1.0, 1.0]
 
 
 @every_device
@@ -117,6 +132,22 @@ def test_rows_are_those_of_the_cpu_to_the_bit(device, group, stride, n_features)
         np.testing.assert_array_equal(found, rows.sampled_values(codes, n_features, stride))
 
 
+@every_device
+@given(batches(), st.integers(1, 40))
+def test_codes_are_split_between_images(device, group, n_codes):
+    for codes in group:
+        parts = list(on_device(codes, device).split(n_codes))
+        whole = on_device(codes, torch.device("cpu"))
+        for name in ("token_n", "feature_n", "value_n"):
+            assert torch.equal(torch.cat([getattr(part, name).cpu() for part in parts]), getattr(whole, name))
+        imgs = [{*(part.token_n // part.n_patches).tolist()} for part in parts]
+        assert sum(len(part) for part in imgs) == len(set().union(*imgs)), "no image is in two"
+        if len(codes.value_n) <= n_codes:
+            assert len(parts) == 1
+        else:
+            assert len(parts) >= min(codes.n_imgs, 2)
+
+
 KINDS_OF_SAE = [
     Relu(), TopK(4), TopK(4, relu=True), TopK(99), GroupMax(4), Threshold(0.5), Threshold(torch.arange(24) / 8),
     Gated(torch.arange(1, 25) / 32, torch.arange(24) * 0.25 - 2),
@@ -133,6 +164,7 @@ def test_codes_are_those_of_the_cpu(monkeypatch, device, kind, norm, lane_codes)
         patch.setattr(encoder, "encodes_at_once", lambda device: False)
         with Encoder(sae, torch.device("cpu"), "fp32", 1) as plain:
             expected = plain.encode(acts_bd, img_i=3, n_patches=5)
+            lifted = plain.encode(acts_bd, img_i=3, n_patches=5, lift_s=torch.arange(sae.d_sae) % 5 * 0.5)
     monkeypatch.setattr(encoder, "LANE_CODES", lane_codes)
     n_threads = batch_threads(11, 5, kind, sae.d_sae, device)
     assert n_threads == 2
@@ -151,6 +183,16 @@ def test_codes_are_those_of_the_cpu(monkeypatch, device, kind, norm, lane_codes)
                 dense_bs[codes.token_n, codes.feature_n] = codes.value_n
                 expected_bs[expected.token_n, expected.feature_n] = expected.value_n
                 torch.testing.assert_close(dense_bs, expected_bs)
+        only, lift_s = torch.tensor([1, 3, 8], device=device), torch.arange(sae.d_sae) % 5 * 0.5
+        found = lanes.submit(acts_bd, img_i=3, n_patches=5, only=only)()
+        wanted_n = torch.isin(one.feature_n, only.cpu())
+        assert torch.equal(found.feature_n, one.feature_n[wanted_n])
+        assert torch.equal(found.value_n, one.value_n[wanted_n])
+        if norm is None:
+            found = lanes.encode(acts_bd, img_i=3, n_patches=5, lift_s=lift_s)
+            assert torch.equal(found.feature_n, lifted.feature_n)
+            torch.testing.assert_close(found.value_n, lifted.value_n)
+            assert not torch.equal(found.feature_n, one.feature_n)
         for codes in many:
             assert codes.value_n.device.type == device.type
             assert (codes.token_n * sae.d_sae + codes.feature_n).diff().gt(0).all(), "by token, then by feature"
@@ -158,9 +200,49 @@ def test_codes_are_those_of_the_cpu(monkeypatch, device, kind, norm, lane_codes)
             assert torch.equal(codes.cpu(keep_n).value_n, one.value_n[one.value_n > 1])
 
 
+@pytest.mark.parametrize("threshold", [1.499, 1.5, torch.full((24,), 1.499), torch.linspace(0, 3, 24)], ids=str)
+def test_bf16_has_the_same_codes_on_both(monkeypatch, device, threshold):
+    """A threshold between two of its numbers is not rounded up to one that scores have."""
+    sae = Sae(**make_weights(), activation=Threshold(threshold), pre_bias=False, source="halves")
+    acts_bd = torch.from_numpy(make_acts(11)).view(-1, sae.d_model) / 2
+    bars = torch.as_tensor(threshold).expand(24)
+    h_bs = acts_bd @ sae.w_enc_ds + sae.b_enc_s
+    expected_bs = h_bs * (h_bs > bars)
+    assert ((h_bs == 1.5) & (expected_bs > 0)).any() == bool((bars < 1.5).any())
+    for at_once in (True, False) if device.type == "cpu" else (True,):
+        monkeypatch.setattr(encoder, "encodes_at_once", lambda device, at_once=at_once: at_once)
+        with Encoder(sae, device, "bf16", 1) as one:
+            codes = one.encode(acts_bd, img_i=0, n_patches=5)
+        dense_bs = torch.zeros_like(h_bs)
+        dense_bs[codes.token_n, codes.feature_n] = codes.value_n
+        assert torch.equal(dense_bs, expected_bs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_lanes_wait_for_what_is_slow(monkeypatch):
+    """Every product takes 20 ms longer, so that whoever does not wait reads what is not there yet."""
+    device, sae = torch.device("cuda"), Sae(**make_weights(), activation=TopK(4), pre_bias=False, source="integers")
+    select = Encoder._select_at_once
+    monkeypatch.setattr(Encoder, "_select_at_once", lambda *args: (torch.cuda._sleep(40_000_000), select(*args))[1])
+    batches_bd = [torch.from_numpy(make_acts(11, seed=i)).view(-1, sae.d_model).pin_memory() for i in range(50)]
+    acc = Moments(sae.d_sae)
+    with Encoder(sae, device, "fp32", 2) as lanes, lanes.beside():
+        waits = [lanes.submit_batch(acts_bd, img_i=0, n_patches=5)[0] for acts_bd in batches_bd]
+        for acts_bd, wait in zip(batches_bd, waits, strict=True):
+            acc.add(wait())
+            acts_bd.fill_(1000)
+            lanes.wait()
+    expected = Moments(sae.d_sae)
+    with Encoder(sae, torch.device("cpu"), "fp32", 1) as plain:
+        for i in range(50):
+            expected.update(plain.encode(torch.from_numpy(make_acts(11, seed=i)).view(-1, sae.d_model), img_i=0, n_patches=5))
+    assert same(acc, expected)
+
+
 @pytest.mark.parametrize("activation", [RELU, TOPK, BATCH_TOPK], ids=lambda activation: activation["cls"])
 @pytest.mark.parametrize("rank_by", ["patch", "image"])
 def test_a_run_of_integers_is_the_one_of_the_cpu(tmp_path, monkeypatch, device, activation, rank_by):
+    monkeypatch.setattr(topk, "MIN_MOVED", 30)  # fewer than the codes of most images
     shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt", activation)
 
     def extract(out, where):
@@ -184,7 +266,9 @@ def test_what_a_gpu_has_no_memory_for_is_refused_before_the_start(tmp_path, monk
     args = ["extract", "--shards", str(shards), "--sae", str(sae), "--out", str(tmp_path / "run"), "--dry-run"]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
     main(args)
-    assert re.search(r"device +weights .*, batches .*, dense codes .*, codes .*, statistics ", capsys.readouterr().out)
+    assert re.search(
+        r"device +weights .*, batches .*, dense codes .*, codes .*, statistics .*, libraries ", capsys.readouterr().out
+    )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
     with pytest.raises(SystemExit) as left:
         main(args)

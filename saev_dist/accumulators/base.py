@@ -7,8 +7,10 @@ Names: `b` tokens, `d` model width, `n` codes, `s` features.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -71,10 +73,25 @@ class DeviceCodes(_Codes):
     x_bd: Tensor
     """`acts_bd` on the device."""
 
+    def split(self, n_codes: int) -> "Iterator[DeviceCodes]":
+        """The codes of so many images at a time that they are not many more than `n_codes`."""
+        n_parts = -(-len(self.value_n) // n_codes)
+        if n_parts <= 1:
+            yield self
+            return
+        step = -(-self.n_imgs // n_parts) * self.n_patches
+        first_t = torch.arange(0, self.n_tokens + step, step, device=self.token_n.device)
+        for low, high in pairwise(torch.searchsorted(self.token_n, first_t).tolist()):
+            parts = {name: getattr(self, name)[low:high] for name in ("token_n", "feature_n", "value_n")}
+            yield replace(self, **parts)
+
     def cpu(self, keep_n: Tensor | None = None) -> Codes:
         """All of them on the CPU, or those that a mask keeps."""
-        parts = (self.token_n, self.feature_n, self.value_n)
-        token_n, feature_n, value_n = to_cpu(*(parts if keep_n is None else (part[keep_n] for part in parts)))
+        parts = [self.token_n, self.feature_n, self.value_n]
+        if keep_n is not None:
+            kept_x = keep_n.nonzero().squeeze(1)
+            parts = [part[kept_x] for part in parts]
+        token_n, feature_n, value_n = to_cpu(*parts)
         order_n = stable_order(feature_n, int(feature_n.max()) + 1 if len(feature_n) else 1)
         return Codes(
             token_n=token_n[order_n],
@@ -125,6 +142,13 @@ class Accumulator(ABC):
     STATE: ClassVar[tuple[str, ...]]
     SETTINGS: ClassVar[tuple[str, ...]] = ()
     """Attributes that operands of a merge must share."""
+
+    def add(self, codes: Codes | DeviceCodes) -> None:
+        """Fold one batch in, wherever its codes are."""
+        if isinstance(codes, DeviceCodes):
+            self.update_on_device(codes)
+        else:
+            self.update(codes)
 
     @abstractmethod
     def update(self, codes: Codes) -> None:

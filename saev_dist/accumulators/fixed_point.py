@@ -16,8 +16,8 @@ from saev_dist.errors import MergeError
 FRACTION_BITS = 62
 LIMIT = 2**62
 PART_BITS = FRACTION_BITS // 2
-MAX_ADDED = 2**32
-"""Parts that may be added up: their sums then stay below 2^63."""
+MAX_ADDED = 2**31
+"""Numbers whose parts may be added up: the sums then stay below 2^63."""
 
 
 def from_float(x: Tensor) -> Tensor:

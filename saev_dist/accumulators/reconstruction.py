@@ -13,6 +13,9 @@ from torch import Tensor
 from saev_dist.accumulators import fixed_point
 from saev_dist.accumulators.base import Accumulator, Codes, DeviceCodes, to_cpu
 
+TOKENS = 1024
+"""Of which a float64 copy is made at a time."""
+
 
 class Reconstruction(Accumulator):
     """Sums from which the normalized mean squared error follows.
@@ -90,6 +93,5 @@ class Reconstruction(Accumulator):
 
 
 def _sum_of_squares(x_bd: Tensor) -> Tensor:
-    """float64 (1,), without a float64 copy of the array."""
-    norm_b: Tensor = torch.linalg.vector_norm(x_bd, dim=1, dtype=torch.float64)
-    return norm_b.square().sum().view(1)
+    """float64 (1,), without a float64 copy of the whole; exact of integers, so in any order."""
+    return torch.stack([part_bd.square().sum().double() for part_bd in x_bd.split(TOKENS)]).sum().view(1)

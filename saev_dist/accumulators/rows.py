@@ -93,7 +93,7 @@ def _image_means_on_device(codes: DeviceCodes, d_sae: int) -> tuple[NDArray[np.i
     value_n = codes.value_n[order_n[again_n]]
     group_v, size_v = torch.unique_consecutive(group_n, return_counts=True)
     start_v = size_v.cumsum(0) - size_v
-    place_n = torch.arange(len(group_v), device=group_v.device).repeat_interleave(size_v, output_size=len(group_n))
+    place_n = torch.repeat_interleave(size_v, output_size=len(group_n))
     n_above_v = torch.zeros_like(size_v).scatter_add_(0, place_n, (value_n > 0).long())
     n_zeros_v = codes.n_patches - size_v
     sum_v = value_n.new_zeros(len(group_v))

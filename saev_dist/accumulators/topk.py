@@ -19,6 +19,8 @@ Candidates = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
 
 PRUNED_SLOTS = 2**20
 """Slots that are looked at at a time."""
+MIN_MOVED = 2**20
+"""Codes of a GPU that are looked at together in any case."""
 TINY = np.nextafter(np.float32(0), np.float32(1))
 """The least score that may take a slot."""
 
@@ -73,10 +75,11 @@ class TopK(Accumulator):
             self._prune()
 
     def update_on_device(self, codes: DeviceCodes) -> None:
-        """Bring only what reaches the bar to the CPU: nearly nothing, once the slots are filled."""
-        if self._bar_on_device_s is None:
-            self._bar_on_device_s = torch.from_numpy(self._bar_s).to(codes.value_n.device)
-        self.update(codes.cpu(codes.value_n >= self._bar_on_device_s[codes.feature_n]))
+        """Bring only what reaches the bar to the CPU: all at first, then fewer and fewer, as slots over tokens."""
+        for part in codes.split(max(MIN_MOVED, self.values_sk.numel() // 2)):  # so that bars rise in between
+            if self._bar_on_device_s is None:
+                self._bar_on_device_s = torch.from_numpy(self._bar_s).to(part.value_n.device)
+            self.update(part.cpu(part.value_n >= self._bar_on_device_s[part.feature_n]))
 
     def flush(self) -> None:
         self._prune()

@@ -99,9 +99,9 @@ class Encoder:
         if isinstance(sae.activation, Threshold):
             threshold = sae.activation.threshold
             if isinstance(threshold, Tensor):
-                self._threshold = threshold.clamp(min=0).to(device, self.dtype)
+                self._threshold = _not_above(threshold.clamp(min=0), self.dtype).to(device)
             else:
-                self._threshold = max(threshold, 0.0)
+                self._threshold = float(_not_above(torch.tensor(max(threshold, 0.0)), self.dtype))
         self._screen: Screen | None = None
         if screen:
             assert device.type == "cpu" and precision == "fp32"
@@ -110,14 +110,13 @@ class Encoder:
         self._own = _Own()
 
     def __enter__(self) -> Self:
+        index = None
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the weights are there, for all streams
+            index = self.device.index if self.device.index is not None else torch.cuda.current_device()
         self._stack = ExitStack()
         self._stack.enter_context(_one_thread())
-        # torch's setting is each thread's own for MKL, hence the initializer
-        self._pool = ThreadPoolExecutor(
-            self.n_threads, thread_name_prefix="encoder", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._pool = ThreadPoolExecutor(self.n_threads, thread_name_prefix="encoder", initializer=_begin, initargs=(index,))
         self._stack.callback(self._pool.shutdown, wait=True, cancel_futures=True)
         return self
 
@@ -211,7 +210,8 @@ class Encoder:
 
     def _encode(self, acts_bd: Tensor, img_i: int, n_patches: int, lift_s: Tensor | None, only: Tensor | None) -> Codes:
         if encodes_at_once(self.device):
-            return self._encode_at_once(acts_bd, img_i, n_patches, lift_s, only).cpu()
+            with self._lane():
+                return self._encode_at_once(acts_bd, img_i, n_patches, lift_s, only).cpu()
         token_n, feature_n, value_n, n_blocks = self._encode_blocks(acts_bd, lift_s, only)
         if n_blocks > 1:
             order_n = stable_order(feature_n, self.sae.d_sae)
@@ -348,6 +348,19 @@ class _Own(threading.local):
     def __init__(self) -> None:
         self.blocks: dict[torch.dtype, Tensor] = {}
         self.stream: torch.cuda.Stream | None = None
+
+
+def _not_above(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest numbers of a type that are not above `x`: what exceeds them exceeds `x`, of that type's numbers."""
+    nearest = x.to(dtype)
+    return torch.where(nearest > x, torch.nextafter(nearest, torch.full_like(nearest, -torch.inf)), nearest)
+
+
+def _begin(index: int | None) -> None:
+    """Set up a thread of the pool: torch has these settings for each, MKL's threads and the GPU that it uses."""
+    torch.set_num_threads(1)
+    if index is not None:
+        torch.cuda.set_device(index)
 
 
 @contextmanager

@@ -276,7 +276,8 @@ def select_at_once(h_bs: Tensor, activation: Activation, threshold: float | Tens
             group_n = flat_n // h_bkg.shape[2]
             flat_n = flat_n[torch.cat([group_n.new_ones(1, dtype=torch.bool), group_n[1:] != group_n[:-1]])]
             value_n = h_bs.view(-1)[flat_n].float()
-            return flat_n[value_n > 0], value_n[value_n > 0]
+            best_x = (value_n > 0).nonzero().squeeze(1)
+            return flat_n[best_x], value_n[best_x]
     flat_n = (h_bs > threshold).view(-1).nonzero().squeeze(1)
     return flat_n, h_bs.view(-1)[flat_n].float()
 
@@ -286,19 +287,19 @@ def _kth_bound(h_bs: Tensor, k: int) -> Tensor:
     group = max(1, d_sae // (GROUPS_PER_K * k))
     n_groups = d_sae // group
     maxima_bg = h_bs[:, : group * n_groups].unflatten(1, (group, n_groups)).amax(dim=1)
-    bound_b1: Tensor = maxima_bg.topk(k, dim=1, sorted=True).values[:, -1:]
+    bound_b1: Tensor = maxima_bg.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     return bound_b1
 
 
 def _keep_k_at_once(h_bs: Tensor, flat_n: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Of candidates, ascending, the k largest of each row, the earlier first among equals."""
     value_n = h_bs.view(-1)[flat_n].float()
     row_n = flat_n // h_bs.shape[1]
-    count_b = torch.bincount(row_n, minlength=len(h_bs))
-    place_n = torch.arange(len(flat_n), device=h_bs.device) - (count_b.cumsum(0) - count_b)[row_n]
-    value_bw = torch.full((len(h_bs), int(count_b.max())), -torch.inf, device=h_bs.device)
-    value_bw[row_n, place_n] = value_n
-    kth_b1 = value_bw.topk(k, dim=1, sorted=True).values[:, -1:]
-    above_bw, equal_bw = value_bw > kth_b1, value_bw == kth_b1
-    equal_bw &= equal_bw.cumsum(dim=1) <= k - above_bw.sum(dim=1, keepdim=True)
-    keep_n = (above_bw | equal_bw)[row_n, place_n] & (value_n != 0)
-    return flat_n[keep_n], value_n[keep_n]
+    order_n = value_n.sort(descending=True, stable=True).indices
+    row_n, again_n = row_n[order_n].sort(stable=True)
+    first_b = torch.searchsorted(row_n, torch.arange(len(h_bs), device=h_bs.device))
+    is_among_k_n = torch.arange(len(row_n), device=h_bs.device) - first_b[row_n] < k
+    keep_n = torch.zeros_like(is_among_k_n)
+    keep_n[order_n[again_n]] = is_among_k_n
+    kept_x = (keep_n & (value_n != 0)).nonzero().squeeze(1)
+    return flat_n[kept_x], value_n[kept_x]

@@ -2,8 +2,8 @@
 
 At fp32, TF32 and bf16, all artifacts on, from the page cache: the shards are one file under many names, so that a run is
 long and the disk is not what is measured. The ceiling is one `torch.addmm` a batch in the same precision, of tokens that
-lie on the device, before and after each run. What remains is in the line: seconds of each stage of the stream, the
-kernels that took longest, and the most device memory. The slots are checked against a dense search on the CPU.
+lie on the device, before and after each run; the share is given of the whole run and of its stream. What remains is in the
+line: seconds of each stage, the kernels that took longest, and the most device memory, caches included. The slots are checked against a dense search on the CPU.
 
 `--device cpu` tries the bench itself out, at small shapes. One JSON line a case and precision.
 """
@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -68,65 +68,86 @@ def kernels(work: Callable[[], Any], device: torch.device) -> dict[str, float]:
     return {row.key[:80]: round(getattr(row, name) / 1e3, 1) for row in rows[:N_KERNELS]}
 
 
-def measure(case: Case, precision: str, device: torch.device, rounds: int, n_names: int) -> None:
-    """Print the line of one case and precision."""
+def measure(case: Case, precisions: Sequence[str], device: torch.device, rounds: int, n_names: int) -> None:
+    """Print the lines of one case."""
     with tempfile.TemporaryDirectory() as name:
         dpath = Path(name)
-        shards, sae_fpath = make_inputs(dpath, case)
-        acts_td, sae = read_all(shards), load_saev(sae_fpath)
+        shards, _ = make_inputs(dpath, case)
+        acts_td = read_all(shards)
         repeat(shards, n_names)
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        w_ds, b_s = sae.w_enc_ds.to(device, dtype), sae.b_enc_s.to(device, dtype)
-        x_bd = acts_td[: case.batch_tokens].to(device, dtype)
-        out_bs = torch.empty(len(x_bd), case.d_sae, device=device, dtype=dtype)
-        n_tokens = n_names * case.n_tokens
+        for precision in precisions:
+            measure_precision(case, precision, device, rounds, n_names, dpath, acts_td)
 
-        def product() -> None:
-            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-            for _ in range(-(-n_tokens // case.batch_tokens)):
-                torch.addmm(b_s, x_bd, w_ds, out=out_bs)
 
-        def extract() -> None:
-            run(
-                Extract(
-                    shards=shards,
-                    sae=sae_fpath,
-                    out=dpath / "run",
-                    top_k=case.top_k,
-                    device=device.type,
-                    precision=precision,
-                    force=True,
-                )
+def measure_precision(
+    case: Case, precision: str, device: torch.device, rounds: int, n_names: int, dpath: Path, acts_td: torch.Tensor
+) -> None:
+    """Print one line."""
+    sae = load_saev(dpath / "sae.pt")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    w_ds, b_s = sae.w_enc_ds.to(device, dtype), sae.b_enc_s.to(device, dtype)
+    x_bd = acts_td[: case.batch_tokens].to(device, dtype)
+    out_bs = torch.empty(len(x_bd), case.d_sae, device=device, dtype=dtype)
+    n_tokens = n_names * case.n_tokens
+    n_batches = n_names * -(-case.n_tokens // case.batch_tokens)
+
+    def product() -> None:
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        for _ in range(n_batches):
+            torch.addmm(b_s, x_bd, w_ds, out=out_bs)
+
+    def extract() -> None:
+        run(
+            Extract(
+                shards=dpath / "shards",
+                sae=dpath / "sae.pt",
+                out=dpath / "run",
+                top_k=case.top_k,
+                device=device.type,
+                precision=precision,
+                force=True,
             )
+        )
 
-        seconds(product, device)
-        products, manifests = [seconds(product, device)], []
-        most = 0
-        for _ in range(rounds):
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            extract()
-            if device.type == "cuda":
-                most = torch.cuda.max_memory_allocated(device)
-            products.append(seconds(product, device))
-            manifests.append(json.loads((dpath / "run/manifest.json").read_text()))
-        if precision == "fp32":  # of equal scores the first image wins, so the first name's images hold all slots' tops
-            check_slots(dpath / "run", acts_td, sae_fpath, case)
-        longest = kernels(extract, device)
-    totals = [sum(manifest["wall_s"].values()) for manifest in manifests]
-    shares = [(a + b) / 2 / total for (a, b), total in zip(pairwise(products), totals, strict=True)]
-    held = x_bd.nbytes + out_bs.nbytes + w_ds.nbytes  # by this bench
+    def product_s() -> float:
+        return seconds(product, device) * n_tokens / (n_batches * len(x_bd))
+
+    longest = kernels(extract, device)  # and all is loaded
+    product_s()
+    most = 0
+    products, manifests = [product_s()], []
+    for _ in range(rounds):
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        extract()
+        if device.type == "cuda":
+            most = max(most, torch.cuda.max_memory_reserved(device))
+        products.append(product_s())
+        manifests.append(json.loads((dpath / "run/manifest.json").read_text()))
+    if precision == "fp32":  # of equal scores the first image wins, so the first name's images hold all slots' tops
+        check_slots(dpath / "run", acts_td, dpath / "sae.pt", case)
+    ceilings = [(a + b) / 2 for a, b in pairwise(products)]
+
+    def share(stages: Sequence[str]) -> list[float]:
+        """Of the ceiling's time over these stages'."""
+        taken = [sum(manifest["wall_s"][stage] for stage in stages) for manifest in manifests]
+        return [round(ceiling / one, 3) for ceiling, one in zip(ceilings, taken, strict=True)]
+
+    all_s = min(sum(manifest["wall_s"].values()) for manifest in manifests)
     emit(
         "gpu",
         f"gpu: {case}, {precision}",
         asdict(case) | {"precision": precision, "names": n_names, "device": manifests[-1]["machine"]["gpu"] or device.type},
         ceiling=f"the bare {precision} product of as many tokens on the device",
-        share=median(shares),
-        shares=[round(share, 3) for share in shares],
-        tokens_per_s=round(n_tokens / min(totals)),
-        read_gb_per_s=round(n_tokens * case.d_model * 4 / min(totals) / 1e9, 2),
+        share=median(share(list(manifests[0]["wall_s"]))),
+        shares=share(list(manifests[0]["wall_s"])),
+        stream_shares=share(["stream"]),
+        n_batches=n_batches,
+        tokens_per_s=round(n_tokens / all_s),
+        read_gb_per_s=round(n_tokens * case.d_model * 4 / all_s / 1e9, 2),
         product_tflops=round(2 * n_tokens * case.d_model * case.d_sae / min(products) / 1e12, 1),
-        device_gb=round((most - held) / 1e9, 2) if most else None,
+        device_gb=round((most - x_bd.nbytes - out_bs.nbytes - w_ds.nbytes) / 1e9, 2) if most else None,
         rounds=[
             manifest["wall_s"]
             | {key: manifest["ranks"][0][key] for key in ("encode_s", "accumulate_s", "rows_s", "read_wait_s")}
@@ -146,8 +167,8 @@ def main() -> None:
     args = parser.parse_args()
     on_cpu = args.device == "cpu"
     for case in SMALL if on_cpu else [CASES[index] for index in args.cases]:
-        for precision in [one for one in args.precisions if not (on_cpu and one == "tf32")]:
-            measure(case, precision, torch.device(args.device), args.rounds, 4 if on_cpu else args.names)
+        precisions = [one for one in args.precisions if not (on_cpu and one == "tf32")]
+        measure(case, precisions, torch.device(args.device), args.rounds, 4 if on_cpu else args.names)
 
 
 if __name__ == "__main__":
