@@ -1,9 +1,14 @@
 """Activations in, sparse codes out: an SAE's rules applied on one device.
 
-A batch is encoded in pieces of whole images, each the work of one thread, from the product to the ordered codes: no
-thread waits for another, and a code does not depend on the number of threads. On the CPU the product is made for some
+On the CPU a batch is encoded in pieces of whole images, each the work of one thread, from the product to the ordered
+codes: no thread waits for another, and a code does not depend on the number of threads. The product is made for some
 features of a piece at a time, in a block that stays in the cache: it is written, looked at once and overwritten, which
-is faster than one product whose result goes to memory. The blocks, one per thread, are the only dense arrays there are.
+is faster than one product whose result goes to memory.
+
+On a GPU a batch is one piece. Two are under way, each in a *lane*, a thread with a stream of its own: while one is
+copied there, or waits to learn how many codes it has, the other's product keeps the GPU busy. The codes stay there.
+
+The blocks, one per thread, are the only dense arrays there are.
 
 Names: `b` tokens of a piece or block, `c` columns of a block, `d` model width, `s` features, `n` codes.
 """
@@ -50,14 +55,13 @@ class ActivationOverflow(Exception):
 class Encoder:
     """An SAE's encoder on one device. A context manager: its threads end with it.
 
-    Inside, torch uses one thread for each operation of this process: the threads work on pieces side by side. On a GPU a
-    thread has a stream of its own, so that one's copies and waiting hide behind another's product.
+    Inside, torch uses one thread for each operation of this process: the threads work on pieces side by side.
 
     Args:
         sae: weights and rules.
         device: where the product runs.
         precision: fp32; tf32 (CUDA only); bf16, whose product is rounded to 8 bits and so has many ties.
-        n_threads: pieces, or on a GPU batches, that are encoded at a time.
+        n_threads: pieces that are encoded at a time.
         screen: on the CPU, in fp32: make the product in bfloat16 first, and in fp32 only where a code may be.
 
     Raises:
@@ -149,7 +153,7 @@ class Encoder:
     def submit_batch(
         self, acts_bd: Tensor, *, img_i: int, n_patches: int
     ) -> list[Callable[[], Codes]] | list[Callable[[], DeviceCodes]]:
-        """Begin to encode a batch: on the CPU in pieces, on a GPU at once, and leave the codes there; see `submit`."""
+        """Begin to encode a batch, in pieces, and leave the codes where they are made; see `submit`."""
         if encodes_at_once(self.device):
             whole: Callable[[], DeviceCodes] = self._pool.submit(
                 self._encode_at_once, acts_bd, img_i, n_patches, None, None
@@ -165,7 +169,7 @@ class Encoder:
     def submit(
         self, acts_bd: Tensor, *, img_i: int, n_patches: int, only: Tensor | None = None, lift_s: Tensor | None = None
     ) -> Callable[[], Codes]:
-        """Begin to encode whole examples, as one piece.
+        """Begin to encode whole examples, as one piece, and bring the codes to the CPU.
 
         Args:
             acts_bd: float32 (tokens, d_model) on the CPU; the content tokens of consecutive examples. It must not
@@ -326,7 +330,7 @@ class Encoder:
 
     @contextmanager
     def _lane(self) -> Iterator[None]:
-        """This thread's stream."""
+        """Inside, what this thread does on a GPU is in its own stream."""
         if self.device.type != "cuda":
             yield
             return
