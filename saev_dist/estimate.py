@@ -85,7 +85,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     else:
         batch = batch_tokens * sae.d_model * 4
         on_device = {
-            "weights": weights if cfg.metrics else weights // 2,
+            "weights": weights if cfg.metrics or cfg.self_check != "off" else weights // 2,
             "batches": (LANES + (6 if cfg.metrics else 1)) * batch,
             "dense codes": dense,
             "codes": batch_tokens * per_token * DEVICE_CODE_BYTES,

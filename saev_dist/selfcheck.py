@@ -104,6 +104,8 @@ def examine(sae: Sae, shards: Shards, device: torch.device, *, skip_bad: bool = 
         return Report(n_tokens=0, figures=[], finding=None)
     own = _measure(sae, x_bd, device, "as it is read", "")
     others = [_measure(other, x_bd, device, name, flags) for name, flags, other in _other_readings(sae, x_bd, own.l0)]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what each reading's streams kept
     return Report(n_tokens=len(x_bd), figures=[own, *others], finding=_finding(own, others, len(x_bd)))
 
 

@@ -224,11 +224,13 @@ def test_percentile_is_within_its_stated_error(group, percentile):
             assert (0 < found[s] < 2**-16) if true < 1 else found[s] == 2**16
 
 
-@given(batches())
-def test_image_means_are_the_mean_of_the_three_strongest_patches(group):
+@given(batches(), st.sampled_from([1, 2, rows.GROUPS]))
+def test_image_means_are_the_mean_of_the_three_strongest_patches(group, n_groups):
     for codes in contiguous(group):
         dense = as_dense([codes])
-        counts, indices, means = rows.image_means(codes, D_SAE)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rows, "GROUPS", n_groups)
+            counts, indices, means = rows.image_means(codes, D_SAE)
         found = np.zeros((codes.n_imgs, D_SAE), np.float32)
         found[np.repeat(np.arange(codes.n_imgs), counts), indices] = means
         assert counts.sum() == len(indices) == np.count_nonzero(found)
@@ -278,3 +280,23 @@ def test_squares_of_integers_are_summed_exactly():
     acc.update(codes)
     assert fixed_point.to_fractions(acc.squares_12) == [n * D_MODEL * 3001**2]
     assert fixed_point.to_fractions(acc.errors_12) == [n * D_MODEL * 3000**2]
+
+
+def test_a_features_sum_does_not_depend_on_the_other_features():
+    """Whatever NumPy does at a time: its buffers hold 8,192 numbers."""
+    random = torch.Generator().manual_seed(0)
+    sums = []
+    value_n = torch.rand(20_000, generator=random) ** 8
+    for n_before in (0, 1, 5_000, 8_192):
+        n = n_before + len(value_n)
+        codes = Codes(
+            token_n=torch.cat([torch.arange(n_before), torch.arange(len(value_n))]),
+            feature_n=torch.cat([torch.zeros(n_before, dtype=torch.int64), torch.ones(len(value_n), dtype=torch.int64)]),
+            value_n=torch.cat([torch.ones(n_before), value_n]),
+            img_i=0, n_imgs=n, n_patches=1, acts_bd=torch.zeros(n, 1),
+        )  # fmt: skip
+        acc = Moments(2)
+        acc.update(codes)
+        sums.append(acc.sum_s2[1].tolist())
+        assert fixed_point.to_float(acc.sum_s2)[1].item() == pytest.approx(value_n.double().sum().item(), rel=1e-14)
+    assert sums == sums[:1] * 4

@@ -6,11 +6,11 @@ To add a statistic: one file with a class that derives from `Accumulator`, one l
 Names: `b` tokens, `d` model width, `n` codes, `s` features.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -74,16 +74,18 @@ class DeviceCodes(_Codes):
     """`acts_bd` on the device."""
 
     def split(self, n_codes: int) -> "Iterator[DeviceCodes]":
-        """The codes of so many images at a time that they are not many more than `n_codes`."""
-        n_parts = -(-len(self.value_n) // n_codes)
-        if n_parts <= 1:
+        """The codes of as many images at a time as have at most `n_codes`, or of one with more; all else stays the batch's."""
+        if len(self.value_n) <= n_codes:
             yield self
             return
-        step = -(-self.n_imgs // n_parts) * self.n_patches
-        first_t = torch.arange(0, self.n_tokens + step, step, device=self.token_n.device)
-        for low, high in pairwise(torch.searchsorted(self.token_n, first_t).tolist()):
-            parts = {name: getattr(self, name)[low:high] for name in ("token_n", "feature_n", "value_n")}
-            yield replace(self, **parts)
+        first_e = torch.arange(1, self.n_imgs + 1, device=self.token_n.device) * self.n_patches
+        low = high = 0
+        for end in [*torch.searchsorted(self.token_n, first_e).tolist(), math.inf]:
+            if end - low > n_codes and low < high:
+                parts = {name: getattr(self, name)[low:high] for name in ("token_n", "feature_n", "value_n")}
+                yield replace(self, **parts)
+                low = high
+            high = end
 
     def cpu(self, keep_n: Tensor | None = None) -> Codes:
         """All of them on the CPU, or those that a mask keeps."""

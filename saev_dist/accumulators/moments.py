@@ -41,10 +41,9 @@ class Moments(Accumulator):
             return
         feature_v = torch.from_numpy(feature_n[start_v])
         self.count_s[feature_v] += torch.from_numpy(np.diff(start_v, append=len(value_n)))
-        sum_s = torch.zeros(len(self.count_s), dtype=torch.float64)
-        # reduceat works on one thread in an order that the codes' places alone decide: its float64 sums are reproducible
-        sum_s[feature_v] = torch.from_numpy(np.add.reduceat(value_n, start_v, dtype=np.float64))
-        self.sum_s2 = fixed_point.add(self.sum_s2, fixed_point.from_float(sum_s))
+        # a float64 sum of reduceat's is a function of the feature's own values in their order, and so reproducible
+        sum_v = torch.from_numpy(np.add.reduceat(value_n, start_v, dtype=np.float64))
+        self.sum_s2[feature_v] = fixed_point.add(self.sum_s2[feature_v], fixed_point.from_float(sum_v))
 
     def update_on_device(self, codes: DeviceCodes) -> None:
         if self._n_waiting + codes.n_tokens > fixed_point.MAX_ADDED:

@@ -94,4 +94,4 @@ class Reconstruction(Accumulator):
 
 def _sum_of_squares(x_bd: Tensor) -> Tensor:
     """float64 (1,), without a float64 copy of the whole; exact of integers, so in any order."""
-    return torch.stack([part_bd.square().sum().double() for part_bd in x_bd.split(TOKENS)]).sum().view(1)
+    return torch.stack([part_bd.double().square_().sum() for part_bd in x_bd.split(TOKENS)]).sum().view(1)

@@ -103,8 +103,8 @@ def _image_means_on_device(codes: DeviceCodes, d_sae: int) -> tuple[NDArray[np.i
         sum_v += value_n[start_v + code_v].masked_fill_(is_zero_v, 0)
     # a divisor on the device: torch would multiply by the inverse of a number of the CPU's, which rounds otherwise
     mean_v = sum_v / sum_v.new_full((1,), min(N_STRONGEST, codes.n_patches))
-    keep_v = mean_v != 0
-    group_v, mean_v = group_v[keep_v], mean_v[keep_v]
+    kept_x = (mean_v != 0).nonzero().squeeze(1)
+    group_v, mean_v = group_v[kept_x], mean_v[kept_x]
     img_v = group_v // d_sae
     count_e = img_v.new_zeros(codes.n_imgs).scatter_add_(0, img_v, torch.ones_like(img_v))
     counts, features, means = to_cpu(count_e, (group_v - img_v * d_sae).int(), mean_v)
@@ -159,7 +159,7 @@ def _strongest_of_large(value_n: NDArray[np.float32], size_v: NDArray[np.int64],
     for place in range(N_STRONGEST):
         largest_pv[place] = np.maximum.reduceat(value_n, start_v)
         found_x = np.flatnonzero(value_n == largest_pv[place][group_n])
-        value_n[found_x[np.diff(group_n[found_x], prepend=-1) != 0]] = -np.inf  # of equal ones the first
+        value_n[found_x[changes(group_n[found_x])]] = -np.inf  # of equal ones the first
     n_zeros_v = n_patches - size_v
     n_above_v = (largest_pv > 0).sum(axis=0)
     sum_v = np.zeros(len(size_v), np.float32)

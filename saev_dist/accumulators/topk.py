@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saev_dist.accumulators.base import Accumulator, Codes, DeviceCodes, stable_order
+from saev_dist.accumulators.base import Accumulator, Codes, DeviceCodes, changes, stable_order
 
 RankBy = Literal["patch", "image"]
 Candidates = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
@@ -223,10 +223,9 @@ def _best_of_image(feature_n: NDArray[np.int64], value_n: NDArray[np.float32], i
     """Of candidates ordered by feature, then place: where the first of the strongest of each feature and image is."""
     if not len(value_n):
         return np.empty(0, np.int64)
-    new_n = np.ones(len(value_n), dtype=bool)
-    new_n[1:] = (feature_n[1:] != feature_n[:-1]) | (img_n[1:] != img_n[:-1])
+    new_n = changes(feature_n) | changes(img_n)
     start_v = np.flatnonzero(new_n)
     group_n = new_n.cumsum() - 1
     best_x = np.flatnonzero(value_n == np.maximum.reduceat(value_n, start_v)[group_n])
-    first_x: NDArray[np.int64] = best_x[np.diff(group_n[best_x], prepend=-1) != 0]
+    first_x: NDArray[np.int64] = best_x[changes(group_n[best_x])]
     return first_x

@@ -285,7 +285,8 @@ class Encoder:
             wanted_n = torch.isin(feature_n, only)
             keep_n = wanted_n if keep_n is None else keep_n & wanted_n
         if keep_n is not None:
-            token_n, feature_n, value_n = token_n[keep_n], feature_n[keep_n], value_n[keep_n]
+            kept_x = keep_n.nonzero().squeeze(1)
+            token_n, feature_n, value_n = token_n[kept_x], feature_n[kept_x], value_n[kept_x]
         return token_n, feature_n, value_n
 
     def _select(self, x_bd: Tensor, bias_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,8 +2,9 @@
 
 At fp32, TF32 and bf16, all artifacts on, from the page cache: the shards are one file under many names, so that a run is
 long and the disk is not what is measured. The ceiling is one `torch.addmm` a batch in the same precision, of tokens that
-lie on the device, before and after each run; the share is given of the whole run and of its stream. What remains is in the
-line: seconds of each stage, the kernels that took longest, and the most device memory, caches included. The slots are checked against a dense search on the CPU.
+lie on the device, before and after each run; the share is given of the whole run and of its stream. What remains is in
+the line: seconds of each stage, the kernels that took longest, and the most device memory, caches included. The slots are
+checked against a dense search on the CPU.
 
 `--device cpu` tries the bench itself out, at small shapes. One JSON line a case and precision.
 """
