@@ -34,7 +34,7 @@ from tests.bench.forks import forget_peak, in_forks, status
 from tests.bench.record import emit
 from tests.ranks import artifact_hashes, run_cli
 
-RANKS = Case(n_imgs=1_328, d_model=512, d_sae=8_192)
+RANKS = Case(n_imgs=3_984, d_model=512, d_sae=8_192)
 WORLDS = (2, 4, 8, 16, 32, 64)
 D_SAE, TOP_K, N_PATCHES, N_IMGS = 4_096, 32, 64, 8
 
@@ -53,34 +53,36 @@ def product_s(rounds: int) -> float:
 
 
 def measure_ranks(rounds: int) -> None:
-    """Two ranks against one, in turns; and what the machine gives two bare products at once against one."""
+    """Two ranks against one rank right before and after; and what the machine gives two bare products at once against one."""
     shares: dict[str, list[float]] = {"machine": [], "job": [], "stream": [], "command": []}
-    walls: list[dict[str, dict[str, float]]] = []
-    cores = os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as name:
         dpath = Path(name)
         shards, sae = make_inputs(dpath, RANKS)
+
+        def run_on(n_ranks: int) -> dict[str, float]:
+            """Seconds of the command, of the job, and of the job's stages."""
+            out, began, cores = dpath / f"run{n_ranks}", time.perf_counter(), os.sched_getaffinity(0)
+            # A rank of one thread encodes on it, and counts and writes on another: it would take a part of a free core.
+            os.sched_setaffinity(0, sorted(cores)[:n_ranks])
+            flags = ("--shards", shards, "--sae", sae, "--out", out, "--device", "cpu", "--force", "--no-progress")
+            done = run_cli("extract", *flags, n_ranks=n_ranks)
+            command_s = time.perf_counter() - began
+            os.sched_setaffinity(0, cores)
+            assert done.returncode == 0, done.stderr
+            manifest = json.loads((out / "manifest.json").read_text())
+            assert manifest["world_size"] == n_ranks and manifest["machine"]["n_threads"] == 1
+            wall = manifest["wall_s"]
+            return {"command": command_s, "job": sum(wall.values())} | wall
+
+        ones, twos = [run_on(1)], []
         for _ in range(rounds):
             (alone,), both = in_forks(product_s, (2,)), in_forks(product_s, (2,), (2,))
             shares["machine"].append(alone / max(both))
-            seconds, wall = {}, {}
-            for n_ranks in (1, 2):
-                out, began = dpath / f"run{n_ranks}", time.perf_counter()
-                # A rank of one thread encodes on it, and counts and writes on another: it would take a part of a free core.
-                os.sched_setaffinity(0, sorted(cores)[:n_ranks])
-                flags = ("--shards", shards, "--sae", sae, "--out", out, "--device", "cpu", "--force", "--no-progress")
-                done = run_cli("extract", *flags, n_ranks=n_ranks)
-                seconds[n_ranks] = time.perf_counter() - began
-                assert done.returncode == 0, done.stderr
-                manifest = json.loads((out / "manifest.json").read_text())
-                assert manifest["world_size"] == n_ranks and manifest["machine"]["n_threads"] == 1
-                wall[n_ranks] = manifest["wall_s"]
-            os.sched_setaffinity(0, cores)
+            twos.append(run_on(2))
+            ones.append(run_on(1))
             assert artifact_hashes(dpath / "run1") == artifact_hashes(dpath / "run2")
-            shares["command"].append(seconds[1] / seconds[2] / 2)
-            shares["job"].append(sum(wall[1].values()) / sum(wall[2].values()) / 2)
-            shares["stream"].append(wall[1]["stream"] / wall[2]["stream"] / 2)
-            walls.append({str(n): {stage: round(s, 2) for stage, s in wall[n].items()} for n in wall})
+            for stage in ("job", "stream", "command"):
+                shares[stage].append((ones[-2][stage] + ones[-1][stage]) / 2 / twos[-1][stage] / 2)
     emit(
         "scaling",
         "scaling: two ranks of one thread",
@@ -88,7 +90,10 @@ def measure_ranks(rounds: int) -> None:
         ceiling="half of one rank's time",
         share=median(shares["job"]),
         **{f"{name}_shares": [round(share, 3) for share in values] for name, values in shares.items()},
-        wall_s=walls,
+        wall_s={
+            name: [{stage: round(s, 2) for stage, s in wall.items()} for wall in walls]
+            for name, walls in (("one", ones), ("two", twos))
+        },
     )
 
 
