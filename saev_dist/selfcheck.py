@@ -25,7 +25,7 @@ from saev_dist.accumulators.base import Codes, DeviceCodes
 from saev_dist.accumulators.reconstruction import Reconstruction
 from saev_dist.data.reader import sample_images
 from saev_dist.data.shards import Shards
-from saev_dist.errors import CheckpointError, MergeError
+from saev_dist.errors import CheckpointError, ConfigError, MergeError
 from saev_dist.report import table, warn
 from saev_dist.sae.encoder import LANES, ActivationOverflow, Encoder, encodes_at_once
 from saev_dist.sae.model import ConstantNorm, Given, LayerNorm, Relu, Sae, Threshold, TopK
@@ -46,7 +46,7 @@ class Figures:
     flags: str
     """What makes `extract` read it so."""
     normalized_mse: float | None
-    """None where it cannot be computed: activations that are all equal, numbers out of range, a device too small."""
+    """None where it cannot be computed: activations that are all equal, numbers out of range."""
     l0: float
     """Features that are not zero, per token."""
     dead_share: float
@@ -81,11 +81,19 @@ def check(
 
     Raises:
         CheckpointError: there is a finding, and `mode` is strict.
+        ConfigError: the device's memory is too small for a look, and `mode` is strict.
         DataError: a token is not finite.
     """
     if mode == "off" or not sae.reconstructs:
         return None
-    report = examine(sae, shards, device, skip_bad=skip_bad)
+    try:
+        report = examine(sae, shards, device, skip_bad=skip_bad)
+    except torch.OutOfMemoryError:
+        missed = f"the self-check needs more memory than {device} has: the SAE was not tried under other readings."
+        if mode == "strict":
+            raise ConfigError(f"{missed} (--self-check warn goes on.)") from None
+        warn(missed)
+        return None
     if report.finding is not None:
         if mode == "strict":
             raise CheckpointError(f"{report.finding} (--self-check warn goes on.)")
@@ -173,11 +181,7 @@ def _measure(sae: Sae, x_bd: Tensor, device: torch.device, name: str, flags: str
                 n_codes += len(codes.value_n)
                 fired_s[codes.feature_n] = True
                 encoder.wait()
-    except (
-        ActivationOverflow,
-        MergeError,
-        torch.OutOfMemoryError,
-    ):  # for the stream to report with its place, if it is the run's own reading
+    except (ActivationOverflow, MergeError):  # for the stream to report with its place, if it is the run's own reading
         return Figures(reading=name, flags=flags, normalized_mse=None, l0=0.0, dead_share=1.0)
     return Figures(
         reading=name,

@@ -17,7 +17,7 @@ from saev_dist.cli import main
 from saev_dist.config import Demo
 from saev_dist.data.images import list_images
 from saev_dist.data.shards import Shards
-from saev_dist.errors import CheckpointError, DataError
+from saev_dist.errors import CheckpointError, ConfigError, DataError
 from saev_dist.sae.model import ConstantNorm, Given, LayerNorm, Relu, Sae, Threshold, TopK
 from saev_dist.sae.plain import save
 from saev_dist.sae.saev import load_saev
@@ -226,6 +226,18 @@ def test_bad_shards_are_passed_over_where_the_run_does_so(tmp_path, trained):
     for fpath in dpath.glob("acts*"):
         fpath.unlink()
     assert check(trained.sae, shards, CPU, "strict", skip_bad=True).figures == []
+
+
+def test_a_device_too_small_for_it_is_said(tmp_path, trained, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    shards = Shards.open(make_shards(tmp_path / "shards", trained.acts_epd[:4].numpy()))
+    monkeypatch.setattr(selfcheck.Encoder, "submit_batch", lambda *_, **__: [full])
+    assert check(trained.sae, shards, CPU, "warn") is None
+    assert "warning: the self-check needs more memory than cpu has" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="needs more memory than cpu has"):
+        check(trained.sae, shards, CPU, "strict")
 
 
 def test_modes(tmp_path, trained, capsys):
