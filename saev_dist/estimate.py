@@ -20,9 +20,9 @@ from saev_dist.world import World
 CODE_BYTES = 120
 """A code (20 bytes) and the temporaries that order and count it: added up from the code, not measured."""
 DEVICE_CODE_BYTES = 280
-"""Device memory for each code of a batch: 20 in each of three batches, and what selects, sorts and counts them."""
+"""Device memory for each code of a batch: 20 in each of three batches, and what selects, sorts and counts; added up too."""
 LIBRARY_BYTES = 2**29
-"""What CUDA's libraries take on a GPU, about."""
+"""What CUDA's libraries take on a GPU: a guess."""
 CANDIDATE_BYTES = 70
 CANDIDATES_PER_CODE = 3
 """Entries that --screen makes again, for each code: 1.4 to 3 were measured; `recomputed_per_token` in manifest.json tells."""

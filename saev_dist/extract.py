@@ -343,13 +343,13 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
     return bundle, saev_percentile, report
 
 
-AnyCodes = list[Codes] | list[DeviceCodes]
+Pieces = list[Codes] | list[DeviceCodes]
 
 
-def _encoded(reader: Reader, encoder: Encoder, shards: Shards, clock: "Clock") -> Generator[tuple[Batch, AnyCodes], None, None]:
+def _encoded(reader: Reader, encoder: Encoder, shards: Shards, clock: "Clock") -> Generator[tuple[Batch, Pieces], None, None]:
     """Each batch with the codes of its pieces. Those after it are being encoded while the caller works on them."""
 
-    def finish(batch: Batch, acts_bd: Tensor, pieces: list[Callable[[], Any]]) -> tuple[Batch, AnyCodes]:
+    def finish(batch: Batch, acts_bd: Tensor, pieces: list[Callable[[], Any]]) -> tuple[Batch, Pieces]:
         with clock("encode"):
             try:
                 return batch, [codes() for codes in pieces]
