@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from saev_dist.accumulators.histogram import N_BINS
-from saev_dist.accumulators.rows import n_samples
+from saev_dist.accumulators.rows import GROUPS_ON_DEVICE, n_samples
 from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError
@@ -21,6 +21,10 @@ CODE_BYTES = 120
 """A code (20 bytes) and the temporaries that order and count it: added up from the code, not measured."""
 DEVICE_CODE_BYTES = 280
 """Device memory for each code of a batch: 20 in each of three batches, and what selects, sorts and counts; added up too."""
+DEVICE_SLOT_BYTES = 150
+"""Device memory for each slot while it and half a candidate are sorted."""
+DEVICE_GROUP_BYTES = 50
+"""Device memory for each image and feature whose mean is taken."""
 LIBRARY_BYTES = 2**29
 """What CUDA's libraries take on a GPU: a guess."""
 CANDIDATE_BYTES = 70
@@ -84,12 +88,15 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
         on_device = {}
     else:
         batch = batch_tokens * sae.d_model * 4
+        merging = sae.d_sae * cfg.top_k * DEVICE_SLOT_BYTES
+        if cfg.img_acts:
+            merging += min(plan.examples_per_batch * sae.d_sae, max(GROUPS_ON_DEVICE, sae.d_sae)) * DEVICE_GROUP_BYTES
         on_device = {
             "weights": weights if cfg.metrics or cfg.self_check != "off" else weights // 2,
             "batches": (LANES + (6 if cfg.metrics else 1)) * batch,
             "dense codes": dense,
             "codes": batch_tokens * per_token * DEVICE_CODE_BYTES,
-            "statistics": sae.d_sae * (8 * N_BINS + 44),
+            "statistics": sae.d_sae * (8 * N_BINS + 44) + slots + merging,
             "libraries": LIBRARY_BYTES,
         }
     if cfg.screen == "bf16":

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from saev_dist.accumulators import fixed_point, moments, rows, topk
+from saev_dist.accumulators import fixed_point, moments, rows
 from saev_dist.accumulators.base import Accumulator
 from saev_dist.accumulators.moments import Moments
 from saev_dist.accumulators.reconstruction import Reconstruction
@@ -134,17 +134,31 @@ def test_rows_are_those_of_the_cpu_to_the_bit(device, group, stride, n_features)
 
 
 @every_device
-@given(batches(), st.integers(1, 40))
-def test_codes_are_split_between_images(device, group, n_codes):
+@given(batches(), st.integers(1, 3))
+def test_codes_are_split_between_images(device, group, n_imgs):
     for codes in group:
-        parts = list(on_device(codes, device).split(n_codes))
-        whole = on_device(codes, torch.device("cpu"))
-        for name in ("token_n", "feature_n", "value_n"):
-            assert torch.equal(torch.cat([getattr(part, name).cpu() for part in parts]), getattr(whole, name))
-        assert all(len(part.value_n) <= n_codes or part.token_n[0] // 3 == part.token_n[-1] // 3 for part in parts)
-        imgs = [{*(part.token_n // part.n_patches).tolist()} for part in parts]
-        assert sum(len(part) for part in imgs) == len(set().union(*imgs)), "no image is in two"
-        assert (len(parts) == 1) == (len(codes.value_n) <= n_codes or len(set().union(*imgs)) == 1)
+        moved = on_device(codes, device)
+        parts = list(moved.split(n_imgs))
+        firsts = [part.img_i - codes.img_i for part in parts]
+        assert firsts == list(range(0, codes.n_imgs, n_imgs))
+        assert [part.n_imgs for part in parts] == [min(n_imgs, codes.n_imgs - first) for first in firsts]
+        found_n = torch.cat([part.token_n + first * 3 for part, first in zip(parts, firsts, strict=True)])
+        assert torch.equal(found_n, moved.token_n)
+        assert all(part.token_n.ge(0).all() and part.token_n.lt(part.n_tokens).all() for part in parts)
+        for name in ("feature_n", "value_n", "acts_bd", "x_bd"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(moved, name))
+
+
+@every_device
+@pytest.mark.parametrize("rank_by", ["patch", "image"])
+@given(batches(), st.integers(1, 4))
+def test_slots_of_a_device_are_those_of_the_cpu(device, rank_by, group, top_k):
+    """Also while candidates wait: they are merged when they are half as many as the slots."""
+    acc, expected = (Slots(D_SAE, top_k, 3, rank_by) for _ in range(2))
+    for codes in group:
+        acc.update_on_device(on_device(codes, device))
+        expected.update(codes)
+    assert same(acc, expected)
 
 
 KINDS_OF_SAE = [
@@ -195,8 +209,6 @@ def test_codes_are_those_of_the_cpu(monkeypatch, device, kind, norm, lane_codes)
         for codes in many:
             assert codes.value_n.device.type == device.type
             assert (codes.token_n * sae.d_sae + codes.feature_n).diff().gt(0).all(), "by token, then by feature"
-            keep_n = codes.value_n > 1
-            assert torch.equal(codes.cpu(keep_n).value_n, one.value_n[one.value_n > 1])
 
 
 @pytest.mark.parametrize(
@@ -250,7 +262,7 @@ def test_lanes_wait_for_what_is_slow(monkeypatch):
 @pytest.mark.parametrize("activation", [RELU, TOPK, BATCH_TOPK], ids=lambda activation: activation["cls"])
 @pytest.mark.parametrize("rank_by", ["patch", "image"])
 def test_a_run_of_integers_is_the_one_of_the_cpu(tmp_path, monkeypatch, device, activation, rank_by):
-    monkeypatch.setattr(topk, "MIN_MOVED", 30)  # fewer than the codes of most images
+    monkeypatch.setattr(rows, "GROUPS_ON_DEVICE", 50)  # two images
     shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt", activation)
 
     def extract(out, where):

@@ -6,11 +6,11 @@ To add a statistic: one file with a class that derives from `Accumulator`, one l
 Names: `b` tokens, `d` model width, `n` codes, `s` features.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -73,27 +73,30 @@ class DeviceCodes(_Codes):
     x_bd: Tensor
     """`acts_bd` on the device."""
 
-    def split(self, n_codes: int) -> "Iterator[DeviceCodes]":
-        """The codes of as many images at a time as have at most `n_codes`, or of one with more; all else stays the batch's."""
-        if len(self.value_n) <= n_codes:
+    def split(self, n_imgs: int) -> "Iterator[DeviceCodes]":
+        """The codes of so many images at a time, as batches of their own."""
+        if self.n_imgs <= n_imgs:
             yield self
             return
-        first_e = torch.arange(1, self.n_imgs + 1, device=self.token_n.device) * self.n_patches
-        low = high = 0
-        for end in [*torch.searchsorted(self.token_n, first_e).tolist(), math.inf]:
-            if end - low > n_codes and low < high:
-                parts = {name: getattr(self, name)[low:high] for name in ("token_n", "feature_n", "value_n")}
-                yield replace(self, **parts)
-                low = high
-            high = end
+        firsts = range(0, self.n_imgs, n_imgs)
+        first_e = torch.tensor(firsts[1:], device=self.token_n.device) * self.n_patches
+        cuts = [0, *torch.searchsorted(self.token_n, first_e).tolist(), len(self.token_n)]
+        for first, (low, high) in zip(firsts, pairwise(cuts), strict=True):
+            tokens = slice(first * self.n_patches, (first + n_imgs) * self.n_patches)
+            yield DeviceCodes(
+                token_n=self.token_n[low:high] - tokens.start,
+                feature_n=self.feature_n[low:high],
+                value_n=self.value_n[low:high],
+                img_i=self.img_i + first,
+                n_imgs=min(n_imgs, self.n_imgs - first),
+                n_patches=self.n_patches,
+                acts_bd=self.acts_bd[tokens],
+                x_bd=self.x_bd[tokens],
+            )
 
-    def cpu(self, keep_n: Tensor | None = None) -> Codes:
-        """All of them on the CPU, or those that a mask keeps."""
-        parts = [self.token_n, self.feature_n, self.value_n]
-        if keep_n is not None:
-            kept_x = keep_n.nonzero().squeeze(1)
-            parts = [part[kept_x] for part in parts]
-        token_n, feature_n, value_n = to_cpu(*parts)
+    def cpu(self) -> Codes:
+        """The same on the CPU."""
+        token_n, feature_n, value_n = to_cpu(self.token_n, self.feature_n, self.value_n)
         order_n = stable_order(feature_n, int(feature_n.max()) + 1 if len(feature_n) else 1)
         return Codes(
             token_n=token_n[order_n],

@@ -10,6 +10,7 @@ among the strongest.
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from saev_dist.accumulators.base import Codes, DeviceCodes, changes, stable_order, to_cpu
 
@@ -18,6 +19,10 @@ MAX_PLACES = 32
 """Codes of a feature in an image, up to which they are looked at one after the other."""
 GROUPS = 2**15
 """Groups that are looked at together: their values stay in the cache."""
+GROUPS_ON_DEVICE = 2**22
+"""The same on a GPU, at 50 bytes each."""
+NOTHING = -(2**63)
+"""A key below those of all values."""
 
 
 def sample_stride(n_tokens: int, max_samples: int) -> int:
@@ -86,29 +91,38 @@ def image_means(codes: Codes | DeviceCodes, d_sae: int) -> tuple[NDArray[np.int6
 
 
 def _image_means_on_device(codes: DeviceCodes, d_sae: int) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
-    """By their definition: each group's values in descending order, the first 3 added up."""
-    order_n = codes.value_n.sort(descending=True, stable=True).indices
-    group_n = (codes.token_n // codes.n_patches * d_sae + codes.feature_n)[order_n]
-    group_n, again_n = group_n.sort(stable=True)
-    value_n = codes.value_n[order_n[again_n]]
-    group_v, size_v = torch.unique_consecutive(group_n, return_counts=True)
-    start_v = size_v.cumsum(0) - size_v
-    place_n = torch.repeat_interleave(size_v, output_size=len(group_n))
-    n_above_v = torch.zeros_like(size_v).scatter_add_(0, place_n, (value_n > 0).long())
-    n_zeros_v = codes.n_patches - size_v
-    sum_v = value_n.new_zeros(len(group_v))
-    for place in range(min(N_STRONGEST, codes.n_patches)):  # in the descending order: above zero, zeros, below zero
-        is_above_v, is_zero_v = place < n_above_v, (place >= n_above_v) & (place < n_above_v + n_zeros_v)
-        code_v = torch.where(is_above_v, place, place - n_zeros_v).clamp_(min=0)
-        sum_v += value_n[start_v + code_v].masked_fill_(is_zero_v, 0)
-    # a divisor on the device: torch would multiply by the inverse of a number of the CPU's, which rounds otherwise
-    mean_v = sum_v / sum_v.new_full((1,), min(N_STRONGEST, codes.n_patches))
-    kept_x = (mean_v != 0).nonzero().squeeze(1)
-    group_v, mean_v = group_v[kept_x], mean_v[kept_x]
-    img_v = group_v // d_sae
-    count_e = img_v.new_zeros(codes.n_imgs).scatter_add_(0, img_v, torch.ones_like(img_v))
-    counts, features, means = to_cpu(count_e, (group_v - img_v * d_sae).int(), mean_v)
+    """The same by the definition, as tables with a place for each image and feature, some images at a time."""
+    parts = []
+    for part in codes.split(max(1, GROUPS_ON_DEVICE // d_sae)):
+        mean_g = _strongest_means(part, d_sae)
+        kept_x = mean_g.nonzero().squeeze(1)
+        img_v = kept_x // d_sae
+        count_e = img_v.new_zeros(part.n_imgs).scatter_add_(0, img_v, torch.ones_like(img_v))
+        parts.append((count_e, (kept_x - img_v * d_sae).int(), mean_g[kept_x]))
+    counts, features, means = to_cpu(*(torch.cat(part) for part in zip(*parts, strict=True)))
     return counts.numpy(), features.numpy(), means.numpy()
+
+
+def _strongest_means(codes: DeviceCodes, d_sae: int) -> Tensor:
+    """float32 (images * features,): the largest value is taken out three times, a zero where the patches without a code win."""
+    group_n = codes.token_n // codes.n_patches * d_sae + codes.feature_n
+    # Keys are in the order of the values, and differ: the pattern of a float, with the other bits flipped below zero, is an
+    # integer in the order of the floats; below it the token.
+    pattern_n = codes.value_n.view(torch.int32)
+    pattern_n = torch.where(pattern_n < 0, pattern_n ^ (2**31 - 1), pattern_n).long()
+    key_n = pattern_n << 32 | codes.token_n
+    minus_n = torch.full_like(group_n, -1, dtype=torch.int32)
+    n_zeros_g = minus_n.new_full((codes.n_imgs * d_sae,), codes.n_patches).scatter_add_(0, group_n, minus_n)
+    sum_g = codes.value_n.new_zeros(len(n_zeros_g))
+    n_places = min(N_STRONGEST, codes.n_patches)
+    for _ in range(n_places):
+        best_g = torch.where(n_zeros_g > 0, 0, NOTHING).scatter_reduce_(0, group_n, key_n, "amax")
+        n_zeros_g -= (best_g == 0).int()
+        best_pattern_g = (best_g >> 32).int()
+        sum_g += torch.where(best_pattern_g < 0, best_pattern_g ^ (2**31 - 1), best_pattern_g).view(torch.float32)
+        key_n.masked_fill_(key_n == best_g[group_n], NOTHING)
+    # a divisor on the device: torch would multiply by the inverse of a number of the CPU's, which rounds otherwise
+    return sum_g.div_(sum_g.new_full((1,), n_places))
 
 
 def _strongest_sums(

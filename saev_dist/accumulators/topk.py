@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saev_dist.accumulators.base import Accumulator, Codes, DeviceCodes, changes, stable_order
+from saev_dist.accumulators.base import Accumulator, Codes, DeviceCodes, changes, stable_order, to_cpu
 
 RankBy = Literal["patch", "image"]
 Candidates = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
@@ -19,8 +19,6 @@ Candidates = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
 
 PRUNED_SLOTS = 2**20
 """Slots that are looked at at a time."""
-MIN_MOVED = 2**20
-"""Codes of a GPU that are looked at together in any case."""
 TINY = np.nextafter(np.float32(0), np.float32(1))
 """The least score that may take a slot."""
 
@@ -33,7 +31,8 @@ class TopK(Accumulator):
     fit. Since the order is total, the slots are a function of the set of scores: merging is exactly commutative.
 
     Memory: 12 bytes a slot, plus candidates that await their merge, 20 bytes each: half as many as there are slots, and one
-    `update`'s. Pruning at that fill instead of each time makes the number of prunings logarithmic in the data.
+    `update`'s. Pruning at that fill instead of each time makes the number of prunings logarithmic in the data. On a GPU as
+    much, there, and the slots once more on the CPU.
 
     Args:
         d_sae: features.
@@ -53,10 +52,15 @@ class TopK(Accumulator):
         """int64; -1 = empty."""
         self._waiting: list[Candidates] = []
         self._n_waiting, self._sorted = 0, True
-        self._bar_on_device_s: Tensor | None = None
+        self._on_device: _SlotsOnDevice | None = None
+        """On a device: these slots, and all that came since."""
         self._raise_bar()
 
     def update(self, codes: Codes) -> None:
+        if self._on_device is not None:
+            self.flush()
+            self._on_device = None
+            self._raise_bar()
         # The last slot is the bar. It may lag behind while candidates wait, which costs only candidates.
         feature_n, value_n = codes.feature_n.numpy(), codes.value_n.numpy()
         keep_n = np.flatnonzero(value_n >= self._bar_s[feature_n])
@@ -75,13 +79,15 @@ class TopK(Accumulator):
             self._prune()
 
     def update_on_device(self, codes: DeviceCodes) -> None:
-        """Bring only what reaches the bar to the CPU: all at first, then fewer and fewer, as slots over tokens."""
-        for part in codes.split(max(MIN_MOVED, self.values_sk.numel() // 2)):  # so that bars rise in between
-            if self._bar_on_device_s is None:
-                self._bar_on_device_s = torch.from_numpy(self._bar_s).to(part.value_n.device)
-            self.update(part.cpu(part.value_n >= self._bar_on_device_s[part.feature_n]))
+        if self._on_device is None:
+            self.flush()
+            self._on_device = _SlotsOnDevice(self.values_sk, self.places_sk, codes.value_n.device)
+        self._on_device.update(codes, self.rank_by)
 
     def flush(self) -> None:
+        if self._on_device is not None:
+            self.values_sk, self.places_sk = self._on_device.cpu()
+            return
         self._prune()
         if not self._sorted:
             self.values_sk, self.places_sk = _strongest(self.values_sk, self.places_sk, self.values_sk.shape[1])
@@ -107,13 +113,12 @@ class TopK(Accumulator):
         values_sk, places_sk = self.values_sk.numpy(), self.places_sk.numpy()
         least_s = values_sk.min(axis=1)
         self._bar_s = np.maximum(least_s, TINY)
-        self._bar_on_device_s = None
         last_s = np.where(values_sk == least_s[:, None], places_sk, -1).max(axis=1)
         self._bar_place_s = np.where(least_s > 0, last_s, np.iinfo(np.int64).max)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
-        self._waiting, self._n_waiting, self._sorted = [], 0, True
+        self._waiting, self._n_waiting, self._sorted, self._on_device = [], 0, True, None
         self._raise_bar()
 
     def merge(self, other: Self) -> Self:
@@ -135,6 +140,62 @@ class TopK(Accumulator):
             "top_img_i": self.places_sk.div(self.n_patches, rounding_mode="floor").masked_fill_(empty_sk, -1),
             "top_patch_i": self.places_sk.remainder(self.n_patches).masked_fill_(empty_sk, -1),
         }
+
+
+class _SlotsOnDevice:
+    """The slots on a GPU, and the candidates that await their merge: the same order, pruned at the same fill, by sorting.
+
+    Args:
+        values_sk, places_sk: the slots so far, in order.
+    """
+
+    def __init__(self, values_sk: Tensor, places_sk: Tensor, device: torch.device) -> None:
+        self.values_sk, self.places_sk = values_sk.to(device), places_sk.to(device)
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._n_waiting = 0
+
+    def update(self, codes: DeviceCodes, rank_by: RankBy) -> None:
+        token_n, feature_n, value_n = codes.token_n, codes.feature_n, codes.value_n
+        bar_n = self.values_sk[:, -1].clamp(min=0)[feature_n]  # an empty slot, too, takes only what is above zero
+        # Few exceed the bar; of those that tie with it, fewer still are from an earlier place.
+        first_n = token_n + codes.img_i * codes.n_patches < self.places_sk[:, -1][feature_n]
+        kept_x = ((value_n > bar_n) | ((value_n == bar_n) & first_n)).nonzero().squeeze(1)
+        token_n, feature_n, value_n = token_n[kept_x], feature_n[kept_x], value_n[kept_x]
+        if rank_by == "image":  # the first of the strongest of each feature and image; tokens ascend
+            value_n, order_n = value_n.sort(descending=True, stable=True)
+            group_n, again_n = (feature_n * codes.n_imgs + token_n // codes.n_patches)[order_n].sort(stable=True)
+            new_n = torch.ones_like(group_n, dtype=torch.bool)
+            torch.ne(group_n[1:], group_n[:-1], out=new_n[1:])
+            best_x = again_n[new_n]
+            value_n, order_x = value_n[best_x], order_n[best_x]
+            token_n, feature_n = token_n[order_x], feature_n[order_x]
+        if len(value_n):
+            self._waiting.append((feature_n, value_n, token_n + codes.img_i * codes.n_patches))
+            self._n_waiting += len(value_n)
+        if self._n_waiting >= self.values_sk.numel() // 2:
+            self._prune()
+
+    def cpu(self) -> list[Tensor]:
+        """The slots, in order."""
+        self._prune()
+        return to_cpu(self.values_sk, self.places_sk)
+
+    def _prune(self) -> None:
+        if not self._waiting:
+            return
+        n_features, top_k = self.values_sk.shape
+        feature_s = torch.arange(n_features, device=self.values_sk.device)
+        slots = feature_s.repeat_interleave(top_k), self.values_sk.view(-1), self.places_sk.view(-1)
+        feature_n, value_n, place_n = (torch.cat(part) for part in zip(slots, *self._waiting, strict=True))
+        self._waiting, self._n_waiting = [], 0
+        place_n, order_n = place_n.sort()
+        value_n = value_n[order_n]
+        # Numbers above zero are ordered as their patterns are, of 31 bits; an empty slot comes last.
+        weakness_n = 2**31 - 1 - value_n.clamp(min=0).view(torch.int32).long()
+        key_n, order_n = (feature_n[order_n] << 31 | weakness_n).sort(stable=True)
+        first_s1 = torch.searchsorted(key_n, feature_s << 31)[:, None]
+        strongest_sk = order_n[first_s1 + torch.arange(top_k, device=first_s1.device)]  # each feature has so many, its slots
+        self.values_sk, self.places_sk = value_n[strongest_sk], place_n[strongest_sk]
 
 
 def _strongest(values_rw: Tensor, places_rw: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
