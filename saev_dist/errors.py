@@ -3,6 +3,9 @@
 `cli.main` prints the line and exits 1; programmer errors are `assert`s and keep their traceback.
 """
 
+import os
+import sys
+
 
 class SaevDistError(Exception):
     """Base of every error that is shown without a traceback."""
@@ -43,3 +46,9 @@ class MergeError(SaevDistError):
 
 class PeerError(SaevDistError):
     """Another rank failed first; it has printed its own error, so this rank only stops."""
+
+
+def warn(text: str) -> None:
+    """A line that does not stop the run."""
+    rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print(f"saev-dist: warning: {rank}{text}", file=sys.stderr, flush=True)

@@ -45,10 +45,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saev_dist.errors import DamagedError, RunError
+from saev_dist.errors import DamagedError, RunError, warn
 from saev_dist.files import fsync_dir, reading, retrying, writing
 from saev_dist.plan import Intervals, union
-from saev_dist.report import warn
 from saev_dist.spill import COPY_BYTES, Segment, Spill, covered, read_at, read_extent
 
 MAGIC = b"saev-dist partial 1\n"

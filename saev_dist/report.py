@@ -1,7 +1,5 @@
-"""What a job tells people: aligned tables of facts on standard output, warnings on standard error."""
+"""What a job tells people: aligned tables of facts."""
 
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,6 @@ from saev_dist.data.shards import Shards
 from saev_dist.estimate import Estimate, free_disk, gb
 from saev_dist.plan import Plan, complement
 from saev_dist.sae.model import Sae
-
-
-def warn(text: str) -> None:
-    """A line that does not stop the run."""
-    rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    print(f"saev-dist: warning: {rank}{text}", file=sys.stderr, flush=True)
 
 
 def table(lines: Mapping[str, str]) -> str:

@@ -25,8 +25,8 @@ from saev_dist.accumulators.base import Codes, DeviceCodes
 from saev_dist.accumulators.reconstruction import Reconstruction
 from saev_dist.data.reader import sample_images
 from saev_dist.data.shards import Shards
-from saev_dist.errors import CheckpointError, ConfigError, MergeError
-from saev_dist.report import table, warn
+from saev_dist.errors import CheckpointError, ConfigError, MergeError, warn
+from saev_dist.report import table
 from saev_dist.sae.encoder import LANES, ActivationOverflow, Encoder, encodes_at_once
 from saev_dist.sae.model import ConstantNorm, Given, LayerNorm, Relu, Sae, Threshold, TopK
 

@@ -28,10 +28,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from saev_dist.errors import RunError
+from saev_dist.errors import RunError, warn
 from saev_dist.fields import Fields
 from saev_dist.files import fsync_dir, retrying, writing
-from saev_dist.report import warn
 
 ARTIFACT_PATTERNS = (
     "top_values.pt",

@@ -73,6 +73,11 @@ class DeviceCodes(_Codes):
     x_bd: Tensor
     """`acts_bd` on the device."""
 
+    @cached_property
+    def all_above(self) -> bool:
+        """Whether all values are above zero. It waits for the device."""
+        return bool((self.value_n > 0).all())
+
     def split(self, n_imgs: int) -> "Iterator[DeviceCodes]":
         """The codes of so many images at a time, as batches of their own."""
         if self.n_imgs <= n_imgs:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from saev_dist.accumulators.base import Accumulator, Codes, DeviceCodes
+from saev_dist.fused import kernels_on
 
 BITS = 4
 MIN_EXPONENT, MAX_EXPONENT = -16, 16
@@ -72,6 +73,9 @@ class Histogram(Accumulator):
     def update_on_device(self, codes: DeviceCodes) -> None:
         if self._waiting_sh is None:
             self._waiting_sh = torch.zeros(self.counts_sh.shape, dtype=torch.int64, device=codes.value_n.device)
+        if kernels := kernels_on(codes.value_n.device):
+            kernels.add_to_histogram(self._waiting_sh, codes.feature_n, codes.value_n, _SHIFT, _FIRST - 1)
+            return
         # A score of zero or below counts nothing: its weight is 0, and its bin is merely in range.
         place_n = _place(codes.feature_n, codes.value_n)
         self._waiting_sh.view(-1).scatter_add_(0, place_n, (codes.value_n > 0).long())

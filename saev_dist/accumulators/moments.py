@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saev_dist.accumulators import fixed_point
 from saev_dist.accumulators.base import Accumulator, Codes, DeviceCodes, changes
+from saev_dist.fused import kernels_on
 
 
 class Moments(Accumulator):
@@ -51,6 +52,9 @@ class Moments(Accumulator):
         if self._waiting_5s is None:
             self._waiting_5s = torch.zeros(5, len(self.count_s), dtype=torch.int64, device=codes.value_n.device)
         self._n_waiting += codes.n_tokens
+        if kernels := kernels_on(codes.value_n.device):
+            kernels.add_to_moments(self._waiting_5s, codes.feature_n, codes.value_n)
+            return
         above_n = (codes.value_n > 0).long()
         parts_4n = fixed_point.to_parts(codes.value_n.double().clamp_(min=0))
         for waiting_s, part_n in zip(self._waiting_5s, (above_n, *parts_4n), strict=True):

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saev_dist.accumulators.base import Codes, DeviceCodes, changes, stable_order, to_cpu
+from saev_dist.fused import kernels_on
 
 N_STRONGEST = 3
 MAX_PLACES = 32
@@ -105,6 +106,11 @@ def _image_means_on_device(codes: DeviceCodes, d_sae: int) -> tuple[NDArray[np.i
 
 def _strongest_means(codes: DeviceCodes, d_sae: int) -> Tensor:
     """float32 (images * features,): the largest value is taken out three times, a zero where the patches without a code win."""
+    if codes.all_above and (kernels := kernels_on(codes.value_n.device)):
+        means_g: Tensor = kernels.strongest_means(
+            codes.token_n, codes.feature_n, codes.value_n, codes.n_imgs, codes.n_patches, d_sae
+        )
+        return means_g
     group_n = codes.token_n // codes.n_patches * d_sae + codes.feature_n
     # Keys are in the order of the values, and differ: the pattern of a float, with the other bits flipped below zero, is an
     # integer in the order of the floats; below it the token.

@@ -236,17 +236,19 @@ class Encoder:
         with self._lane():
             x_bd = acts_bd.to(self.device, non_blocking=True)
             token_n, feature_n, value_n, _ = self._encode_blocks(x_bd, lift_s, only)
+            codes = DeviceCodes(
+                token_n=token_n,
+                feature_n=feature_n,
+                value_n=value_n,
+                img_i=img_i,
+                n_imgs=len(acts_bd) // n_patches,
+                n_patches=n_patches,
+                acts_bd=acts_bd,
+                x_bd=x_bd,
+            )
+            _ = codes.all_above  # here, where others wait less for it
             self.wait()  # so that codes can be used in any stream, and `acts_bd` again
-        return DeviceCodes(
-            token_n=token_n,
-            feature_n=feature_n,
-            value_n=value_n,
-            img_i=img_i,
-            n_imgs=len(acts_bd) // n_patches,
-            n_patches=n_patches,
-            acts_bd=acts_bd,
-            x_bd=x_bd,
-        )
+        return codes
 
     def _encode_blocks(self, x_bd: Tensor, lift_s: Tensor | None, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
         """Token (from the first), feature and value of each nonzero code, block after block, on the device; and the blocks."""
@@ -325,9 +327,7 @@ class Encoder:
         n_tokens, d_sae = len(x_bd), self.sae.d_sae
         h_bs = self._block(n_tokens * d_sae, self.dtype).view(n_tokens, d_sae)
         torch.addmm(bias_s, x_bd, self._w_ds, out=h_bs)
-        flat_n, value_n = select_at_once(h_bs, self.sae.activation, self._threshold)
-        token_n = flat_n // d_sae
-        return token_n, flat_n - token_n * d_sae, value_n
+        return select_at_once(h_bs, self.sae.activation, self._threshold)
 
     @contextmanager
     def _lane(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saev_dist.accumulators.base import stable_order
+from saev_dist.fused import kernels_on
 from saev_dist.sae.model import Activation, GroupMax, TopK
 
 Bound = float | NDArray[np.float32]
@@ -255,7 +256,7 @@ def _where(mask_cb: NDArray[np.bool_]) -> NDArray[np.int64]:
 # ---- elsewhere
 
 
-def select_at_once(h_bs: Tensor, activation: Activation, threshold: float | Tensor) -> tuple[Tensor, Tensor]:
+def select_at_once(h_bs: Tensor, activation: Activation, threshold: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The entries that the activation keeps, before it changes their values.
 
     Args:
@@ -264,37 +265,49 @@ def select_at_once(h_bs: Tensor, activation: Activation, threshold: float | Tens
         threshold: of all activations but TopK and GroupMax: an entry must be larger. One number, or (s,).
 
     Returns:
-        Positions in the flat block, int64 (n,), ascending; the values there, float32 (n,). On the block's device.
+        Token and feature, int64 (n,), and value, float32 (n,), by token, then feature. On the block's device.
     """
+    kernels = kernels_on(h_bs.device)
     match activation:
         case TopK(k):
             k = min(k, h_bs.shape[1])
-            return _keep_k_at_once(h_bs, (h_bs >= _kth_bound(h_bs, k)).view(-1).nonzero().squeeze(1), k)
+            codes: tuple[Tensor, Tensor, Tensor] | None = kernels.select_strongest(h_bs, k) if kernels else None
+            if codes:
+                return codes
+            flat_n, value_n = _k_largest(h_bs, k)
         case GroupMax(k):
-            h_bkg = h_bs.unflatten(1, (k, -1))
-            flat_n = (h_bkg == h_bkg.amax(dim=2, keepdim=True)).view(-1).nonzero().squeeze(1)
-            group_n = flat_n // h_bkg.shape[2]
-            flat_n = flat_n[torch.cat([group_n.new_ones(1, dtype=torch.bool), group_n[1:] != group_n[:-1]])]
+            flat_n, value_n = _largest_of_groups(h_bs, k)
+        case _:
+            if kernels:
+                threshold_s = torch.as_tensor(threshold, dtype=torch.float32, device=h_bs.device).expand(h_bs.shape[1])
+                codes = kernels.select_above(h_bs, threshold_s.contiguous())
+                return codes
+            flat_n = (h_bs > threshold).view(-1).nonzero().squeeze(1)
             value_n = h_bs.view(-1)[flat_n].float()
-            best_x = (value_n > 0).nonzero().squeeze(1)
-            return flat_n[best_x], value_n[best_x]
-    flat_n = (h_bs > threshold).view(-1).nonzero().squeeze(1)
-    return flat_n, h_bs.view(-1)[flat_n].float()
+    token_n = flat_n // h_bs.shape[1]
+    return token_n, flat_n - token_n * h_bs.shape[1], value_n
 
 
-def _kth_bound(h_bs: Tensor, k: int) -> Tensor:
+def _largest_of_groups(h_bs: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
+    h_bkg = h_bs.unflatten(1, (n_groups, -1))
+    flat_n = (h_bkg == h_bkg.amax(dim=2, keepdim=True)).view(-1).nonzero().squeeze(1)
+    group_n = flat_n // h_bkg.shape[2]
+    flat_n = flat_n[torch.cat([group_n.new_ones(1, dtype=torch.bool), group_n[1:] != group_n[:-1]])]
+    value_n = h_bs.view(-1)[flat_n].float()
+    best_x = (value_n > 0).nonzero().squeeze(1)
+    return flat_n[best_x], value_n[best_x]
+
+
+def _k_largest(h_bs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Of each row, the earlier first among equals: of what reaches a bound that k entries reach."""
     d_sae = h_bs.shape[1]
     group = max(1, d_sae // (GROUPS_PER_K * k))
     n_groups = d_sae // group
     maxima_bg = h_bs[:, : group * n_groups].unflatten(1, (group, n_groups)).amax(dim=1)
-    bound_b1: Tensor = maxima_bg.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-    return bound_b1
-
-
-def _keep_k_at_once(h_bs: Tensor, flat_n: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of candidates, ascending, the k largest of each row, the earlier first among equals."""
+    bound_b1 = maxima_bg.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    flat_n = (h_bs >= bound_b1).view(-1).nonzero().squeeze(1)
     value_n = h_bs.view(-1)[flat_n].float()
-    row_n = flat_n // h_bs.shape[1]
+    row_n = flat_n // d_sae
     order_n = value_n.sort(descending=True, stable=True).indices
     row_n, again_n = row_n[order_n].sort(stable=True)
     first_b = torch.searchsorted(row_n, torch.arange(len(h_bs), device=h_bs.device))
