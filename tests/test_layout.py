@@ -28,7 +28,7 @@ LEVELS = [
         "report",
     },
     {"accumulators", "plan", "choose", "render", "fields"},
-    {"config", "errors"},
+    {"config", "errors", "fused", "kernels"},
 ]
 IMPURE = {"os", "sys", "logging", "pathlib", "io", "shutil", "tempfile", "time", "subprocess", "torch.distributed"}
 FILES = sorted(PACKAGE.rglob("*.py"))
