@@ -15,6 +15,7 @@ from saev_dist.errors import ConfigError
 from saev_dist.plan import Plan
 from saev_dist.sae.encoder import LANES, batch_threads, block_shape, piece_images
 from saev_dist.sae.model import ConstantNorm, GroupMax, LayerNorm, Sae, TopK
+from saev_dist.spill import MAX_WAITING
 from saev_dist.world import World
 
 CODE_BYTES = 120
@@ -71,6 +72,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     dense = block * block_features * (entry + 1)  # and a mask
     if isinstance(sae.input_norm, LayerNorm | ConstantNorm):  # float64 copies of the tokens under way
         dense += 3 * 8 * sae.d_model * block
+    row = 8 * min(sae.d_sae, shards.n_patches * per_token) + 8 if cfg.img_acts else 0
     n_sampled = n_samples(shards.n_tokens, cfg.max_distribution_samples)
     slots = sae.d_sae * cfg.top_k * 12
     state = slots + sae.d_sae * (8 * N_BINS + 24)
@@ -82,6 +84,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
         "accumulators and their merge": 3 * state,
         "codes of two batches": 2 * batch_tokens * per_token * CODE_BYTES,
         "distributions, when written": samples,
+        "rows to be written": (MAX_WAITING + 1) * plan.examples_per_batch * row,
     }
     if device.type == "cpu":
         host["dense codes"] = dense
@@ -102,13 +105,12 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     if cfg.screen == "bf16":
         host["weights to screen by"] = (4 + 2) * sae.d_model * sae.d_sae
         host["candidates"] = block * CANDIDATES_PER_CODE * per_token * CANDIDATE_BYTES
-    per_image = min(sae.d_sae, shards.n_patches * per_token)
     return Estimate(
         host=host,
         device=on_device,
         partial=state,
         artifacts=sae.d_sae * (cfg.top_k * 20 + 8 * N_BINS + 12) + samples,
-        img_acts=shards.n_examples * (8 * per_image + 8) if cfg.img_acts else 0,
+        img_acts=shards.n_examples * row,
     )
 
 

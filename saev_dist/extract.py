@@ -316,7 +316,7 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
                         saev_percentile.update(codes.cpu() if isinstance(codes, DeviceCodes) else codes)
             with clock("rows"):
                 parts = [_rows(codes, cfg, sae.d_sae, stride) for codes in pieces]
-                spill.append(batch.index, {kind: np.concatenate([part[kind] for part in parts]) for kind in parts[0]})
+                spill.append(batch.index, parts)
             encoder.wait()
             del codes, pieces, parts  # a GPU's memory
             with clock("snapshot"):

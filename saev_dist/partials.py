@@ -334,13 +334,13 @@ class Keeper:
             return
         self._saved_s = time.monotonic()
         copied = {name: tensor.clone() for name, tensor in state().items()}
-        self._writing = self._pool.submit(self._write, copied, tuple(self._spill.segments))
+        self._writing = self._pool.submit(self._write, copied, self._spill.segments)
 
     def save(self, state: State) -> None:
         """Write now, unless the disk has it all."""
         if self._writing is not None:
             self._writing.result()
-        self._write(state, tuple(self._spill.segments))
+        self._write(state, self._spill.segments)
 
     def _write(self, state: State, own: tuple[Segment, ...]) -> None:
         if own == self._kept:

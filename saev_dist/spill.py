@@ -8,7 +8,10 @@ batches. So a file's end may be torn: what no segment names is not there.
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +25,10 @@ from saev_dist.files import reading, retrying, writing
 from saev_dist.plan import Intervals, complement, union
 
 COPY_BYTES = 8 * 1024 * 1024
+BUFFER_BYTES = 1024 * 1024
+SYNC_BYTES = 64 * 1024 * 1024
+MAX_WAITING = 4
+"""Batches whose rows wait to be written."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ def covered(segments: Iterable[Segment]) -> Intervals:
 
 
 class Spill:
-    """One process's rows, appended batch after batch. A context, which closes the files.
+    """One process's rows, appended batch after batch. Each kind has a thread that writes them. A context: it closes the files.
 
     Args:
         dpath: directory of the files.
@@ -66,57 +73,125 @@ class Spill:
 
     def __init__(self, dpath: Path, owner: str, names: Iterable[str]) -> None:
         self.dpath, self.owner = dpath, owner
-        self.segments: list[Segment] = []
-        """What has been appended, in order."""
-        self._files: dict[str, BinaryIO] = {}
-        self._names = tuple(names)
+        self._writers = {name: _Writer(dpath / f"{name}.{owner}.bin") for name in names}
+        self._written: list[Segment] = []
+        self._waiting: deque[tuple[int, bool, dict[str, Future[tuple[int, int, int]]]]] = deque()
+        """Batches that are being written: which, whether it goes on from the one before, and its extents."""
+        self._stop = -1
+        """The batch after the last that was appended."""
 
-    def append(self, batch_i: int, rows: Mapping[str, NDArray[Any]]) -> None:
-        """Write a batch's rows at the ends of the files.
+    def append(self, batch_i: int, pieces: Sequence[Mapping[str, NDArray[Any]]]) -> None:
+        """Write the rows of a batch's pieces at the ends of the files, later: they must not change any more.
 
         Raises:
-            RunError: the disk does not take them; the batch then counts as not written.
+            RunError: the disk did not take an earlier batch's; that one and all later count as not written.
         """
-        goes_on = bool(self.segments) and self.segments[-1].stop == batch_i
-        if goes_on:
-            last = self.segments[-1]
-        else:
-            ends = {name: self.segments[-1].extents[name][1] if self.segments else 0 for name in self._names}
-            last = Segment(batch_i, batch_i, self.owner, {name: (end, end, 0) for name, end in ends.items()})
-        extents = {}
-        for name in self._names:
-            data = np.ascontiguousarray(rows[name]).reshape(-1).view(np.uint8).data
-            fpath = last.fpath(self.dpath, name)
-            with writing(fpath):
-                if name not in self._files:
-                    self._files[name] = open(fpath, "xb", buffering=COPY_BYTES)
-                self._files[name].write(data)
-            begin, end, crc = last.extents[name]
-            extents[name] = (begin, end + data.nbytes, zlib.crc32(data, crc))
-        segment = Segment(last.first, batch_i + 1, self.owner, extents)
-        self.segments[-1 if goes_on else len(self.segments) :] = [segment]
+        self._settle(MAX_WAITING - 1)
+        goes_on, self._stop = batch_i == self._stop, batch_i + 1
+        extents = {
+            name: writer.submit([piece[name] for piece in pieces], goes_on=goes_on) for name, writer in self._writers.items()
+        }
+        self._waiting.append((batch_i, goes_on, extents))
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What has been appended, in order; it waits until it is written.
+
+        Raises:
+            RunError: as `append`.
+        """
+        self._settle(0)
+        return tuple(self._written)
+
+    def _settle(self, most: int) -> None:
+        """Note what is written, until at most so many batches wait."""
+        while len(self._waiting) > most:
+            batch_i, goes_on, extents = self._waiting[0]
+            found = {name: future.result() for name, future in extents.items()}
+            first = self._written.pop().first if goes_on else batch_i
+            self._written.append(Segment(first, batch_i + 1, self.owner, found))
+            self._waiting.popleft()
 
     def sync(self) -> None:
-        """Bring what has been appended onto the disk. Any thread may call it while another appends.
+        """Bring what is written onto the disk. Any thread may call it while another appends.
 
         Raises:
             OSError: the disk does not take it.
         """
-        for file in tuple(self._files.values()):
-            file.flush()
-            os.fsync(file.fileno())
+        for writer in self._writers.values():
+            writer.sync()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
-        for file in self._files.values():
-            try:
-                with writing(self.dpath):
-                    file.close()
-            except RunError:
-                if kind is None:  # otherwise a full disk fails a second time here
-                    raise
+        with ExitStack() as stack:
+            for writer in self._writers.values():
+                stack.callback(writer.close, quietly=kind is not None)  # a full disk fails a second time here
+            if kind is None:
+                self._settle(0)
+
+
+class _Writer:
+    """Writes a file on a thread of its own. Another brings it onto the disk meanwhile, so that little is left for `sync`."""
+
+    def __init__(self, fpath: Path) -> None:
+        self._fpath = fpath
+        self._file: BinaryIO | None = None
+        self._begin = self._end = self._crc = 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="spill")
+        self._syncing: Future[None] | None = None
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="spill-sync")
+        self._n_unsynced = 0
+
+    def submit(self, arrays: Sequence[NDArray[Any]], *, goes_on: bool) -> Future[tuple[int, int, int]]:
+        """Write arrays one after the other.
+
+        Returns:
+            First byte, byte after the last and CRC-32 of the extent that they end; it begins with them unless it goes on.
+        """
+        return self._pool.submit(self._write, arrays, goes_on)
+
+    def _write(self, arrays: Sequence[NDArray[Any]], goes_on: bool) -> tuple[int, int, int]:
+        if not goes_on:
+            self._begin, self._crc = self._end, 0
+        with writing(self._fpath):
+            self._file = self._file or open(self._fpath, "xb", buffering=BUFFER_BYTES)
+            for array in arrays:
+                data = _as_bytes(array)
+                self._file.write(data)
+                self._crc = zlib.crc32(data, self._crc)
+                self._end += data.nbytes
+                self._n_unsynced += data.nbytes
+        if self._n_unsynced >= SYNC_BYTES and (self._syncing is None or self._syncing.done()) and not self._sync_error():
+            self._syncing, self._n_unsynced = self._syncer.submit(self._fsync), 0
+        return self._begin, self._end, self._crc
+
+    def _fsync(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _sync_error(self) -> BaseException | None:
+        syncing = self._syncing
+        return syncing.exception() if syncing else None
+
+    def sync(self) -> None:
+        if err := self._sync_error():  # the kernel tells it once
+            self._syncing = None
+            raise err
+        self._fsync()
+
+    def close(self, *, quietly: bool) -> None:
+        self._pool.shutdown(cancel_futures=quietly)
+        self._syncer.shutdown()
+        if self._file is not None:
+            with suppress(RunError) if quietly else nullcontext(), writing(self._fpath):
+                self._file.close()
+
+
+def _as_bytes(array: NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 class Rows:

@@ -24,7 +24,7 @@ from saev_dist.plan import Batch, Intervals, Plan
 
 MAX_VIEWS = 1024  # IOV_MAX of Linux
 MAX_GAP_BYTES = 64 * 1024  # a smaller gap costs less to read than another system call
-MAX_THREADS = 4
+MAX_THREADS = 8
 
 
 class Reader:
@@ -148,6 +148,9 @@ def read_batch(shards: Shards, batch: Batch, buffer: Tensor, *, patient: bool = 
 def _read_runs(fpath: Path, shards: Shards, runs: list[tuple[int, list[memoryview]]]) -> None:
     fd = os.open(fpath, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        if len(runs) > 1 or len(runs[0][1]) > 1:  # parts of the file: to the kernel each would come as a surprise
+            for example_i, views in runs:
+                os.posix_fadvise(fd, shards.content_offset(example_i), sum(map(len, views)), os.POSIX_FADV_WILLNEED)
         for example_i, views in runs:
             _read_exactly(fd, list(views), shards.content_offset(example_i))
     finally:
