@@ -30,6 +30,7 @@ from saev_dist.accumulators.reconstruction import Reconstruction
 from saev_dist.accumulators.saev_percentile import SaevPercentile
 from saev_dist.accumulators.topk import TopK
 from saev_dist.config import Extract, SaeRules
+from saev_dist.csr import write_csr
 from saev_dist.data.reader import Reader, find_bad_value
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, DataError, RunError, SaevDistError
@@ -43,7 +44,7 @@ from saev_dist.sae.hub import is_hub_name
 from saev_dist.sae.load import Loaded, Overrides, load_sae
 from saev_dist.sae.model import Sae
 from saev_dist.selfcheck import Report, check
-from saev_dist.spill import Rows, Segment, Spill, covered, read_columns, write_csr
+from saev_dist.spill import Rows, Segment, Spill, covered, read_columns
 from saev_dist.store import Run
 from saev_dist.world import World
 

@@ -48,7 +48,7 @@ from torch import Tensor
 from saev_dist.errors import DamagedError, RunError, warn
 from saev_dist.files import fsync_dir, reading, retrying, writing
 from saev_dist.plan import Intervals, union
-from saev_dist.spill import COPY_BYTES, Segment, Spill, covered, read_at, read_extent
+from saev_dist.spill import COPY_BYTES, Segment, Spill, check_extent, covered, read_at
 
 MAGIC = b"saev-dist partial 1\n"
 DIGEST_BYTES = 32
@@ -205,8 +205,7 @@ def fault(fpath: Path, check: Callable[[], None] = lambda: None) -> str:
             check_digest(fpath)
             for segment in read_header(fpath).segments:
                 for kind in segment.extents:
-                    for _ in read_extent(fpath.parent, segment, kind):
-                        check()
+                    check_extent(fpath.parent, segment, kind, check)
     except DamagedError as err:
         return str(err)
     return ""

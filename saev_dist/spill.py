@@ -6,16 +6,16 @@ batches. So a file's end may be torn: what no segment names is not there.
 """
 
 import os
-import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +24,13 @@ from saev_dist.errors import DamagedError, RunError
 from saev_dist.files import reading, retrying, writing
 from saev_dist.plan import Intervals, complement, union
 
-COPY_BYTES = 8 * 1024 * 1024
+T = TypeVar("T")
+
+COPY_BYTES = 4 * 1024 * 1024
 BUFFER_BYTES = 1024 * 1024
 SYNC_BYTES = 64 * 1024 * 1024
+N_THREADS = min(8, len(os.sched_getaffinity(0)))
+"""Chunks that are worked on at a time."""
 MAX_WAITING = 4
 """Batches whose rows wait to be written."""
 
@@ -158,7 +162,7 @@ class _Writer:
         with writing(self._fpath):
             self._file = self._file or open(self._fpath, "xb", buffering=BUFFER_BYTES)
             for array in arrays:
-                data = _as_bytes(array)
+                data = as_bytes(array)
                 self._file.write(data)
                 self._crc = zlib.crc32(data, self._crc)
                 self._end += data.nbytes
@@ -190,7 +194,8 @@ class _Writer:
                 self._file.close()
 
 
-def _as_bytes(array: NDArray[Any]) -> memoryview:
+def as_bytes(array: NDArray[Any]) -> memoryview:
+    """An array's bytes, not copied where it is contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
@@ -219,8 +224,9 @@ class Rows:
         filler: Callable[[int], NDArray[Any]],
         check: Callable[[], None],
     ) -> None:
-        self._dpath, self.name, self._dtype, self._filler, self._check = dpath, name, dtype, filler, check
-        self._row_bytes = np.dtype(dtype).itemsize * n_columns
+        self._dpath, self.name, self._dtype, self._filler, self._check = dpath, name, np.dtype(dtype), filler, check
+        row_bytes = self._dtype.itemsize * n_columns
+        self._chunk_bytes = max(1, COPY_BYTES // row_bytes) * row_bytes
         segments = list(segments)
         gaps = complement(covered(segments), n_batches)
         self._pieces = sorted([(s.first, s.stop, s) for s in segments] + [(*gap, None) for gap in gaps], key=lambda p: p[0])
@@ -245,47 +251,95 @@ class Rows:
                 "Do all ranks see this directory? Run again."
             )
 
-    def chunks(self) -> Iterator[NDArray[Any]]:
-        """The array, flat, whole rows of it, some megabytes at a time.
+    def each(self, work: Callable[[int, NDArray[Any]], T]) -> Iterator[tuple[int, int, T]]:
+        """Go through the array, flat, whole rows of it, some megabytes at a time, several of these at a time on threads.
+
+        Args:
+            work: gets the index of a chunk's first number, and the chunk.
+
+        Yields:
+            In order: bytes and CRC-32 of a chunk, and what `work` made of it.
 
         Raises:
             DamagedError: rows are not what was written.
             RunError: they cannot be read.
         """
-        chunk_bytes = max(1, COPY_BYTES // self._row_bytes) * self._row_bytes
+
+        def do(load: Callable[[], bytes], first: int) -> tuple[int, int, T]:
+            chunk = np.frombuffer(load(), dtype=self._dtype)
+            return chunk.nbytes, zlib.crc32(chunk.data), work(first, chunk)
+
+        pool = ThreadPoolExecutor(N_THREADS, thread_name_prefix="rows")
+        under_way: deque[tuple[Segment | None, Future[tuple[int, int, T]]]] = deque()
+        loads, first, n_read, crc = self._loads(), 0, 0, 0
+        try:
+            while True:
+                while len(under_way) < 2 * N_THREADS and (load := next(loads, None)):
+                    under_way.append((load[0], pool.submit(do, load[2], first)))
+                    first += load[1] // self._dtype.itemsize
+                if not under_way:
+                    return
+                self._check()
+                segment, done = under_way.popleft()
+                n_bytes, chunk_crc, made = done.result()
+                if segment is not None:
+                    begin, end, expected = segment.extents[self.name]
+                    n_read, crc = n_read + n_bytes, crc32_combine(crc, chunk_crc, n_bytes)
+                    if n_read == end - begin:
+                        if crc != expected:
+                            raise _damaged(segment, segment.fpath(self._dpath, self.name))
+                        n_read = crc = 0
+                yield n_bytes, chunk_crc, made
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _loads(self) -> Iterator[tuple[Segment | None, int, Callable[[], bytes]]]:
+        """For each chunk: whose it is, its bytes, and what reads it."""
         for first, stop, segment in self._pieces:
             if segment is None:
-                yield from map(self._filler, range(first, stop))
+                for batch_i in range(first, stop):
+                    filler = self._filler(batch_i)
+                    yield None, filler.nbytes, filler.tobytes
                 continue
-            for data in read_extent(self._dpath, segment, self.name, chunk_bytes):
-                self._check()
-                yield np.frombuffer(data, dtype=self._dtype)
+            begin, end, _ = segment.extents[self.name]
+            for position in range(begin, end, self._chunk_bytes):
+                size = min(self._chunk_bytes, end - position)
+                yield segment, size, partial(_read_chunk, self._dpath, segment, self.name, position, size)
 
 
-def read_extent(dpath: Path, segment: Segment, name: str, chunk_bytes: int = COPY_BYTES) -> Iterator[bytes]:
-    """A segment's bytes of one kind, in chunks, checked at the end.
+def _read_chunk(dpath: Path, segment: Segment, name: str, position: int, size: int) -> bytes:
+    fpath = segment.fpath(dpath, name)
+    if not fpath.exists():
+        raise DamagedError(f"{fpath} is gone; run again to compute its batches again.")
+    with reading(fpath), open(fpath, "rb", buffering=0) as file:
+        data = retrying(lambda: read_at(file.fileno(), size, position))
+    if len(data) < size:
+        raise _damaged(segment, fpath)
+    return data
+
+
+def _damaged(segment: Segment, fpath: Path) -> DamagedError:
+    batches = f"batches {segment.first} to {segment.stop - 1}"
+    return DamagedError(f"{fpath} is damaged in the rows of {batches}; run again to compute them again.")
+
+
+def check_extent(dpath: Path, segment: Segment, name: str, check: Callable[[], None]) -> None:
+    """Read a segment's bytes of one kind.
+
+    Args:
+        check: called between pieces; it may raise to stop, for there can be many.
 
     Raises:
         DamagedError: they are not what was written.
         RunError: they cannot be read.
     """
-    position, end, expected = segment.extents[name]
-    if position == end:
-        return
-    fpath, crc = segment.fpath(dpath, name), 0
-    if not fpath.exists():
-        raise DamagedError(f"{fpath} is gone; run again to compute its batches again.")
-    with reading(fpath), open(fpath, "rb", buffering=0) as file:
-        while position < end:
-            size = min(chunk_bytes, end - position)
-            data = retrying(lambda: read_at(file.fileno(), size, position))  # noqa: B023  # called at once
-            if len(data) < size:
-                break
-            crc, position = zlib.crc32(data, crc), position + size
-            yield data
-    if position < end or crc != expected:
-        batches = f"batches {segment.first} to {segment.stop - 1}"
-        raise DamagedError(f"{fpath} is damaged in the rows of {batches}; run again to compute them again.")
+    begin, end, expected = segment.extents[name]
+    crc = 0
+    for position in range(begin, end, COPY_BYTES):
+        check()
+        crc = zlib.crc32(_read_chunk(dpath, segment, name, position, min(COPY_BYTES, end - position)), crc)
+    if crc != expected:
+        raise _damaged(segment, segment.fpath(dpath, name))
 
 
 def read_at(fd: int, size: int, offset: int) -> bytes:
@@ -303,50 +357,39 @@ def read_columns(rows: Rows | None, n_columns: int, n_rows: int) -> NDArray[np.f
     if rows is None:
         return out
     rows.check_size(out.nbytes)
-    first = 0
-    for chunk in rows.chunks():
+
+    def place(first: int, chunk: NDArray[Any]) -> None:
         block = chunk.reshape(-1, n_columns)
-        out[:, first : first + len(block)] = block.T
-        first += len(block)
+        out[:, first // n_columns : first // n_columns + len(block)] = block.T
+
+    deque(rows.each(place), maxlen=0)
     return out
 
 
-def write_csr(file: BinaryIO, shape: tuple[int, int], counts: Rows, indices: Rows, data: Rows) -> None:
-    """Write a CSR matrix as `scipy.sparse.save_npz` does, uncompressed, from spill files, some megabytes at a time.
+def crc32_combine(first: int, second: int, n_second: int) -> int:
+    """CRC-32 of two sequences of bytes, one after the other, from those of each and the length of the second.
 
-    Args:
-        file: where to.
-        shape: of the matrix.
-        counts: int64 entries per row. indices: int32 columns. data: float32.
+    Bytes that follow multiply a CRC, a polynomial over GF(2) with the highest power in the lowest bit, by x^8 each. Source:
+    zlib's `crc32_combine` (crc32.c, "multmodp"). Python has it from 3.15 on.
     """
-    counts.check_size(8 * shape[0])
-    n_entries = sum(int(chunk.sum()) for chunk in counts.chunks())
-    indices.check_size(4 * n_entries)
-    data.check_size(4 * n_entries)
-    index_dtype = np.dtype(np.int32 if max(n_entries, *shape) <= np.iinfo(np.int32).max else np.int64)
+    return _times(_power(n_second), first) ^ second
 
-    def pointers() -> Iterator[NDArray[Any]]:
-        total = 0
-        yield np.zeros(1, index_dtype)
-        for chunk in counts.chunks():
-            if len(chunk):
-                ends = total + chunk.cumsum()
-                total = int(ends[-1])
-                yield ends.astype(index_dtype)
 
-    members: list[tuple[str, np.dtype[Any], tuple[int, ...], Iterator[NDArray[Any]]]] = [
-        ("indices", index_dtype, (n_entries,), (chunk.astype(index_dtype, copy=False) for chunk in indices.chunks())),
-        ("indptr", index_dtype, (shape[0] + 1,), pointers()),
-        ("format", np.dtype("S3"), (), iter([np.array(b"csr")])),
-        ("shape", np.dtype(np.int64), (2,), iter([np.array(shape, np.int64)])),
-        ("data", np.dtype(np.float32), (n_entries,), data.chunks()),
-    ]
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for name, dtype, member_shape, chunks in members:
-            # a fixed date: the bytes must not depend on the clock
-            info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-            with archive.open(info, "w", force_zip64=True) as member:
-                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": member_shape}
-                np.lib.format.write_array_header_1_0(member, header)
-                for chunk in chunks:
-                    member.write(chunk.tobytes())
+@lru_cache
+def _power(n_bytes: int) -> int:
+    """x^(8 n_bytes)."""
+    product, power = 1 << 31, 1 << 23  # x^0, x^8
+    while n_bytes:
+        if n_bytes & 1:
+            product = _times(product, power)
+        power, n_bytes = _times(power, power), n_bytes >> 1
+    return product
+
+
+def _times(a: int, b: int) -> int:
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)
+    return product

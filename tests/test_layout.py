@@ -20,6 +20,7 @@ LEVELS = [
         "sae",
         "data",
         "spill",
+        "csr",
         "files",
         "signals",
         "estimate",

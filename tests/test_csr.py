@@ -1,0 +1,122 @@
+"""img_acts.npz: what SciPy reads, put together by threads from rows in several files."""
+
+import io
+import zipfile
+import zlib
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import scipy.sparse
+from hypothesis import given
+
+from saev_dist import csr, spill
+from saev_dist.errors import DamagedError, RunError
+from saev_dist.spill import Rows, Spill, crc32_combine, read_columns
+
+N_BATCHES, N_IMGS = 12, 3
+LEFT_OUT = {4, 5, 11}
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Rows of two processes, cut in chunks of 13 numbers; and the matrix that they are."""
+    monkeypatch.setattr(spill, "COPY_BYTES", 52)
+    random = np.random.default_rng(0)
+    dense = random.integers(0, 3, (N_BATCHES, N_IMGS, 40)).astype(np.float32)
+    dense[sorted(LEFT_OUT)] = 0
+    segments = []
+    for owner, batches in (("00000-x", range(7)), ("00001-y", range(7, 12))):
+        with Spill(tmp_path, owner, ["counts", "indices", "data"]) as rows:
+            for batch_i in sorted(set(batches) - LEFT_OUT):
+                matrix = scipy.sparse.csr_array(dense[batch_i])
+                counts = np.diff(matrix.indptr).astype(np.int64)
+                rows.append(batch_i, [{"counts": counts, "indices": matrix.indices.astype(np.int32), "data": matrix.data}])
+            segments += rows.segments
+
+    def made(kind, dtype, n_filler=0, check=lambda: None):
+        return Rows(tmp_path, kind, segments, N_BATCHES, dtype, filler=lambda _: np.zeros(n_filler, dtype), check=check)
+
+    return made, scipy.sparse.csr_array(dense.reshape(-1, 40)), tmp_path
+
+
+def write(made, fpath, **kwargs):
+    with open(fpath, "wb") as file:
+        csr.write_csr(
+            file, (N_BATCHES * N_IMGS, 40), made("counts", np.int64, N_IMGS, **kwargs), made("indices", np.int32), made("data", np.float32)
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("index_dtype", [np.int32, np.int64])
+def test_scipy_reads_what_it_would_have_written(make, monkeypatch, index_dtype):
+    made, expected, dpath = make
+    if index_dtype is np.int64:
+        monkeypatch.setattr(csr, "MAX_INT32", 39)
+    write(made, dpath / "found.npz")
+    found = scipy.sparse.load_npz(dpath / "found.npz")
+    assert (found != expected).nnz == 0 and found.shape == expected.shape
+    expected.indices, expected.indptr = expected.indices.astype(index_dtype), expected.indptr.astype(index_dtype)
+    scipy.sparse.save_npz(dpath / "scipy.npz", scipy.sparse.csr_matrix(expected), compressed=False)
+    with zipfile.ZipFile(dpath / "found.npz") as mine, zipfile.ZipFile(dpath / "scipy.npz") as theirs:
+        assert mine.testzip() is None
+        for name in ("indices.npy", "indptr.npy", "data.npy", "shape.npy", "format.npy"):
+            one, other = (np.load(io.BytesIO(archive.read(name))) for archive in (mine, theirs))
+            assert one.dtype == (index_dtype if name[:3] == "ind" else other.dtype)
+            np.testing.assert_array_equal(one, other)
+            assert mine.getinfo(name).external_attr == 0o600 << 16 and mine.getinfo(name).date_time == csr.DATE
+        assert len(mine.namelist()) == len(theirs.namelist())
+
+
+@pytest.mark.parametrize("kind", ["counts", "indices", "data"])
+def test_damage_is_found(make, kind):
+    made, _, dpath = make
+    fpath = dpath / f"{kind}.00001-y.bin"
+    content = bytearray(fpath.read_bytes())
+    content[-20] ^= 1
+    fpath.write_bytes(content)
+    with pytest.raises(DamagedError, match=rf"{kind}\.00001-y\.bin is damaged in the rows of batches 7 to 10; run again"):
+        write(made, dpath / "found.npz")
+    fpath.unlink()
+    with pytest.raises(RunError, match=rf"the ranks' {kind} files hold .* bytes; the plan promises"):
+        write(made, dpath / "found.npz")
+
+
+def test_it_can_be_stopped(make):
+    class Stopped(Exception):
+        pass
+
+    made, _, dpath = make
+    n_asked = []
+
+    def check():
+        n_asked.append(1)
+        if len(n_asked) == 4:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        write(made, dpath / "found.npz", check=check)
+
+
+def test_columns_are_the_transpose(tmp_path, monkeypatch):
+    monkeypatch.setattr(spill, "COPY_BYTES", 100)
+    values = np.random.default_rng(0).random((50, 6), dtype=np.float32)
+    with Spill(tmp_path, "00000-x", ["r"]) as rows:
+        for batch_i in range(4):
+            rows.append(batch_i, [{"r": values[10 * batch_i : 10 * batch_i + 10]}])
+        made = Rows(
+            tmp_path, "r", rows.segments, 5, np.float32, n_columns=6,
+            filler=lambda _: np.full(60, np.nan, np.float32), check=lambda: None,
+        )  # fmt: skip
+    values[40:] = np.nan
+    np.testing.assert_array_equal(read_columns(made, 6, 50), values.T)
+
+
+@given(st.binary(max_size=300), st.integers(0, 300))
+def test_crcs_are_put_together(data, cut):
+    first, second = data[:cut], data[cut:]
+    assert crc32_combine(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(data)
+
+
+def test_crcs_of_much_are_put_together():
+    second = bytes(5_000_003)
+    assert crc32_combine(zlib.crc32(b"much"), zlib.crc32(second), len(second)) == zlib.crc32(b"much" + second)
