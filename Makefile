@@ -1,7 +1,7 @@
 # `make demo` and `make test` set everything up by themselves; PYTHON chooses the interpreter (3.11 or later).
 PYTHON ?= python3
 BIN := .venv/bin
-BENCHES := read stages extract replay gallery snapshot scaling start growth
+BENCHES := read stages extract replay gallery snapshot scaling start growth gpu
 
 .PHONY: install demo test test-slurm test-slurm-full check bench clean soak
 

@@ -2,9 +2,10 @@
 
 At fp32, TF32 and bf16, all artifacts on, from the page cache: the shards are one file under many names, so that a run is
 long and the disk is not what is measured. The ceiling is one `torch.addmm` a batch in the same precision, of tokens that
-lie on the device, before and after each run; the share is given of the whole run and of its stream. What remains is in
-the line: seconds of each stage, the kernels that took longest, and the most device memory, caches included. The slots are
-checked against a dense search on the CPU.
+lie on the device, before and after each run; the share is given of the whole run and of its stream. What a run writes at
+its end takes as long as the disk does: the line says how many bytes, and how long one thread takes to write and sync so
+many. What else remains is in it: seconds of each stage, the kernels that took longest, and the most device memory, caches
+included. The slots are checked against a dense search on the CPU.
 
 `--device cpu` tries the bench itself out, at small shapes. One JSON line a case and precision.
 """
@@ -69,21 +70,35 @@ def kernels(work: Callable[[], Any], device: torch.device) -> dict[str, float]:
     return {row.key[:80]: round(getattr(row, name) / 1e3, 1) for row in rows[:N_KERNELS]}
 
 
-def measure(case: Case, precisions: Sequence[str], device: torch.device, rounds: int, n_names: int) -> None:
+def bare_write_s(fpath: Path, n_bytes: int) -> float:
+    """Seconds to write and sync so many bytes, by one thread."""
+    chunk = os.urandom(2**24)
+    began = time.perf_counter()
+    with open(fpath, "wb", buffering=0) as file:
+        for first in range(0, n_bytes, len(chunk)):
+            file.write(chunk[: n_bytes - first])
+        os.fsync(file.fileno())
+    taken = time.perf_counter() - began
+    fpath.unlink()
+    return taken
+
+
+def measure(case: Case, precisions: Sequence[str], device: torch.device, args: argparse.Namespace) -> None:
     """Print the lines of one case."""
     with tempfile.TemporaryDirectory() as name:
         dpath = Path(name)
         shards, _ = make_inputs(dpath, case)
         acts_td = read_all(shards)
-        repeat(shards, n_names)
+        repeat(shards, args.names)
         for precision in precisions:
-            measure_precision(case, precision, device, rounds, n_names, dpath, acts_td)
+            measure_precision(case, precision, device, args, dpath, acts_td)
 
 
 def measure_precision(
-    case: Case, precision: str, device: torch.device, rounds: int, n_names: int, dpath: Path, acts_td: torch.Tensor
+    case: Case, precision: str, device: torch.device, args: argparse.Namespace, dpath: Path, acts_td: torch.Tensor
 ) -> None:
     """Print one line."""
+    n_names = args.names
     sae = load_saev(dpath / "sae.pt")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     w_ds, b_s = sae.w_enc_ds.to(device, dtype), sae.b_enc_s.to(device, dtype)
@@ -106,6 +121,7 @@ def measure_precision(
                 top_k=case.top_k,
                 device=device.type,
                 precision=precision,
+                read_ahead=args.read_ahead,
                 force=True,
             )
         )
@@ -113,11 +129,12 @@ def measure_precision(
     def product_s() -> float:
         return seconds(product, device) * n_tokens / (n_batches * len(x_bd))
 
-    longest = kernels(extract, device)  # and all is loaded
+    extract()  # so that all is loaded and compiled
+    longest = kernels(extract, device)
     product_s()
     most = 0
     products, manifests = [product_s()], []
-    for _ in range(rounds):
+    for _ in range(args.rounds):
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
@@ -128,6 +145,7 @@ def measure_precision(
         manifests.append(json.loads((dpath / "run/manifest.json").read_text()))
     if precision == "fp32":  # of equal scores the first image wins, so the first name's images hold all slots' tops
         check_slots(dpath / "run", acts_td, dpath / "sae.pt", case)
+    written = sum(fpath.stat().st_size for fpath in (dpath / "run").iterdir())
     ceilings = [(a + b) / 2 for a, b in pairwise(products)]
 
     def share(stages: Sequence[str]) -> list[float]:
@@ -139,7 +157,13 @@ def measure_precision(
     emit(
         "gpu",
         f"gpu: {case}, {precision}",
-        asdict(case) | {"precision": precision, "names": n_names, "device": manifests[-1]["machine"]["gpu"] or device.type},
+        asdict(case)
+        | {
+            "precision": precision,
+            "names": n_names,
+            "read_ahead": args.read_ahead,
+            "device": manifests[-1]["machine"]["gpu"] or device.type,
+        },
         ceiling=f"the bare {precision} product of as many tokens on the device",
         share=median(share(list(manifests[0]["wall_s"]))),
         shares=share(list(manifests[0]["wall_s"])),
@@ -148,6 +172,8 @@ def measure_precision(
         tokens_per_s=round(n_tokens / all_s),
         read_gb_per_s=round(n_tokens * case.d_model * 4 / all_s / 1e9, 2),
         product_tflops=round(2 * n_tokens * case.d_model * case.d_sae / min(products) / 1e12, 1),
+        written_gb=round(written / 1e9, 2),
+        bare_write_s=round(bare_write_s(dpath / "written", written), 2),
         device_gb=round((most - x_bd.nbytes - out_bs.nbytes - w_ds.nbytes) / 1e9, 2) if most else None,
         rounds=[
             manifest["wall_s"]
@@ -163,13 +189,18 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--names", type=int, default=32, help="names of the shard: 0.8 GB to read each")
+    parser.add_argument("--read-ahead", type=int, default=Extract.read_ahead, help="as of extract")
     parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="numbers in CASES; default: all")
     parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=PRECISIONS)
     args = parser.parse_args()
     on_cpu = args.device == "cpu"
+    if not on_cpu and not torch.cuda.is_available():
+        print("no GPU: nothing is measured")
+        return
+    args.names = 4 if on_cpu else args.names
     for case in SMALL if on_cpu else [CASES[index] for index in args.cases]:
         precisions = [one for one in args.precisions if not (on_cpu and one == "tf32")]
-        measure(case, precisions, torch.device(args.device), args.rounds, 4 if on_cpu else args.names)
+        measure(case, precisions, torch.device(args.device), args)
 
 
 if __name__ == "__main__":
