@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saev_dist import __version__, partials
 from saev_dist.accumulators import rows
-from saev_dist.accumulators.base import Codes, DeviceCodes
+from saev_dist.accumulators.base import Codes, DeviceCodes, to_cpu
 from saev_dist.accumulators.bundle import Bundle
 from saev_dist.accumulators.histogram import Histogram
 from saev_dist.accumulators.moments import Moments
@@ -388,13 +388,13 @@ def _row_kinds(cfg: Extract) -> list[str]:
 
 def _rows(codes: Codes | DeviceCodes, cfg: Extract, d_sae: int, stride: int) -> Mapping[str, NDArray[Any]]:
     """A piece's rows, by kind."""
-    made: dict[str, NDArray[Any]] = {}
+    made: dict[str, Tensor] = {}
+    if cfg.n_distributions:
+        made["distributions"] = rows.sampled_values(codes, min(cfg.n_distributions, d_sae), stride)
     if cfg.img_acts:
         counts_e, indices_v, means_v = rows.image_means(codes, d_sae)
         made |= {"img_acts_counts": counts_e, "img_acts_indices": indices_v, "img_acts_data": means_v}
-    if cfg.n_distributions:
-        made["distributions"] = rows.sampled_values(codes, min(cfg.n_distributions, d_sae), stride)
-    return made
+    return {kind: tensor.numpy() for kind, tensor in zip(made, to_cpu(*made.values()), strict=True)}
 
 
 def _merge(bundle: Bundle, world: World) -> Bundle:

@@ -127,10 +127,10 @@ def test_rows_are_those_of_the_cpu_to_the_bit(device, group, stride, n_features)
     for codes in group:
         moved = on_device(codes, device)
         for found, expected in zip(rows.image_means(moved, D_SAE), rows.image_means(codes, D_SAE), strict=True):
-            assert found.dtype == expected.dtype
-            np.testing.assert_array_equal(found, expected)
+            assert found.dtype == expected.dtype and found.device.type == device.type
+            np.testing.assert_array_equal(found.cpu(), expected)
         found = rows.sampled_values(moved, n_features, stride)
-        np.testing.assert_array_equal(found, rows.sampled_values(codes, n_features, stride))
+        np.testing.assert_array_equal(found.cpu(), rows.sampled_values(codes, n_features, stride))
 
 
 @every_device

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saev_dist.accumulators.base import Codes, DeviceCodes, changes, stable_order, to_cpu
+from saev_dist.accumulators.base import Codes, DeviceCodes, changes, stable_order
 from saev_dist.fused import kernels_on
 
 N_STRONGEST = 3
@@ -41,11 +41,11 @@ def n_sampled(first_token: int, n_tokens: int, stride: int) -> int:
     return len(range(-first_token % stride, n_tokens, stride))
 
 
-def sampled_values(codes: Codes | DeviceCodes, n_features: int, stride: int) -> NDArray[np.float32]:
+def sampled_values(codes: Codes | DeviceCodes, n_features: int, stride: int) -> Tensor:
     """The first features' values, zeros included, on those tokens whose global index is a multiple of `stride`.
 
     Returns:
-        float32 (r, n_features).
+        float32 (r, n_features), where the codes are.
     """
     if isinstance(codes, DeviceCodes):
         return _sampled_values_on_device(codes, n_features, stride)
@@ -55,27 +55,28 @@ def sampled_values(codes: Codes | DeviceCodes, n_features: int, stride: int) -> 
     feature_n, token_n, value_n = (x.numpy()[:stop] for x in (codes.feature_n, codes.token_n, codes.value_n))
     keep_n = (token_n - offset) % stride == 0
     rows[(token_n[keep_n] - offset) // stride, feature_n[keep_n]] = value_n[keep_n]
-    return rows
+    return torch.from_numpy(rows)
 
 
-def _sampled_values_on_device(codes: DeviceCodes, n_features: int, stride: int) -> NDArray[np.float32]:
+def _sampled_values_on_device(codes: DeviceCodes, n_features: int, stride: int) -> Tensor:
     offset = -codes.img_i * codes.n_patches % stride
     n_rows = n_sampled(codes.img_i * codes.n_patches, codes.n_tokens, stride)
     row_n, past_n = (codes.token_n - offset) // stride, (codes.token_n - offset) % stride
     nowhere = n_rows * n_features  # a place for the others, so that nobody waits for their number
     flat_n = torch.where((codes.feature_n < n_features) & (past_n == 0), row_n * n_features + codes.feature_n, nowhere)
-    (rows,) = to_cpu(codes.value_n.new_zeros(nowhere + 1).scatter_(0, flat_n, codes.value_n))
-    return rows[:nowhere].view(n_rows, n_features).numpy()
+    rows = codes.value_n.new_zeros(nowhere + 1).scatter_(0, flat_n, codes.value_n)
+    return rows[:nowhere].view(n_rows, n_features)
 
 
-def image_means(codes: Codes | DeviceCodes, d_sae: int) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
+def image_means(codes: Codes | DeviceCodes, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
     """Per image and feature the mean of the 3 strongest patches (of all, with fewer), as rows of a CSR matrix.
 
     Patches without a code count as zeros, between the positive and the negative ones. Means of 0 are not stored.
     As saev: `sae_acts.topk(3, dim=patches).values.mean()`.
 
     Returns:
-        entries per image, int64 (e,); their features, int32 (v,), ascending within an image; their means, float32 (v,).
+        entries per image, int64 (e,); their features, int32 (v,), ascending within an image; their means, float32 (v,);
+        where the codes are.
     """
     if isinstance(codes, DeviceCodes):
         return _image_means_on_device(codes, d_sae)
@@ -88,20 +89,21 @@ def image_means(codes: Codes | DeviceCodes, d_sae: int) -> tuple[NDArray[np.int6
     keep_v = mean_v != 0
     img_v, feature_v, mean_v = img_v[keep_v], feature_v[keep_v], mean_v[keep_v]
     order_v = stable_order(torch.from_numpy(img_v), codes.n_imgs).numpy()
-    return np.bincount(img_v, minlength=codes.n_imgs), feature_v[order_v].astype(np.int32), mean_v[order_v]
+    found = np.bincount(img_v, minlength=codes.n_imgs), feature_v[order_v].astype(np.int32), mean_v[order_v]
+    counts_e, indices_v, means_v = map(torch.from_numpy, found)
+    return counts_e, indices_v, means_v
 
 
-def _image_means_on_device(codes: DeviceCodes, d_sae: int) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
+def _image_means_on_device(codes: DeviceCodes, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same by the definition, as tables with a place for each image and feature, some images at a time."""
     parts = []
     for part in codes.split(max(1, GROUPS_ON_DEVICE // d_sae)):
         mean_g = _strongest_means(part, d_sae)
         kept_x = mean_g.nonzero().squeeze(1)
-        img_v = kept_x // d_sae
-        count_e = img_v.new_zeros(part.n_imgs).scatter_add_(0, img_v, torch.ones_like(img_v))
-        parts.append((count_e, (kept_x - img_v * d_sae).int(), mean_g[kept_x]))
-    counts, features, means = to_cpu(*(torch.cat(part) for part in zip(*parts, strict=True)))
-    return counts.numpy(), features.numpy(), means.numpy()
+        end_e = torch.searchsorted(kept_x, torch.arange(1, part.n_imgs + 1, device=kept_x.device) * d_sae)
+        parts.append((end_e.diff(prepend=end_e.new_zeros(1)), (kept_x % d_sae).int(), mean_g[kept_x]))
+    counts_e, indices_v, means_v = (torch.cat(part) for part in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
+    return counts_e, indices_v, means_v
 
 
 def _strongest_means(codes: DeviceCodes, d_sae: int) -> Tensor:

@@ -122,6 +122,8 @@ def measure_precision(
                 device=device.type,
                 precision=precision,
                 read_ahead=args.read_ahead,
+                batch_tokens=args.batch_tokens,
+                img_acts=args.img_acts,
                 force=True,
             )
         )
@@ -162,6 +164,8 @@ def measure_precision(
             "precision": precision,
             "names": n_names,
             "read_ahead": args.read_ahead,
+            "batch_tokens": args.batch_tokens,
+            "img_acts": args.img_acts,
             "device": manifests[-1]["machine"]["gpu"] or device.type,
         },
         ceiling=f"the bare {precision} product of as many tokens on the device",
@@ -190,6 +194,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--names", type=int, default=32, help="names of the shard: 0.8 GB to read each")
     parser.add_argument("--read-ahead", type=int, default=Extract.read_ahead, help="as of extract")
+    parser.add_argument("--batch-tokens", type=int, default=Extract.batch_tokens, help="the same")
+    parser.add_argument("--img-acts", action=argparse.BooleanOptionalAction, default=True, help="the same")
     parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="numbers in CASES; default: all")
     parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=PRECISIONS)
     args = parser.parse_args()
