@@ -28,6 +28,8 @@ DEVICE_GROUP_BYTES = 50
 """Device memory for each image and feature whose mean is taken."""
 LIBRARY_BYTES = 2**29
 """What CUDA's libraries take on a GPU: a guess."""
+ALLOCATOR_SHARE = 0.6
+"""What torch keeps on a GPU beside what is in use, over that: on an H100 it had 5.1 to 5.9 GB where 3.8 add up."""
 CANDIDATE_BYTES = 70
 CANDIDATES_PER_CODE = 3
 """Entries that --screen makes again, for each code: 1.4 to 3 were measured; `recomputed_per_token` in manifest.json tells."""
@@ -100,8 +102,9 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
             "dense codes": dense,
             "codes": batch_tokens * per_token * DEVICE_CODE_BYTES,
             "statistics": sae.d_sae * (8 * N_BINS + 44) + slots + merging,
-            "libraries": LIBRARY_BYTES,
         }
+        on_device["allocator"] = round(ALLOCATOR_SHARE * sum(on_device.values()))
+        on_device["libraries"] = LIBRARY_BYTES
     if cfg.screen == "bf16":
         host["weights to screen by"] = (4 + 2) * sae.d_model * sae.d_sae
         host["candidates"] = block * CANDIDATES_PER_CODE * per_token * CANDIDATE_BYTES

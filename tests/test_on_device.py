@@ -287,7 +287,8 @@ def test_what_a_gpu_has_no_memory_for_is_refused_before_the_start(tmp_path, monk
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
     main(args)
     assert re.search(
-        r"device +weights .*, batches .*, dense codes .*, codes .*, statistics .*, libraries ", capsys.readouterr().out
+        r"device +weights .*, batches .*, dense codes .*, codes .*, statistics .*, allocator .*, libraries ",
+        capsys.readouterr().out,
     )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
     with pytest.raises(SystemExit) as left:
