@@ -44,9 +44,9 @@ def test_the_sieve_and_whole_blocks_keep_what_a_loop_keeps(kind, block, step, sp
     """The sieve also where it knows the entries only up to a margin."""
     h_bs, threshold = torch.from_numpy(block), kind.threshold if isinstance(kind, Threshold) else 0.0
     expected = [b * 12 + s for b, row in enumerate(block.tolist()) for s in by_loop(row, kind)]
-    flat_n, value_n = select.select_at_once(h_bs, kind, threshold)
-    assert flat_n.tolist() == expected
-    assert torch.equal(value_n, h_bs.view(-1)[flat_n])
+    token_n, feature_n, value_n = select.select_at_once(h_bs, kind, threshold)
+    assert (token_n * 12 + feature_n).tolist() == expected
+    assert torch.equal(value_n, h_bs[token_n, feature_n])
     with pytest.MonkeyPatch.context() as patch:
         if often:  # bars rise and losers are forgotten at every block
             patch.setattr(select, "MAX_FEATURES_UNSEEN", 1)
