@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from saev_dist.accumulators.base import Codes, DeviceCodes, stable_order
+from saev_dist.fused import kernels_on
 from saev_dist.sae.model import Activation, ConstantNorm, Gated, Given, GroupMax, LayerNorm, Precision, Sae, Threshold, TopK
 from saev_dist.sae.screen import Screen
 from saev_dist.sae.select import Bound, Sieve, keep, select_at_once
@@ -118,6 +119,7 @@ class Encoder:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the weights are there, for all streams
             index = self.device.index if self.device.index is not None else torch.cuda.current_device()
+            kernels_on(torch.device("cuda", index))  # tried once, before there are threads
         self._stack = ExitStack()
         self._stack.enter_context(_one_thread())
         self._pool = ThreadPoolExecutor(self.n_threads, thread_name_prefix="encoder", initializer=_begin, initargs=(index,))
