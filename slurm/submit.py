@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
@@ -73,7 +74,8 @@ def submit(launcher: Launcher, cfgs: Sequence[Extract | Replay], logs: Path, dep
                 setup=list(launcher.setup),
                 stderr_to_stdout=True,
             )
-            submitted = local.submit_array(tasks)
+            with _interruptible():
+                submitted = local.submit_array(tasks)
         else:
             try:
                 executor = submitit.SlurmExecutor(logs, max_num_timeout=NO_LIMIT)
@@ -167,6 +169,16 @@ def _clean_environment(signal_name: str) -> Iterator[None]:
     with submitit.helpers.clean_env():
         os.environ.update(kept | {"SUBMITIT_PREEMPT_SIGNAL": signal_name})
         yield
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Processes started in it have SIGINT, which cancels them, also where a script's `launch … &` had it ignored."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def _brief(text: str) -> str:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -37,8 +38,12 @@ def args(tmp_path: Path) -> list[str]:
     return ["--shards", str(shards), "--sae", str(sae), "--batch-tokens", "10", "--top-k", "4", "--no-progress"]
 
 
-def launch(*args: object, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "slurm.launch", *map(str, args)]
+IN_THE_BACKGROUND = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
+"""What `launch … &` in a script does to SIGINT."""
+
+
+def launch(*args: object, under: Sequence[str] = (), timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
+    command = [*under, sys.executable, "-m", "slurm.launch", *map(str, args)]
     return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=timeout_s)
 
 
@@ -240,8 +245,9 @@ def test_a_local_job_has_the_gpus_of_its_shell_and_can_be_cancelled_behind_anoth
     shards, sae = make_shards(tmp_path / "shards", make_acts(60_000), imgs_per_shard=15_000), make_sae(tmp_path / "sae.pt")
     args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 0.2, "--out"]
     out, show = tmp_path / "run", f"echo $CUDA_VISIBLE_DEVICES >{tmp_path}/gpus"
+    flags = ["--cluster", "local", "--gpus-per-node", 2, "--setup", show, "--wait"]
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(launch, "--cluster", "local", "--gpus-per-node", 2, "--setup", show, "--wait", *args, out)
+        waiting = pool.submit(launch, *flags, *args, out, under=IN_THE_BACKGROUND)
         while not list(out.glob("partials/*.partial")):
             assert not waiting.done(), waiting.result()
             time.sleep(0.02)
