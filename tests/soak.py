@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.crash import Fault, Server, compile_faults
+from tests.crash import Fault, FaultyServer, compile_faults
 from tests.ranks import artifact_hashes
 from tests.synthetic import RELU, TOPK, make_acts, make_sae, make_shards
 
@@ -36,7 +36,7 @@ class Soak:
         server: starts ranks.
     """
 
-    def __init__(self, dpath: Path, server: Server) -> None:
+    def __init__(self, dpath: Path, server: FaultyServer) -> None:
         self.dpath, self.server = dpath, server
         self.strikes: Counter[str] = Counter()
         """How attempts ended."""
@@ -114,7 +114,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         dpath = Path(folder)
-        with Server(dpath, compile_faults(dpath)) as server:
+        with FaultyServer(dpath, compile_faults(dpath)) as server:
             soak = Soak(dpath, server)
             for seed in range(args.first_seed, args.first_seed + args.n_trials):
                 soak.trial(seed)

@@ -15,7 +15,7 @@ import torch
 
 import saev_dist
 from saev_dist.cli import main
-from tests.ranks import ENV, run_cli
+from tests.ranks import ENV, run_cli, run_ranks
 from tests.synthetic import TOPK, make_acts, make_sae, make_shards, make_weights
 
 
@@ -278,7 +278,8 @@ def test_every_rank_stops_and_one_error_is_shown(tmp_path, name):
     spoil, message = CASES[name]
     case = Case(tmp_path)
     spoil(case)
-    done = run_cli(*case.args, "--batch-tokens", 10, n_ranks=3)
+    run = run_cli if name == "activation NaN" else run_ranks
+    done = run(*case.args, "--batch-tokens", 10, n_ranks=3)
     assert done.returncode == 1
     shown = [line for line in done.stderr.splitlines() if "saev-dist: error: " in line]
     assert len(shown) == 1 and message in shown[0], done.stderr

@@ -16,7 +16,7 @@ from saev_dist.data.shards import Shards
 from saev_dist.errors import DataError
 from saev_dist.extract import run
 from saev_dist.sae.saev import load_saev
-from tests.ranks import artifact_hashes, run_cli
+from tests.ranks import artifact_hashes, run_cli, run_ranks
 from tests.synthetic import (
     BATCH_TOPK,
     RELU,
@@ -110,7 +110,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(tmp_path, activation, rank_by
     hashes = []
     for n_ranks in (1, 2, 3, 5):
         out = tmp_path / f"run{n_ranks}"
-        done = run_cli(
+        done = run_ranks(
             "extract", "--shards", shards, "--sae", sae, "--out", out, "--rank-by", rank_by, "--top-k", 8,
             "--batch-tokens", 30, "--max-distribution-samples", 100, "--metrics", n_ranks=n_ranks,
         )  # fmt: skip

@@ -25,7 +25,7 @@ from slurm.progress import Kept, describe
 from slurm.queue import State, ask
 from slurm.sweep import configs, is_finished
 from slurm.watch import describe_state, follow, verdict
-from tests.ranks import ENV, artifact_hashes, run_cli
+from tests.ranks import ENV, artifact_hashes, run_ranks
 from tests.synthetic import make_acts, make_sae, make_shards
 
 ROOT = Path(__file__).parent.parent
@@ -122,7 +122,7 @@ def test_only_this_very_run_counts_as_finished(tmp_path, args):
     out = tmp_path / "run"
     (cfg,) = configs(Extract, [*args, "--out", str(out)])
     assert not is_finished(cfg)
-    assert run_cli("extract", *args, "--out", out).returncode == 0
+    assert run_ranks("extract", *args, "--out", out).returncode == 0
     assert is_finished(cfg) and is_finished(replace(cfg, read_ahead=9))
     for other in ({"top_k": 5}, {"layer": 3}, {"force": True}, {"pre_bias": True}, {"sae": tmp_path / "other.pt"}):
         assert not is_finished(replace(cfg, **other)), other
@@ -215,7 +215,7 @@ def test_local_ranks_have_the_bytes_of_one_process_and_the_gallery_follows(tmp_p
     assert re.findall(r"^  (\w+) \d+  done: ", launch("status", "--run", run).stdout, re.M) == ["extract", "replay"]
     (run / "slurm").rename(tmp_path / "logs")
     (run / "visuals").rename(tmp_path / "visuals")
-    assert run_cli("extract", *args, "--out", tmp_path / "alone").returncode == 0
+    assert run_ranks("extract", *args, "--out", tmp_path / "alone").returncode == 0
     assert artifact_hashes(run) == artifact_hashes(tmp_path / "alone")
 
 
@@ -236,7 +236,7 @@ def test_a_local_job_that_is_told_to_leave_comes_back_and_has_the_same_bytes(tmp
     assert done.returncode == 0, done.stderr
     assert {(end.attempt, end.outcome) for end in job.ends()} == {(1, "done")}
     (run / "slurm").rename(tmp_path / "logs")
-    assert run_cli(*args, tmp_path / "alone").returncode == 0
+    assert run_ranks(*args, tmp_path / "alone").returncode == 0
     assert artifact_hashes(run) == artifact_hashes(tmp_path / "alone")
 
 

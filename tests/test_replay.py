@@ -27,7 +27,7 @@ from saev_dist.render.geometry import Geometry
 from saev_dist.render.heatmap import highlight
 from saev_dist.sae.saev import save_saev
 from saev_dist.store import Run
-from tests.ranks import ENV, run_cli
+from tests.ranks import ENV, run_ranks
 from tests.synthetic import BATCH_TOPK, RELU, TOPK, dense_codes, make_acts, make_sae, make_shards, make_weights
 from tests.test_verify import fails
 
@@ -98,7 +98,7 @@ def test_three_ranks_write_the_files_of_one(tmp_path):
     run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
     trees = []
     for n_ranks in (1, 3):
-        done = run_cli(
+        done = run_ranks(
             "replay", "--run-dir", run, "--images", images, "--n-features", 9, "--n-images", 4, "--force", n_ranks=n_ranks
         )
         assert done.returncode == 0, done.stderr
@@ -210,7 +210,7 @@ def test_a_kill_at_any_step_of_the_swap_loses_nothing(tmp_path, monkeypatch, for
 def test_a_replay_that_is_killed_outright_goes_on_with_any_number_of_ranks(tmp_path):
     run, images = make_run(tmp_path), make_pictures(tmp_path / "images", size=(600, 400))
     args = ("replay", "--run-dir", run, "--images", images, "--all", "--n-images", 9, "--patch-size", 90, "--workers", 1)
-    assert run_cli(*args).returncode == 0
+    assert run_ranks(*args).returncode == 0
     whole = tree(run / "visuals")
     shutil.rmtree(run / "visuals")
     command = [sys.executable, "-m", "saev_dist", *map(str, args)]
@@ -225,7 +225,7 @@ def test_a_replay_that_is_killed_outright_goes_on_with_any_number_of_ranks(tmp_p
             killed.kill()
         n_left.append(sum(path.stat().st_size for path in run.glob("visuals.partial/records.*")))
     assert 0 < n_left[0] <= n_left[1] and not (run / "visuals").exists()
-    done = run_cli(*args, n_ranks=3)
+    done = run_ranks(*args, n_ranks=3)
     assert done.returncode == 0, done.stderr
     assert tree(run / "visuals") == whole
 

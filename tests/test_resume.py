@@ -24,7 +24,7 @@ from saev_dist.errors import DamagedError, RunError
 from saev_dist.plan import Plan
 from saev_dist.spill import Spill, covered
 from saev_dist.store import Run
-from tests.crash import SLOW, Fault, Server, compile_faults
+from tests.crash import SLOW, Fault, FaultyServer, compile_faults
 from tests.laws import KINDS, batches, fold, same
 from tests.ranks import ENV, artifact_hashes
 from tests.soak import Soak
@@ -37,7 +37,7 @@ N_BATCHES = 13
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     dpath = tmp_path_factory.mktemp("server")
-    with Server(dpath, compile_faults(dpath)) as server:
+    with FaultyServer(dpath, compile_faults(dpath)) as server:
         yield server
 
 

@@ -11,7 +11,7 @@ import torch
 
 from saev_dist.cli import main
 from saev_dist.sae.safetensors import read_safetensors
-from tests.ranks import ENV, artifact_hashes, run_cli
+from tests.ranks import ENV, artifact_hashes, run_ranks
 from tests.synthetic import make_shards
 
 DATA = Path(__file__).parent / "data" / "sae-formats"
@@ -61,7 +61,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(tmp_path, shards, name):
     for n_ranks in (1, 3):
         out = tmp_path / str(n_ranks)
         args = ("--top-k", 8, "--batch-tokens", 30, "--metrics", "--self-check", "off")
-        done = run_cli("extract", "--shards", shards, "--sae", DATA / name, "--out", out, *args, n_ranks=n_ranks)
+        done = run_ranks("extract", "--shards", shards, "--sae", DATA / name, "--out", out, *args, n_ranks=n_ranks)
         assert done.returncode == 0, done.stderr
         hashes.append(artifact_hashes(out))
     assert hashes[0] == hashes[1]
@@ -159,20 +159,20 @@ def test_the_hubs_cache_is_used_without_a_network(tmp_path, shards, cache, monke
     monkeypatch.setitem(ENV, "HF_HUB_CACHE", str(cache))
     monkeypatch.setitem(ENV, "HF_HUB_OFFLINE", "1")
     for revision in ("", "@main", "@0123456789abcdef0123456789abcdef01234567"):
-        done = run_cli("inspect", f"hf://owner/repo/layer_3{revision}")
+        done = run_ranks("inspect", f"hf://owner/repo/layer_3{revision}")
         assert done.returncode == 0 and "SAELens, topk" in done.stdout, done.stderr
     args = ["extract", "--shards", shards, "--sae", "hf://owner/repo/layer_3", "--out", tmp_path / "run", "--self-check", "off"]
-    assert run_cli(*args).returncode == 0
-    done = run_cli("verify", "--run", tmp_path / "run")
+    assert run_ranks(*args).returncode == 0
+    done = run_ranks("verify", "--run", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert run_cli("verify", "--run", tmp_path / "run", "--sae", "hf://owner/repo/layer_3@main").returncode == 0
+    assert run_ranks("verify", "--run", tmp_path / "run", "--sae", "hf://owner/repo/layer_3@main").returncode == 0
     for name, message in {
         "hf://owner/other": "is not in the cache and cannot be downloaded",
         "hf://owner/repo/layer_4": "holds no layer_4 at this revision",
         "hf://owner": "expected hf://owner/repo",
         "hf://owner/repo/../../x": "expected hf://owner/repo",
     }.items():
-        done = run_cli("inspect", name)
+        done = run_ranks("inspect", name)
         assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
@@ -180,7 +180,7 @@ def test_the_hub_without_its_library_or_a_network_is_one_line(cache, monkeypatch
     monkeypatch.setitem(ENV, "HF_HUB_CACHE", str(cache))
     for endpoint in ("http://127.0.0.1:9", "proxy.example"):  # refused; and no URL, which is an error of the HTTP library
         monkeypatch.setitem(ENV, "HF_ENDPOINT", endpoint)
-        done = run_cli("inspect", "hf://owner/other")
+        done = run_ranks("inspect", "hf://owner/other")
         assert done.returncode == 1, done.stderr
         assert "hf://owner/other is not in the cache and cannot be downloaded" in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1, done.stderr

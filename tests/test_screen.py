@@ -22,7 +22,7 @@ from saev_dist.sae.model import Gated, Given, GroupMax, LayerNorm, Relu, Sae, Th
 from saev_dist.sae.screen import Screen
 from saev_dist.sae.select import Margin
 from saev_dist.world import World
-from tests.ranks import artifact_hashes, run_cli
+from tests.ranks import artifact_hashes, run_ranks
 from tests.synthetic import make_acts, make_sae, make_shards
 
 CPU = torch.device("cpu")
@@ -299,6 +299,6 @@ def test_a_screened_run_of_integers_is_the_fp32_one_on_any_number_of_ranks(tmp_p
     run(Extract(shards=shards, sae=sae, out=tmp_path / "fp32", top_k=8, batch_tokens=15, progress=False))
     args = ["--shards", shards, "--sae", sae, "--top-k", 8, "--batch-tokens", 15, "--screen", "bf16", "--no-progress"]
     for n_ranks in (1, 3):
-        done = run_cli("extract", *args, "--out", tmp_path / f"run{n_ranks}", n_ranks=n_ranks)
+        done = run_ranks("extract", *args, "--out", tmp_path / f"run{n_ranks}", n_ranks=n_ranks)
         assert done.returncode == 0, done.stderr
         assert artifact_hashes(tmp_path / f"run{n_ranks}") == artifact_hashes(tmp_path / "fp32")

@@ -22,7 +22,7 @@ from saev_dist.sae.model import ConstantNorm, Given, LayerNorm, Relu, Sae, Thres
 from saev_dist.sae.plain import save
 from saev_dist.sae.saev import load_saev
 from saev_dist.selfcheck import Report, check, examine, n_tokens
-from tests.ranks import run_cli
+from tests.ranks import run_ranks
 from tests.synthetic import make_shards
 
 pytest.importorskip("skimage")
@@ -256,12 +256,12 @@ def test_strict_stops_every_rank_before_the_stream_and_warn_goes_on(tmp_path, tr
     shards = make_shards(tmp_path / "shards", trained.acts_epd[:40].numpy(), imgs_per_shard=9)
     save(tmp_path / "sae.safetensors", replace(trained.sae, activation=Relu()))
     args = ["extract", "--shards", shards, "--sae", tmp_path / "sae.safetensors", "--out", tmp_path / "run", "--no-progress"]
-    done = run_cli(*args, "--self-check", "strict", n_ranks=2)
+    done = run_ranks(*args, "--self-check", "strict", n_ranks=2)
     assert done.returncode == 1
     shown = [line for line in done.stderr.splitlines() if "saev-dist: error: " in line]
     assert len(shown) == 1 and "top 4: normalized MSE" in shown[0], done.stderr
     assert not (tmp_path / "run").exists()
-    done = run_cli(*args, n_ranks=2)
+    done = run_ranks(*args, n_ranks=2)
     assert done.returncode == 0 and done.stderr.count("saev-dist: warning: ") == 1, done.stderr
     report = json.loads((tmp_path / "run/manifest.json").read_text())["self_check"]
     assert "--activation topk:K" in report["finding"]

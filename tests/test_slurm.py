@@ -17,7 +17,7 @@ import pytest
 from slurm.jobs import Job, launched
 from slurm.queue import ask
 from slurm.watch import describe_state
-from tests.ranks import ENV, artifact_hashes, run_cli
+from tests.ranks import ENV, artifact_hashes, run_ranks
 from tests.slurm_cluster import NODES, Cluster, missing
 from tests.synthetic import make_acts, make_sae, make_shards
 
@@ -165,8 +165,8 @@ def test_a_pipeline_on_two_nodes_of_two_ranks_has_the_bytes_of_one_process(launc
     assert re.findall(r"^(\d): (.*)$", extract.log_fpath(0).read_text(), re.M) == [(str(rank), "0,1") for rank in range(4)]
     assert "scores equal the stored ones" in replay.log_fpath(0).read_text()
     assert (run / "visuals" / "index.html").exists()
-    assert run_cli("verify", "--run", run, "--all").returncode == 0
-    assert run_cli("extract", *inputs, "--out", tmp_path / "alone").returncode == 0
+    assert run_ranks("verify", "--run", run, "--all").returncode == 0
+    assert run_ranks("extract", *inputs, "--out", tmp_path / "alone").returncode == 0
     assert artifacts(run) == artifacts(tmp_path / "alone")
 
 
@@ -182,7 +182,7 @@ def test_a_sweep_reports_its_bad_checkpoint_and_finishes_the_others(launch, inpu
     (error,) = re.findall(r"^extract \d+_1 failed: rank 0: .*bad\.pt.*$", done.stderr, re.M)
     assert "Traceback" not in done.stdout + done.stderr and error.count("\n") == 0
     assert {path.parent.name for path in (tmp_path / "runs").glob("*/manifest.json")} == {"good", "third"}
-    assert run_cli("extract", *shards, *SETTINGS, "--sae", third, "--out", tmp_path / "alone").returncode == 0
+    assert run_ranks("extract", *shards, *SETTINGS, "--sae", third, "--out", tmp_path / "alone").returncode == 0
     assert artifacts(tmp_path / "runs" / "third") == artifacts(tmp_path / "alone")
     again = launch(*command)
     assert again.stdout.count("is finished: no extract") == 2 and again.returncode == 1
@@ -282,7 +282,7 @@ def test_at_the_time_limit_and_when_preempted_it_comes_back_with_the_same_bytes(
     flags = ["--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 1]
     run = tmp_path / "run"
     alone = ThreadPoolExecutor().submit(
-        run_cli, "extract", *flags, "--out", tmp_path / "alone", timeout_s=2 * PATIENCE_S
+        run_ranks, "extract", *flags, "--out", tmp_path / "alone", timeout_s=2 * PATIENCE_S
     )  # while Slurm waits
     done = launch("--nodes", 1, "--gpus-per-node", 1, "--cpus-per-gpu", 1, "--time-h", 0.03, "--margin-s", 100, "extract", *flags, "--out", run)  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from saev_dist.finished import FinishedRun
 from saev_dist.reencode import Check, reencode
 from saev_dist.sae.encoder import Encoder
 from saev_dist.sae.saev import save_saev
-from tests.ranks import run_cli
+from tests.ranks import run_ranks
 from tests.synthetic import BATCH_TOPK, RELU, TOPK, dense_codes, make_acts, make_sae, make_shards, make_weights
 
 DATA = Path(__file__).parent / "data"
@@ -72,7 +72,7 @@ def test_an_image_encoded_again_equals_brute_force(tmp_path, activation, rank_by
 
 def test_ranks_check_the_same_scores(tmp_path):
     out = make_run(tmp_path)
-    tables = [run_cli("verify", "--run-dir", out, "--all", n_ranks=n_ranks) for n_ranks in (1, 3)]
+    tables = [run_ranks("verify", "--run-dir", out, "--all", n_ranks=n_ranks) for n_ranks in (1, 3)]
     assert [done.returncode for done in tables] == [0, 0], tables
     lines = [next(line for line in done.stdout.splitlines() if line.startswith("scores")) for done in tables]
     assert lines[0] == lines[1]

@@ -1,7 +1,7 @@
 """Ranks that meet without torchrun, end at different times, or die."""
 
 import os
-import socket
+import signal
 import subprocess
 import sys
 import time
@@ -11,39 +11,26 @@ import torch
 
 from saev_dist.errors import ConfigError
 from saev_dist.world import World, _slice_sizes
-from tests.ranks import ENV, artifact_hashes, run_cli
+from tests.ranks import ENV, Attempt, artifact_hashes, rendezvous, run_ranks, server
 from tests.synthetic import make_acts, make_sae, make_shards
 
 SLOW = """
-import sys, time
-from saev_dist.cli import main
+import os, time
 import saev_dist.extract as job
-rank, delay_s, phase = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
-import os
-whole = getattr(job, phase)
+whole = job.{phase}
 def slow(*args):
-    if int(os.environ["RANK"]) == rank:
+    if os.environ["RANK"] == "{rank}":
         print("delayed", flush=True)
-        time.sleep(delay_s)
+        time.sleep({delay_s})
     return whole(*args)
-setattr(job, phase, slow)
-main(sys.argv[4:])
+job.{phase} = slow
 """
 
 
-def start_ranks(
-    n_ranks: int, slow_rank: int, delay_s: float, *args: object, phase: str = "_stream"
-) -> list[subprocess.Popen[str]]:
-    """Ranks started by hand, as srun does: rank 0 hosts the store. One of them sleeps before a phase of `extract`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-c", SLOW, str(slow_rank), str(delay_s), phase, *map(str, args)]
-    common = ENV | {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(command, env=common | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in range(n_ranks)
-    ]
+def start_ranks(slow_rank: int, delay_s: float, *args: object, phase: str = "_stream") -> Attempt:
+    """Three ranks that no torchrun watches, as srun starts them. One of them sleeps before a phase of `extract`."""
+    before = SLOW.format(rank=slow_rank, delay_s=delay_s, phase=phase)
+    return server().start(*args, n_ranks=3, before=before, apart=True)
 
 
 @pytest.fixture
@@ -68,43 +55,40 @@ def args(tmp_path):
 
 @pytest.mark.parametrize("slow_rank", [0, 2])
 def test_ranks_that_arrive_late_are_waited_for_without_torchrun(tmp_path, args, slow_rank):
-    ranks = start_ranks(3, slow_rank, 4, *args, tmp_path / "run")
-    results = [rank.communicate(timeout=180) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0, 0], results
-    assert all(err == "" for _, err in results[1:]), results
-    assert run_cli(*args, tmp_path / "alone").returncode == 0
+    ranks = start_ranks(slow_rank, 4, *args, tmp_path / "run")
+    assert server().wait(ranks) == [0, 0, 0], ranks.output()
+    assert all(log.read_text() == "" for log in ranks.error_logs[1:])
+    assert run_ranks(*args, tmp_path / "alone").returncode == 0
     assert artifact_hashes(tmp_path / "run") == artifact_hashes(tmp_path / "alone")
-    again = start_ranks(3, -1, 0, *args, tmp_path / "run")
-    results = [rank.communicate(timeout=180) for rank in again]
-    assert [rank.returncode for rank in again] == [0, 0, 0], results
-    assert "nothing to do" in results[0][0]
+    again = start_ranks(-1, 0, *args, tmp_path / "run")
+    assert server().wait(again) == [0, 0, 0], again.output()
+    assert "nothing to do" in again.logs[0].read_text()
 
 
 @pytest.mark.parametrize(("victim", "phase"), [(0, "_stream"), (1, "_stream"), (0, "_merge"), (1, "_merge")])
 def test_a_killed_rank_stops_the_others_and_is_named(tmp_path, args, victim, phase):
-    ranks = start_ranks(3, victim, 300, *args, tmp_path / "run", phase=phase)
-    killed = ranks.pop(victim)
-    assert killed.stdout.readline() == "delayed\n"
+    ranks = start_ranks(victim, 300, *args, tmp_path / "run", phase=phase)
     n_partials, deadline = (2 if phase == "_stream" else 3), time.monotonic() + 60
-    while len(list((tmp_path / "run/partials").glob("*.partial"))) < n_partials:  # the others wait for the victim
+    while (  # the others wait for the victim
+        ranks.logs[victim].read_text() != "delayed\n" or len(list((tmp_path / "run/partials").glob("*.partial"))) < n_partials
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(1)
-    killed.kill()
-    began = time.monotonic()
-    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
-    assert time.monotonic() - began < 30
-    assert [rank.returncode for rank in ranks] == [1, 1]
+    os.kill(ranks.pids[victim], signal.SIGKILL)
+    codes = [1, 1]
+    codes.insert(victim, -signal.SIGKILL)
+    assert server().wait(ranks, timeout_s=30) == codes
+    errors = [log.read_text() for log in ranks.error_logs]
     shown = [line for err in errors for line in err.splitlines()]
     message = "lost contact with rank 0, which died" if victim == 0 else "rank 1 of 3 died or hangs"
     assert shown and all(line.startswith("saev-dist: error: ") and message in line for line in shown), errors
     assert not list((tmp_path / "run").glob("*.*"))
-    killed.communicate()
     # What the others had done is there, and so is the victim's where it had finished its share.
     assert len(list((tmp_path / "run/partials").glob("*.partial"))) == n_partials
-    done = run_cli(*args, tmp_path / "run")
+    done = run_ranks(*args, tmp_path / "run")
     assert done.returncode == 0 and "done before" in done.stdout, done.stderr
-    assert run_cli(*args, tmp_path / "alone").returncode == 0
+    assert run_ranks(*args, tmp_path / "alone").returncode == 0
     assert artifact_hashes(tmp_path / "run") == artifact_hashes(tmp_path / "alone")
 
 
@@ -136,10 +120,7 @@ except SaevDistError as err:
     [("signal", ["Preempted SIGTERM on rank 0"] * 3), ("error", ["RunError disk full"] + ["PeerError rank 0: disk full"] * 2)],
 )
 def test_ranks_inside_a_collective_leave_with_the_one_that_stays_outside(how, said):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = ENV | {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    common = ENV | {"WORLD_SIZE": "3", "TORCH_CPP_LOG_LEVEL": "ERROR"} | rendezvous()
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", LEAVES, how], env=common | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
