@@ -63,7 +63,7 @@ def artifact_hashes(dpath: Path) -> dict[str, str]:
 
 SERVER = """
 import json, os, selectors, sys
-import saev_dist.extract, saev_dist.merge, saev_dist.replay, saev_dist.verify, torch.distributed
+import saev_dist.extract, saev_dist.merge, torch.distributed
 from saev_dist.cli import main
 
 def child(job):
