@@ -6,9 +6,19 @@ where there are more of them than cores.
 
 import os
 
+import pytest
 from hypothesis import settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first, or one of them is left at the end while the other workers have nothing to do."""
+    slow = ("resume", "replay", "slurm", "world", "launch", "readme", "demo", "memory")
+    order = {f"test_{name}.py": place for place, name in enumerate(slow)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 settings.register_profile("saev-dist", max_examples=60, deadline=None, derandomize="CI" in os.environ, database=None)
 settings.load_profile("saev-dist")
