@@ -68,9 +68,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     piece, n_threads = piece_images(*shapes) * shards.n_patches, batch_threads(*shapes)
     block_tokens, block_features, _ = block_shape(piece, sae.activation, sae.d_sae, device)
     block = block_tokens * n_threads
-    entry = 4 if cfg.precision != "bf16" else 2
-    if device.type == "cpu" and "bf16" in (cfg.precision, cfg.screen):
-        entry = 4 + 2
+    entry = 2 if "bf16" in (cfg.precision, cfg.screen) else 4
     dense = block * block_features * (entry + 1)  # and a mask
     if isinstance(sae.input_norm, LayerNorm | ConstantNorm):  # float64 copies of the tokens under way
         dense += 3 * 8 * sae.d_model * block

@@ -39,9 +39,15 @@ def by_loop(row: list[float], kind: Activation) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@given(block=BLOCKS, step=st.sampled_from([3, 6, 12]), spread=st.sampled_from([0.0, 0.3, 2.0]), often=st.booleans())
-def test_the_sieve_and_whole_blocks_keep_what_a_loop_keeps(kind, block, step, spread, often):
-    """The sieve also where it knows the entries only up to a margin."""
+@given(
+    block=BLOCKS,
+    step=st.sampled_from([3, 6, 12]),
+    spread=st.sampled_from([0.0, 0.3, 2.0]),
+    often=st.booleans(),
+    is_bf16=st.booleans(),
+)
+def test_the_sieve_and_whole_blocks_keep_what_a_loop_keeps(kind, block, step, spread, often, is_bf16):
+    """The sieve also where it knows the entries only up to a margin, and where they are bfloat16."""
     h_bs, threshold = torch.from_numpy(block), kind.threshold if isinstance(kind, Threshold) else 0.0
     expected = [b * 12 + s for b, row in enumerate(block.tolist()) for s in by_loop(row, kind)]
     token_n, feature_n, value_n = select.select_at_once(h_bs, kind, threshold)
@@ -56,19 +62,41 @@ def test_the_sieve_and_whole_blocks_keep_what_a_loop_keeps(kind, block, step, sp
         margin = select.Margin(
             random.random(len(block), np.float32) * np.float32(spread), 2.0**-8, np.array([1][: int(spread)], np.int64)
         )
-        noisy = (block.T + random.uniform(-0.99, 0.99, block.T.shape) * margin.at(block.T, slice(None))).astype(np.float32)
+        noise = random.uniform(-0.99, 0.99, block.T.shape) * margin.at(block.T, slice(None))
+        if is_bf16:
+            noise *= 0.49  # rounding may add as much
         for first in range(0, 12, step):
             rows = slice(first, first + step)
-            if spread:
-                sieve.take(first, noisy[rows], margin)
-            else:
-                sieve.take(first, np.ascontiguousarray(block.T[rows]))
+            h_cb = torch.from_numpy((block.T + noise * bool(spread)).astype(np.float32)[rows])
+            h_cb = (h_cb.bfloat16().view(torch.int16) if is_bf16 else h_cb).contiguous()
+            sieve.take(first, h_cb.numpy(), margin if spread else None)
         token_n, feature_n, _ = sieve.candidates()
     assert (np.diff(feature_n * len(block) + token_n) > 0).all(), "by feature, then by token"
     value_n = block[token_n, feature_n]
     kept_n = select.keep(kind, threshold, (token_n, feature_n, value_n), len(block), 12)
     assert sorted((token_n * 12 + feature_n)[kept_n]) == expected
     assert (np.diff(kept_n) > 0).all()
+
+
+@given(
+    arrays.arrays("int16", (4, 6), elements=st.sampled_from([0, -0x8000]) | st.integers(-0x8000, 0x7FFF)).filter(
+        lambda bits: ((bits & 0x7F80) != 0x7F80).all()  # finite
+    ),
+    arrays.arrays(
+        "float32",
+        st.sampled_from([(6,), (4, 1), ()]),
+        elements=st.sampled_from([0.0, -0.0]) | st.floats(width=32, allow_nan=False),
+    ),
+    st.booleans(),
+)
+def test_bfloat16_is_compared_as_its_bits(bits, bound, is_near):
+    h_cw = torch.from_numpy(bits).view(torch.bfloat16).float().numpy()
+    if is_near:  # to an entry: next below, equal, or next above
+        bound = np.nextafter(h_cw[0], np.float32([-np.inf, np.inf] * 3)) if bound.shape == (6,) else h_cw[:, :1].copy()
+    mask_cw = np.empty((4, 6), dtype=bool)
+    select._exceed(bits, bound, mask_cw)
+    assert (mask_cw == (h_cw > bound)).all()
+    assert (select._floats(bits) == h_cw).all()
 
 
 def test_the_sieve_forgets_what_has_lost():

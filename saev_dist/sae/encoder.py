@@ -301,21 +301,18 @@ class Encoder:
         rounded = self._screen.round(x_bd) if self._screen else None
         # Features are rows, so that codes are found in their final order; rows begin at cache lines, or the product is slow.
         width = -(-n_tokens // 16) * 16
-        dense_cw = self._block(n_first * width, torch.float32).view(n_first, width)
-        product_cw = dense_cw
-        if self._screen or self.dtype != torch.float32:
-            product_cw = self._block(n_first * width, torch.bfloat16).view(n_first, width)
+        dtype = torch.bfloat16 if self._screen else self.dtype
+        block_cw = self._block(n_first * width, dtype).view(n_first, width)
         cuts = [0, *range(n_first, d_sae, step), d_sae]
         for first, stop in pairwise(cuts):
             margin = None
-            h_cw, out_cb = dense_cw[: stop - first], product_cw[: stop - first, :n_tokens]
+            h_cw = block_cw[: stop - first]
+            out_cb = h_cw[:, :n_tokens]
             if self._screen is not None and rounded is not None:
                 margin = self._screen.product(first, rounded, out_cb)
             else:
                 torch.addmm(bias_s[first:stop, None], self._w_ds[:, first:stop].T, x_bd.T, out=out_cb)
-            if product_cw is not dense_cw:
-                h_cw.copy_(product_cw[: stop - first])
-            sieve.take(first, h_cw.numpy(), margin)
+            sieve.take(first, (h_cw if dtype == torch.float32 else h_cw.view(torch.int16)).numpy(), margin)
         candidates = sieve.candidates()
         if self._screen:
             candidates = self._screen.recompute(candidates, x_bd)

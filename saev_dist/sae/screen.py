@@ -17,7 +17,8 @@ features', so a bound is one number a token; the loudest features of a block, wh
 left out of that and always computed again. What passes is computed in float32, each entry by itself: its bits do not depend
 on what else passed, on the block, or on the processor's bfloat16 unit (on its float32 unit they do, as a product's do).
 
-Names: `b` tokens, `c` features of a block, `s` features, `d` model width, `e` the same and two more, `n` candidates, `x` rows.
+Names: `b` tokens, `c` features of a block, `s` features, `d` model width, `e` the same and two more, padded with zeros of
+w^, `n` candidates, `x` rows.
 """
 
 import threading
@@ -74,7 +75,7 @@ class Screen:
         self._bias_s, self._threshold = bias_s, threshold
         offset_s = bias_s.double() - threshold
         self._w_sd = torch.empty(d_sae, d_model)
-        self._w_se = torch.empty(d_sae, d_model + 2, dtype=torch.bfloat16)
+        self._w_se = torch.zeros(d_sae, _padded(d_model + 2), dtype=torch.bfloat16)
         self._w_se[:, d_model] = offset_s
         self._w_se[:, d_model + 1] = offset_s - self._w_se[:, d_model].double()
         self._parts_4s = np.empty((4, d_sae))
@@ -101,7 +102,7 @@ class Screen:
     def round(self, x_bd: Tensor) -> Rounded:
         """float32 (b, d), no value of which is infinite in bfloat16."""
         n_tokens, d_model = x_bd.shape
-        x_be = torch.ones(n_tokens, d_model + 2, dtype=torch.bfloat16)
+        x_be = torch.ones(n_tokens, self._w_se.shape[1], dtype=torch.bfloat16)
         x_be[:, :d_model] = x_bd
         off_b, norm_b = _norms(x_be[:, :d_model].float() - x_bd), _norms(x_bd)
         return Rounded(x_be, off_b, norm_b + off_b)
@@ -168,6 +169,11 @@ class Screen:
                 "with float32 sums. Run without --screen, into another --out."
             )
         return token_n, feature_n, value_n
+
+
+def _padded(width: int) -> int:
+    """Rows that begin at cache lines: AMX then takes half the time."""
+    return -(-width // 32) * 32
 
 
 def _norms(x_nd: Tensor) -> NDArray[np.float64]:

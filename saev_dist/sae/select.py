@@ -21,13 +21,15 @@ from saev_dist.sae.model import Activation, GroupMax, TopK
 
 Bound = float | NDArray[np.float32]
 """What an entry must exceed: one number, or (s,)."""
+Block = NDArray[np.float32] | NDArray[np.int16]
+"""Entries: float32; or bfloat16, whose bits NumPy knows as int16."""
 Candidates = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
 """Token, feature and value (or what it is at most)."""
 
 GROUPS_PER_K = 8
 MAX_FEATURES_UNSEEN = 4096
 """Features after which a bar rises in any case; it bounds the table that it takes."""
-UNKNOWN = np.float32(-(2.0**127))
+UNKNOWN, UNKNOWN_BITS = np.float32(-(2.0**127)), np.uint16(0xFF00).astype(np.int16)
 """In place of an entry that is not known: below all that are, so that it raises no bar."""
 CROWD = 8
 """Candidates a code at which those that lost meanwhile are forgotten; it bounds their number."""
@@ -86,7 +88,7 @@ class Sieve:
         self._bar: _Bar | None = None
         self._mask_cw = np.empty((0, 0), dtype=bool)
 
-    def take(self, first: int, h_cw: NDArray[np.float32], margin: Margin | None = None) -> None:
+    def take(self, first: int, h_cw: Block, margin: Margin | None = None) -> None:
         """Look at a block, which may be overwritten afterwards.
 
         Args:
@@ -100,33 +102,33 @@ class Sieve:
             self._mask_cw = np.empty(h_cw.shape, dtype=bool)
         mask_cw = self._mask_cw[:n_features]
         if margin:
-            h_cw[margin.unknown_x] = UNKNOWN
+            h_cw[margin.unknown_x] = UNKNOWN if h_cw.dtype == np.float32 else UNKNOWN_BITS
         h_cb, mask_cb = h_cw[:, : self.n_tokens], mask_cw[:, : self.n_tokens]
         match self.activation:
             case TopK(k):
                 self._bar = self._bar or _Bar(h_cb, min(k, self.d_sae), margin)
                 bar_b = margin.cut(self._bar.bar_b) if margin else self._bar.bar_b
-                np.greater(h_cw, np.pad(bar_b, (0, width - self.n_tokens)), out=mask_cw)
+                _exceed(h_cw, _widened(bar_b, width), mask_cw)
             case GroupMax(k):
-                grouped = (-1, self.d_sae // k, self.n_tokens)
-                largest_g1b = h_cb.reshape(grouped).max(axis=1, keepdims=True)
+                h_gxb = _floats(h_cb).reshape(-1, self.d_sae // k, self.n_tokens)
+                largest_g1b = h_gxb.max(axis=1, keepdims=True)
                 if margin:
                     largest_g1b = margin.cut(largest_g1b - margin.at(largest_g1b, slice(None)))
-                mask_cb[:] = (h_cb.reshape(grouped) >= largest_g1b).reshape(mask_cb.shape)
+                mask_cb[:] = (h_gxb >= largest_g1b).reshape(mask_cb.shape)
             case _:
                 bound = self.threshold
                 if isinstance(bound, np.ndarray):
                     bound = bound[first : first + n_features, None]
                 if margin:
-                    bound = np.pad(margin.cut(bound), (0, width - self.n_tokens))
-                np.greater(h_cw, bound, out=mask_cw)
+                    bound = _widened(margin.cut(bound), width)
+                _exceed(h_cw, bound, mask_cw)
         if margin:
             mask_cw[margin.unknown_x] = True
         mask_cw[:, self.n_tokens :] = False
         flat_n = _where(mask_cw)
         row_n = flat_n // width
         token_n = flat_n - row_n * width
-        h_n = h_cw.ravel()[flat_n]
+        h_n = _floats(h_cw.ravel()[flat_n])
         high_n = low_n = h_n
         if margin:
             margin_n = margin.at(h_n, token_n)
@@ -159,7 +161,7 @@ class _Bar:
         margin: of its entries.
     """
 
-    def __init__(self, h_cb: NDArray[np.float32], k: int, margin: Margin | None) -> None:
+    def __init__(self, h_cb: Block, k: int, margin: Margin | None) -> None:
         n_features, n_tokens = h_cb.shape
         self.k = k
         self.top_bk = np.full((n_tokens, k), -np.inf, np.float32)
@@ -169,7 +171,8 @@ class _Bar:
         size = max(1, n_features // (GROUPS_PER_K * k))
         n_groups = n_features // size
         if n_groups > k:
-            maxima_gb = h_cb[: size * n_groups].reshape(size, n_groups, n_tokens).max(axis=0)
+            # As bits the largest of negative numbers is the lowest: a lower bar, but an entry's.
+            maxima_gb = _floats(h_cb[: size * n_groups].reshape(size, n_groups, n_tokens).max(axis=0))
             kth_b = np.partition(maxima_gb.T, n_groups - k, axis=1)[:, n_groups - k]
             if margin:
                 kth_b = kth_b - margin.at(kth_b, slice(None))
@@ -238,6 +241,35 @@ def _table(
     table_bw[:, :n_left] = left_bk
     table_bw[token_n, column_n + n_left] = value_n
     return table_bw, column_n
+
+
+def _widened(bound_b: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    return np.concatenate([bound_b, np.repeat(bound_b[-1:], width - len(bound_b))])
+
+
+def _exceed(h_cw: Block, bound: Bound, mask_cw: NDArray[np.bool_]) -> None:
+    """Write which entries exceed a bound, a number or (c, 1) or (w,)."""
+    if h_cw.dtype == np.float32:
+        np.greater(h_cw, bound, out=mask_cw)
+        return
+    # Ascending, as uint16, are the bits of 0 to infinity, then of -0 to minus infinity: those that exceed a number are a range.
+    bits = np.atleast_1d(np.asarray(bound, np.float32) + np.float32(0)).view(np.uint32)  # + 0: there is no -0
+    is_negative = bits >> 31 == 1
+    least = np.where(is_negative, 0, (bits >> 16) + 1).astype(np.uint16)
+    end = np.where(is_negative, 0x8000 + ((bits & 0x7FFFFFFF) + 0xFFFF >> 16), 0x8000).astype(np.uint16)
+    if not is_negative.any():  # as int16 what is negative is below them too
+        np.greater_equal(h_cw, least.view(np.int16), out=mask_cw)
+        return
+    bits_cw = h_cw.view(np.uint16)
+    np.less(bits_cw if is_negative.all() else bits_cw - least, end - least, out=mask_cw)
+
+
+def _floats(h: Block) -> NDArray[np.float32]:
+    if h.dtype == np.float32:
+        return h  # type: ignore[return-value]
+    bits = h.view(np.uint16).astype(np.uint32)
+    bits <<= 16
+    return bits.view(np.float32)
 
 
 def _where(mask_cb: NDArray[np.bool_]) -> NDArray[np.int64]:
