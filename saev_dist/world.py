@@ -112,7 +112,7 @@ class World:
             return
         self._left.set()
         self._watcher.join(ACKNOWLEDGE_S)
-        first = True
+        first, dead = True, list[int]()
         with suppress(*STORE_ERRORS):
             if err is not None and not isinstance(err, (PeerError, Preempted)):
                 first = self._store.add("errors", 1) == 1
@@ -125,12 +125,15 @@ class World:
             n_gone = self._store.add("gone", 1)
             until = time.monotonic() + (LEAVE_S if isinstance(err, Preempted) else ACKNOWLEDGE_S)
             lingers = self.rank == 0 or not (err is None or isinstance(err, PeerError))
-            while lingers and n_gone < self.size - bool(self._lost) and time.monotonic() < until:
+            looks = self._look_for_dead(self._store)
+            while lingers and n_gone < self.size - max(bool(self._lost), len(dead)) and time.monotonic() < until:
                 time.sleep(0.05)
-                n_gone = self._store.add("gone", 0)
+                n_gone, dead = self._store.add("gone", 0), next(looks)
         self._store = None
         if not first:  # the same fault was found, and shown, by another rank
             raise PeerError(str(err)) from err
+        if dead and isinstance(err, Preempted):  # torchrun asks all to leave when one of them has died
+            raise Preempted(f"{err} {_died(dead[0], self.size)}") from err
 
     def device(self, wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
         """This rank's device: its own GPU by local rank, also where the cluster shows each rank only one.
@@ -259,9 +262,23 @@ class World:
                 if beat != last:
                     last, since = beat, time.monotonic()
                 elif beat != b"left" and time.monotonic() - since > LOST_AFTER_S:
-                    self._lost = f"rank {watched} of {self.size} died or hangs: no sign of life for {LOST_AFTER_S:.0f} s."
-                    return
+                    self._lost = _died(watched, self.size)
             store.set(f"beat/{self.rank}", "left")
+
+    def _look_for_dead(self, store: dist.Store) -> Iterator[list[int]]:
+        """Again and again, the ranks that have not left and give no sign of life. It looks more seldom than it is asked."""
+        last, since, looked = [b""] * self.size, [time.monotonic()] * self.size, 0.0
+        dead: list[int] = []
+        while True:
+            now = time.monotonic()
+            if now - looked > max(BEAT_S, self.size**2 / ASKS_PER_S):  # all ranks may be looking
+                looked = now
+                for rank in range(self.size):
+                    beat = store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b""
+                    if beat != last[rank]:
+                        last[rank], since[rank] = beat, now
+                dead = [rank for rank in range(self.size) if last[rank] != b"left" and now - since[rank] > LOST_AFTER_S]
+            yield dead
 
     def _ask(self, question: Callable[[dist.Store], Any]) -> Any:
         """Put a question to the store, after a look at whether a peer has failed. None in a single process."""
@@ -282,6 +299,10 @@ class World:
             return question(self._store)
         except STORE_ERRORS as err:
             raise RunError(f"rank {self.rank} lost contact with rank 0, which died ({str(err).splitlines()[0]}).") from None
+
+
+def _died(rank: int, size: int) -> str:
+    return f"rank {rank} of {size} died or hangs: no sign of life for {LOST_AFTER_S:.0f} s."
 
 
 def _env(name: str, default: int) -> int:

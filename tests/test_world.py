@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from saev_dist.errors import ConfigError
 from saev_dist.world import World, _slice_sizes
@@ -90,6 +91,27 @@ def test_a_killed_rank_stops_the_others_and_is_named(tmp_path, args, victim, pha
     assert done.returncode == 0 and "done before" in done.stdout, done.stderr
     assert run_ranks(*args, tmp_path / "alone").returncode == 0
     assert artifact_hashes(tmp_path / "run") == artifact_hashes(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_ranks_that_torchrun_tells_to_leave_do_not_wait_for_the_dead_one(tmp_path, args, victim):
+    """Else it would kill them after 30 s. Whoever hosts the store, as torchrun itself may, goes on."""
+    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(host.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    before = SLOW.format(rank=victim, delay_s=300, phase="_merge") + "import saev_dist.world as w; w.LOST_AFTER_S = 4.0\n"
+    ranks = server().start(*args, tmp_path / "run", n_ranks=3, before=before, apart=True, envs=[meet] * 3)
+    deadline = time.monotonic() + 60
+    while ranks.logs[victim].read_text() != "delayed\n":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(ranks.pids[victim], signal.SIGKILL)
+    others = [rank for rank in range(3) if rank != victim]
+    for rank in others:
+        os.kill(ranks.pids[rank], signal.SIGTERM)
+    codes = server().wait(ranks, timeout_s=20)
+    assert [codes[rank] for rank in others] == [75, 75]
+    if victim:
+        assert f"rank {victim} of 3 died or hangs" in ranks.error_logs[0].read_text()
 
 
 LEAVES = """
