@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,17 @@ def with_toml(flags: list[str], command: type, *, lists: tuple[str, ...] = ()) -
     return flags
 
 
+@contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """Exit where the reader of what is printed, say `--help | head`, has gone: it has seen enough."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the exit
+        sys.exit(1)
+
+
+@quiet_pipe()
 def parse_flags(argv: list[str], *, quiet: bool = False, prog: str = "saev-dist") -> Any:
     """The config that subcommand and flags describe, with no look at a TOML file."""
     return tyro.extras.subcommand_cli_from_dict(

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import tyro
 
-from saev_dist.cli import with_toml
+from saev_dist.cli import quiet_pipe, with_toml
 from saev_dist.config import Extract, Replay
 from saev_dist.errors import ConfigError, SaevDistError
 from saev_dist.files import writing
@@ -25,6 +26,7 @@ from slurm.watch import describe_state, follow, verdict
 COMMANDS = ("extract", "replay", "pipeline", "status", "cancel")
 SWITCHES = ("--wait", "--no-wait", "--dry-run", "--no-dry-run")
 PROG = "python -m slurm.launch"
+Flags = TypeVar("Flags")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,14 +37,18 @@ def main(argv: list[str] | None = None) -> None:
         print(f"slurm.launch: error: {err}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("slurm.launch: no longer waiting; a job on Slurm goes on (status, cancel).", file=sys.stderr)
+        print(
+            "slurm.launch: no longer waiting. A job on Slurm goes on (status, cancel); one on this machine keeps what is done, "
+            "and the same command continues it.",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 
 def run(argv: list[str]) -> bool:
     """Do what the arguments say; False if a job that was waited for failed."""
     flags, command, rest = split(argv)
-    launcher: Launcher = tyro.cli(Launcher, prog=PROG, args=with_toml(flags, Launcher))
+    launcher: Launcher = _parse(Launcher, PROG, with_toml(flags, Launcher))
     match command:
         case "extract":
             return launch(launcher, configs(Extract, rest), [])
@@ -54,11 +60,16 @@ def run(argv: list[str]) -> bool:
             (pattern,) = configs(Replay, [*rest[at + 1 :], "--run", str(extracts[0].out)])
             return launch(launcher, extracts, [replace(pattern, run=cfg.out) for cfg in extracts])
         case "status":
-            return status(tyro.cli(Status, prog=f"{PROG} status", args=rest))
+            return status(_parse(Status, f"{PROG} status", rest))
         case "cancel":
-            return cancel(tyro.cli(Cancel, prog=f"{PROG} cancel", args=rest))
-    tyro.cli(Launcher, prog=PROG, args=["--help"])
+            return cancel(_parse(Cancel, f"{PROG} cancel", rest))
+    _parse(Launcher, PROG, ["--help"])
     return False
+
+
+@quiet_pipe()
+def _parse(command: type[Flags], prog: str, args: Sequence[str]) -> Flags:
+    return tyro.cli(command, prog=prog, args=args)
 
 
 def split(argv: list[str]) -> tuple[list[str], str, list[str]]:

@@ -66,6 +66,12 @@ def test_the_version_is_told(capsys):
     assert capsys.readouterr().out.startswith("saev-dist 0.")
 
 
+@pytest.mark.parametrize("command", ["saev_dist extract", "slurm.launch"])
+def test_help_may_be_cut_off(command):
+    done = subprocess.run(f"{sys.executable} -m {command} --help | head -1", shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: ") and not done.stderr, done.stderr
+
+
 def test_python_m_is_the_same_program():
     done = subprocess.run([sys.executable, "-m", "saev_dist", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "saev-dist demo" in done.stdout
