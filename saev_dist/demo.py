@@ -224,8 +224,8 @@ def write_shards(acts_epd: Tensor, shards_dpath: Path, images_dpath: Path) -> No
         d_model=D_MODEL,
         cls_token=False,
         max_tokens_per_shard=-(-acts_epd.shape[0] // 4) * acts_epd.shape[1],
-        dataset=images_dpath,
-        data={"__class__": "ImageFolder", "root": str(images_dpath)},
+        dataset=images_dpath.absolute(),  # wherever `replay` is called
+        data={"__class__": "ImageFolder", "root": str(images_dpath.absolute())},
     ) as writer:
         writer.write(acts_epd[:, None].numpy())
 

@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,7 +39,7 @@ from saev_dist import __version__, draw
 from saev_dist.choose import Slots, choose_features, choose_slots, deal
 from saev_dist.config import Replay
 from saev_dist.data.images import Pictures, open_pictures
-from saev_dist.errors import RunError
+from saev_dist.errors import RunError, warn
 from saev_dist.files import writing
 from saev_dist.finished import FinishedRun, Statistics
 from saev_dist.progress import Progress
@@ -105,6 +105,7 @@ def run(cfg: Replay) -> None:
         # Two replays in one directory would mix their pictures, and an `extract --force` would change what is drawn.
         with Run(cfg.run).lock() if world.rank == 0 else nullcontext():
             if world.rank == 0:
+                _announce(job)
                 _begin(job, afresh=cfg.force and not world.restarted)
             world.wait()
             todo = _without(job.slots, _records(job))
@@ -190,6 +191,21 @@ def _is_done(job: Job) -> bool:
         return not job.cfg.force and (job.visuals_dpath / "replay.json").read_bytes() == _json(job.identity)
     except OSError:  # not there, or not to be read
         return False
+
+
+def _announce(job: Job) -> None:
+    """Say what the user may not have meant, while there is time to stop."""
+    dataset = job.finished.shards.dataset
+    if job.cfg.pictures and job.pictures is None and dataset:
+        warn(
+            f"{job.finished.shards.dpath} names {dataset} for its pictures, which is no folder here: heatmaps will be on a "
+            "plain ground. --images names another, --no-pictures asks for none."
+        )
+    with suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or no one can tell
+        n_features = len(json.loads((job.visuals_dpath / "replay.json").read_bytes())["features"])
+        print(
+            f"{job.visuals_dpath} has a gallery of {n_features:,} features; this one of {len(job.features):,} will replace it."
+        )
 
 
 def _begin(job: Job, *, afresh: bool) -> None:

@@ -302,6 +302,7 @@ def test_a_finished_gallery_is_left_as_it_is_and_another_takes_its_place(tmp_pat
     replay.run(make_replay(run, images=images))
     assert "finished" in capsys.readouterr().out and (run / "visuals/index.html").stat().st_mtime_ns == before
     replay.run(make_replay(run, images=images, all=False, features=(3,), n_features=0))
+    assert "has a gallery of 23 features; this one of 1 will replace it" in capsys.readouterr().out
     assert [dpath.name for dpath in (run / "visuals/features").iterdir()] == ["3"]
     assert sorted(path.name for path in run.iterdir() if path.name.startswith("visuals")) == ["visuals"]
 
@@ -323,6 +324,15 @@ def test_without_pictures_heatmaps_lie_on_a_plain_ground(tmp_path, capsys):
     heatmaps = [np.asarray(Image.open(fpath)) for fpath in (run / "visuals/features").rglob("*-heatmap.png")]
     assert {heatmap.shape for heatmap in heatmaps} == {(48, 32, 3)}
     assert max(len(np.unique(heatmap.reshape(-1, 3), axis=0)) for heatmap in heatmaps) > 2
+
+
+def test_pictures_that_are_not_where_the_metadata_says_are_a_warning(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path)
+    monkeypatch.setattr("saev_dist.data.shards._dataset", lambda md: "/elsewhere")
+    replay.run(make_replay(run, pictures=False))
+    assert "/elsewhere" not in capsys.readouterr().err
+    replay.run(make_replay(run))
+    assert "names /elsewhere for its pictures, which is no folder here" in capsys.readouterr().err
 
 
 def png_header(width: int, height: int) -> bytes:
