@@ -83,10 +83,12 @@ class Run:
             force: consider the directory free.
 
         Raises:
-            RunError: the directory holds another run, finished or not, or artifacts of unknown origin.
+            RunError: the directory holds shards, or another run, finished or not, or artifacts of unknown origin.
         """
         if os.path.isfile(self.dpath):
             raise RunError(f"{self.dpath} is a file; --out takes a directory to make, or that of an earlier run.")
+        if os.path.lexists(self.dpath / "metadata.json"):
+            raise RunError(f"{self.dpath} holds metadata.json: it is a directory of shards. Choose another --out.")
         if force:
             return False
         under_way = self.under_way()

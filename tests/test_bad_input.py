@@ -132,6 +132,7 @@ CASES = {
     "tf32 on a CPU": (set_flag(precision="tf32", device="cpu"), "--precision tf32 needs a CUDA device"),
     "screen with bf16": (set_flag(precision="bf16", screen="bf16"), "--screen bf16 gives fp32 scores; it does not go with --precision bf16"),
     "out below a file": (lambda c: c.flags.update({"--out": c.sae / "run"}), "Not a directory"),
+    "out the shards": (lambda c: c.flags.update({"--out": c.shards}), "holds metadata.json: it is a directory of shards"),
     "out a file": (lambda c: c.flags.update({"--out": c.sae}), "sae.pt is a file; --out takes a directory"),
     "TOML missing": (set_flag(config="nowhere.toml"), "nowhere.toml: No such file"),
 }  # fmt: skip

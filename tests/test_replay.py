@@ -331,7 +331,7 @@ def test_pictures_that_are_not_where_the_metadata_says_are_a_warning(tmp_path, m
     monkeypatch.setattr("saev_dist.data.shards._dataset", lambda md: "/elsewhere")
     replay.run(make_replay(run, pictures=False))
     assert "/elsewhere" not in capsys.readouterr().err
-    replay.run(make_replay(run))
+    replay.run(make_replay(run, force=True))
     assert "names /elsewhere for its pictures, which is no folder here" in capsys.readouterr().err
 
 

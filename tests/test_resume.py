@@ -679,7 +679,7 @@ def with_bad_shards(tmp_path):
 def test_bad_shards_are_left_out_counted_and_listed(tmp_path, server, with_bad_shards, capsys):
     args, out = with_bad_shards, tmp_path / "run"
     codes, output = server.run(*args, out)
-    assert codes == [1] and "acts000001.bin: No such file" in output and "leave it out with --skip-bad-shards" in output
+    assert codes == [1] and "acts000001.bin: No such file" in output and "leave it out with extract --skip-bad-shards" in output
     main([*args, str(out), "--skip-bad-shards"])
     printed = capsys.readouterr().out
     assert "14 images of 2 bad shards: acts000001.bin, acts000002.bin" in printed and "45 of 9 images" in printed

@@ -139,10 +139,12 @@ def read_batch(shards: Shards, batch: Batch, buffer: Tensor, *, patient: bool = 
     except EOFError as err:
         raise DataError(
             f"{fpath} ends at byte {err}; it was longer when the run began. Write the shard again, "
-            "or leave it out with --skip-bad-shards."
+            "or leave it out with extract --skip-bad-shards."
         ) from None
     except OSError as err:
-        raise DataError(f"{fpath}: cannot read: {err.strerror}. Mend it, or leave it out with --skip-bad-shards.") from None
+        raise DataError(
+            f"{fpath}: cannot read: {err.strerror}. Mend it, or leave it out with extract --skip-bad-shards."
+        ) from None
 
 
 def _read_runs(fpath: Path, shards: Shards, runs: list[tuple[int, list[memoryview]]]) -> None:

@@ -124,7 +124,7 @@ class Shards:
             DataError: one is not.
         """
         for fault in self.bad_files().values():
-            raise DataError(f"{fault}. Write the shard again, or leave it out with --skip-bad-shards.")
+            raise DataError(f"{fault}. Write the shard again, or leave it out with extract --skip-bad-shards.")
 
     def bad_files(self) -> dict[int, str]:
         """What is wrong with the shards that are missing or too short, by their position."""
@@ -166,7 +166,7 @@ class Shards:
         probes: list[str | None] = []
         for name, n_examples in list(zip(self.names, self.examples, strict=True))[::step]:
             try:
-                content = _read(self.dpath / name, PROBE_BYTES, "mend it, or leave it out with --skip-bad-shards")
+                content = _read(self.dpath / name, PROBE_BYTES, "mend it, or leave it out with extract --skip-bad-shards")
             except DataError:
                 if not skip_bad:
                     raise
