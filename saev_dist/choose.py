@@ -74,7 +74,7 @@ def choose_features(
         figures: dict[str, NDArray[Any]] = {"freq": log10_freq_s, "mean": log10_mean_s, "max": max_s}
         figure_s = figures[sort]
         order = candidates[np.argsort(-figure_s[candidates], kind="stable")]
-    return sorted({*always, *order[:n_features].tolist()})
+    return sorted({*always, *order[~np.isin(order, always)][:n_features].tolist()})
 
 
 def choose_slots(

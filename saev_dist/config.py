@@ -264,7 +264,7 @@ class Inspect(SaeRules):
     shards: Path | None = None
     """Shards to try an SAE on: how well it gives their activations back, as it is read and under other readings."""
     layer: int | None = None
-    """Layer of these shards, as for `extract`."""
+    """Layer of these shards, as for `extract`; of PATH, where that holds shards, default: all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

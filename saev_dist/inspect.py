@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,10 +28,12 @@ def run(cfg: Inspect) -> None:
     Raises:
         SaevDistError: it is none of the three, or not sound; the message names what is wrong.
     """
-    for marker, describe in DESCRIBERS.items():
-        if os.path.exists(cfg.path / marker):
-            print(table(dict(describe(cfg.path))))
-            return
+    if os.path.exists(cfg.path / "metadata.json"):
+        print(table(dict(describe_shards(cfg.path, cfg.layer))))
+        return
+    if os.path.exists(cfg.path / "manifest.json") or os.path.exists(cfg.path / "partials"):
+        print(table(dict(describe_run(cfg.path))))
+        return
     loaded = load_sae(cfg.path, Overrides.of(cfg))
     print(table(dict(describe_sae(cfg.path, loaded.sae))))
     if cfg.shards is not None:
@@ -43,10 +44,10 @@ def run(cfg: Inspect) -> None:
         print(examine(loaded.sae, shards, torch.device("cpu")))
 
 
-def describe_shards(dpath: Path) -> list[tuple[str, str]]:
-    """Check the sizes of all shards, and a sample of images in every layer for NaN and infinity."""
+def describe_shards(dpath: Path, only: int | None) -> list[tuple[str, str]]:
+    """Check the sizes of all shards, and a sample of images in one layer, or in every one, for NaN and infinity."""
     lines: list[tuple[str, str]] = []
-    for layer in read_layers(dpath):
+    for layer in read_layers(dpath) if only is None else [only]:
         shards = Shards.open(dpath, layer)
         if not lines:
             shards.check_files()
@@ -124,13 +125,6 @@ def describe_run(dpath: Path) -> list[tuple[str, str]]:
         ("world size", str(manifest.get("world_size", int))),
         *([("left out", describe_left_out(parts))] if (parts := manifest.get("left_out", list, [])) else []),
     ]
-
-
-DESCRIBERS: dict[str, Callable[[Path], list[tuple[str, str]]]] = {
-    "metadata.json": describe_shards,
-    "manifest.json": describe_run,
-    "partials": describe_run,
-}
 
 
 def _moments(tensor: Tensor) -> str:

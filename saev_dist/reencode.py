@@ -53,6 +53,14 @@ class Check:
     """Largest difference, in shares of the tolerance."""
 
 
+def describe_encoded(slots: Slots, n_encoded: int) -> str:
+    """How often the images of some slots were encoded, by all ranks together."""
+    n_images = len(np.unique(slots["img_i"]))
+    if n_encoded <= n_images:  # fewer: an earlier attempt did the others
+        return f"{n_encoded:,} encoded again"
+    return f"{n_images:,} encoded again, by each rank those of its own features: {n_encoded:,}"
+
+
 def reencode(run: FinishedRun, slots: Slots, encoder: Encoder, check: Check, *, read_ahead: int) -> Iterator[Image]:
     """The images of `slots` (in the order of images), each once, in the order of the shards.
 

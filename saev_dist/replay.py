@@ -43,7 +43,7 @@ from saev_dist.errors import RunError, warn
 from saev_dist.files import writing
 from saev_dist.finished import FinishedRun, Statistics
 from saev_dist.progress import Progress
-from saev_dist.reencode import Check, Image, reencode
+from saev_dist.reencode import Check, Image, describe_encoded, reencode
 from saev_dist.render import gallery, plots, tables
 from saev_dist.render.geometry import Geometry, Placement, default_fit
 from saev_dist.report import table
@@ -506,12 +506,14 @@ def _summary(job: Job, reports: list[dict[str, Any]]) -> str:
     )
     lines = {
         "features": f"{len(job.features):,} shown, {n_fired:,} of them fired, of {job.finished.sae.d_sae:,}",
-        "images": f"{total['n_images']:,} encoded again in {seconds:,.1f} s",
+        "images": f"{describe_encoded(job.slots, total['n_images'])} in {seconds:,.1f} s",
         "verified": f"{total['n_slots']:,} scores equal the stored ones, {total['n_on_edge']} on the edge of their token",
         "drawn": f"{total['n_pictures']:,} heatmaps, {total['n_pictures'] / max(seconds, 1e-9):,.0f} per second",
         "pictures": ground,
         "gallery": f"{job.visuals_dpath / 'index.html'}: open it in a browser",
     }
+    if job.finished.n_left_out:
+        lines["left out"] = f"{job.finished.n_left_out:,} images of bad shards"
     return table(lines)
 
 

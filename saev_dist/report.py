@@ -27,6 +27,7 @@ def summary(out_dpath: Path, manifest: dict[str, Any]) -> str:
         "tokens": f"{metrics['n_tokens']:,} of {metrics['n_tokens'] // manifest['shards']['n_patches']:,} images",
         "L0": f"{metrics['l0']:.1f} of {d_sae:,} features above zero per token",
         "dead features": f"{n_dead:,} ({n_dead / d_sae:.1%})",
+        **({} if metrics.get("normalized_mse") is None else {"normalized MSE": f"{metrics['normalized_mse']:.4f}"}),
         "throughput": f"{rate:,.0f} tokens/s, {gb(rate * manifest['shards']['d_model'] * 4)}/s read, {len(ranks)} rank(s)",
         "wall time": ", ".join(f"{stage} {value:,.1f} s" for stage, value in wall_s.items()),
         "artifacts": str(out_dpath),
@@ -35,8 +36,6 @@ def summary(out_dpath: Path, manifest: dict[str, Any]) -> str:
         lines["throughput"] += f"; {n_before:,} tokens were done before"
     if manifest["left_out"]:
         lines["left out"] = describe_left_out(manifest["left_out"])
-    if metrics.get("normalized_mse") is not None:
-        lines["normalized MSE"] = f"{metrics['normalized_mse']:.4f}"
     return table(lines)
 
 

@@ -7,7 +7,7 @@ from saev_dist.choose import choose_features, choose_slots, deal
 from saev_dist.config import Verify
 from saev_dist.finished import FinishedRun
 from saev_dist.progress import Progress
-from saev_dist.reencode import TOLERANCE, Check, reencode
+from saev_dist.reencode import TOLERANCE, Check, describe_encoded, reencode
 from saev_dist.report import table
 from saev_dist.sae.encoder import Encoder, usable_precision
 from saev_dist.world import World
@@ -58,7 +58,7 @@ def run(cfg: Verify) -> None:
                     {
                         "run": str(cfg.run),
                         "features": f"{len(features):,} of {finished.sae.d_sae:,}",
-                        "images": f"{sum(images):,} encoded again",
+                        "images": describe_encoded(slots, sum(images)),
                         "scores": f"{sum(n_slots):,} equal to the stored ones",
                         "largest difference": f"{max(largest):.1%} of the tolerance for {finished.precision} "
                         f"(2^{np.log2(TOLERANCE[finished.precision]):.0f} of the sum of a score's terms)",

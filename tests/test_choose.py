@@ -39,6 +39,7 @@ def test_sorting_takes_the_first_by_the_figure_and_the_lower_feature_of_equals()
     assert choose(sort="freq", n_features=3) == [0, 3, 5]
     assert choose(sort="mean", n_features=1) == [3]
     assert choose(sort="max", n_features=2) == [3, 5]
+    assert choose(sort="max", n_features=1, always=[3]) == [3, 5], "besides"
 
 
 def test_the_sample_depends_on_the_seed_alone():

@@ -30,6 +30,9 @@ def test_what_is_sound_is_described(inputs, capsys):
     main(["inspect", str(inputs / "shards")])
     text = capsys.readouterr().out
     assert "protocol 2.1, 4 files" in text and "23 × 5 patches, and a CLS token" in text and "layer 9" in text
+    main(["inspect", str(inputs / "shards"), "--layer", "4"])
+    text = capsys.readouterr().out
+    assert "layer 4" in text and "layer 9" not in text
     main(["inspect", str(inputs / "sae.pt")])
     text = capsys.readouterr().out
     assert "saev, schema 5, Relu" in text and "6 -> 24 features" in text
