@@ -3,6 +3,7 @@
 Importing this loads neither torch nor NumPy: submitting takes a fraction of a second.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from saev_dist.cli import quiet_pipe, with_toml
 from saev_dist.config import Extract, Replay
 from saev_dist.errors import ConfigError, SaevDistError
 from saev_dist.files import writing
+from saev_dist.sae.hub import is_hub_name
 from slurm.config import Cancel, Launcher, Status
 from slurm.jobs import Job, latest, remember, tail
 from slurm.progress import describe
@@ -96,6 +98,7 @@ def launch(launcher: Launcher, extracts: Sequence[Extract], replays: Sequence[Re
     later = [cfg for cfg in replays if cfg.run in to_wait_for]
     if launcher.dry_run or any(cfg.dry_run for cfg in extracts):  # extract's own flag cannot mean a job that only plans
         return show_plan(launcher, todo, at_once, later)
+    _check_inputs([*todo, *at_once])
     for batch in (todo, at_once):
         _check_free(batch)
     if launcher.cluster != "slurm":
@@ -152,6 +155,16 @@ def _logs_dpath(launcher: Launcher, cfgs: Sequence[Extract | Replay]) -> Path:
     if bad := set("%\\\n") & set(str(dpath)):
         raise ConfigError(f"{dpath}: Slurm takes no {min(bad)!r} in the name of a log; choose other --logs.")
     return dpath.absolute()
+
+
+def _check_inputs(cfgs: Sequence[Extract | Replay]) -> None:
+    """Refuse names of nothing before they wait in a queue. What is there the job looks into."""
+    for cfg in cfgs:
+        needed = [cfg.run] if isinstance(cfg, Replay) else [cfg.shards / "metadata.json"]
+        if isinstance(cfg, Extract) and not is_hub_name(cfg.sae):
+            needed.append(cfg.sae)
+        if missing := [path for path in needed if not os.path.exists(path)]:
+            raise ConfigError(f"{missing[0]} is not there, so nothing was launched. Jobs see what this machine sees.")
 
 
 def _check_free(cfgs: Sequence[Extract | Replay]) -> None:

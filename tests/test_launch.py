@@ -265,6 +265,17 @@ def test_more_gpus_than_the_shell_leaves_are_refused(tmp_path, args, monkeypatch
         run(["--cluster", "local", "--gpus-per-node", "2", "extract", *args, "--out", str(tmp_path / "run")])
 
 
+@pytest.mark.parametrize("flag", ["--shards", "--sae", "--run"])
+def test_what_is_not_there_is_not_launched(tmp_path, args, flag):
+    there, nowhere = str(tmp_path / "run"), str(tmp_path / "nowhere")
+    command = ["replay", "--run", nowhere] if flag == "--run" else ["extract", *args, "--out", there, flag, nowhere]
+    if flag != "--run":
+        del command[command.index(flag) : command.index(flag) + 2]
+    with pytest.raises(ConfigError, match=r"nowhere(/metadata.json)? is not there, so nothing was launched"):
+        run(["--cluster", "local", "--gpus-per-node", "0", *command])
+    assert not (tmp_path / "run").exists() and not (tmp_path / "nowhere").exists()
+
+
 @pytest.mark.parametrize("cluster", ["local", "debug"])
 def test_bad_input_is_one_line_and_no_gallery_follows(tmp_path, args, cluster):
     done = launch("--cluster", cluster, "pipeline", *args, "--layer", 77, "--out", tmp_path / "run", "--", "--no-pictures")
