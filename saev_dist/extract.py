@@ -222,6 +222,10 @@ def _take_share(job: Job, store: Run, world: World) -> Share:
     if first_rank:
         known = {name: what for part in faults for name, what in part.items()}
         live = partials.settle(dpath, known, fingerprint)
+        if live:
+            n_done = plan.n_examples_in(_done(live))
+            share = f"{n_done:,} of {plan.n_examples:,} images ({n_done / plan.n_examples:.1%})"
+            print(f"{store.dpath} holds {share} of this run: going on.", flush=True)
     bad_files = job.shards.bad_files() if first_rank and cfg.skip_bad_shards else {}
     news = world.tell(
         {

@@ -92,6 +92,10 @@ def test_one_five_and_two_ranks_do_each_their_part(tmp_path, server, whole):
     assert sum(rank["n_tokens_before"] for rank in ranks) == n_done > 20, "what was done is not done again"
     assert sum(rank["n_tokens_before"] + rank["n_tokens"] for rank in ranks) == N_IMGS * N_PATCHES
     assert "tokens were done before" in output
+    assert (
+        f"{out} holds {n_done // N_PATCHES} of {N_IMGS} images ({n_done / N_PATCHES / N_IMGS:.1%}) of this run: going on."
+        in output
+    )
 
 
 @pytest.mark.parametrize("seed", range(1000, 1008))
@@ -611,7 +615,8 @@ def test_every_file_operation_may_fail_once(tmp_path, server, whole):
             where = (op, place, lines[place - 1], how, output)
             assert codes[0] in (0, 1), where
             if codes == [1]:
-                errors_shown = [line for line in output.splitlines() if not line.startswith("saev-dist: warning: ")]
+                news = ("saev-dist: warning: ", f"{out} holds ")
+                errors_shown = [line for line in output.splitlines() if not line.startswith(news)]
                 assert len(errors_shown) == 1 and errors_shown[0].startswith("saev-dist: error: "), where
                 assert not (op == "r" and "acts" in lines[place - 1].split("/")[-1] and "shards/" in lines[place - 1]), where
                 codes, output = server.run(*args, out)
