@@ -100,6 +100,10 @@ class World:
             self._watcher = threading.Thread(target=self._watch, args=(self._store,), daemon=True, name="watch")
             self._watcher.start()
         except STORE_ERRORS as err:
+            with suppress(*STORE_ERRORS):
+                if self._store is not None and self._store.check(["error"]):  # a peer that was here first has left already
+                    self._store.add("gone", 1)
+                    raise PeerError(self._store.get("error").decode()) from err
             first = str(err).splitlines()[0]
             limit_s = self._timeout.total_seconds()
             raise RunError(
