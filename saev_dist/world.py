@@ -137,7 +137,7 @@ class World:
         if not first:  # the same fault was found, and shown, by another rank
             raise PeerError(str(err)) from err
         if dead and isinstance(err, Preempted):  # torchrun asks all to leave when one of them has died
-            raise Preempted(f"{err} {_died(dead[0], self.size)}") from err
+            raise Preempted(f"{err} ({_died(dead[0], self.size)})") from err
 
     def device(self, wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
         """This rank's device: its own GPU by local rank, also where the cluster shows each rank only one.
