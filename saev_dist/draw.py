@@ -55,6 +55,15 @@ class Task:
     values_mp: NDArray[np.float32]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What became of a task."""
+
+    place: Placement
+    n_bytes: list[tuple[int, int]]
+    """Of each feature's picture and heatmap."""
+
+
 _drawing: Drawing | None = None
 
 
@@ -75,7 +84,7 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def draw(task: Task) -> Placement:
+def draw(task: Task) -> Drawn:
     """Write the picture and its heatmap into each feature's folder.
 
     Raises:
@@ -92,14 +101,17 @@ def draw(task: Task) -> Placement:
         picture = picture.resize(place.resize, Image.Resampling.LANCZOS)
         picture_hwc = np.asarray(picture if place.crop is None else picture.crop(place.crop))
     original = _encoded(picture_hwc, _drawing)
+    n_bytes = []
     for feature, order, upper, values_p in zip(task.features, task.places, task.uppers, task.values_mp, strict=True):
         dpath = _drawing.out_dpath / "features" / str(feature)
         with writing(dpath):
             dpath.mkdir(parents=True, exist_ok=True)
             picture_name, heatmap_name = file_names(order, task.img_i, _drawing.format)
+            heatmap = _encoded(highlight(picture_hwc, values_p, upper, place), _drawing)
             _write(dpath / picture_name, original)
-            _write(dpath / heatmap_name, _encoded(highlight(picture_hwc, values_p, upper, place), _drawing))
-    return place
+            _write(dpath / heatmap_name, heatmap)
+            n_bytes.append((len(original), len(heatmap)))
+    return Drawn(place=place, n_bytes=n_bytes)
 
 
 def file_names(place: int, img_i: int, format: Format) -> tuple[str, str]:
@@ -118,7 +130,7 @@ def _encoded(picture_hwc: NDArray[np.uint8], drawing: Drawing) -> bytes:
 
 
 def _write(fpath: Path, content: bytes) -> None:
-    """Whole or not at all, as far as other processes see; what a crash of the machine loses is drawn again."""
+    """Whole or not at all, as far as other processes see. It is not fsynced: after a crash of the machine its size tells."""
     temporary = fpath.with_name(f".{fpath.name}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, fpath)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from saev_dist.errors import RunError
 
@@ -56,6 +56,12 @@ def writing(fpath: Path) -> Iterator[None]:
                 f"{fpath}: {err.strerror}; free some space there or use another directory, then run again."
             ) from None
         raise RunError(f"{fpath}: cannot write: {err.strerror or err}; make it writable, or use another directory.") from None
+
+
+def write_all(file: BinaryIO, data: memoryview) -> None:
+    """Write to an unbuffered file, which may take less than it is given."""
+    while len(data):
+        data = data[file.write(data) or 0 :]
 
 
 def fsync_dir(dpath: Path) -> None:

@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from saev_dist.errors import DamagedError, RunError, warn
-from saev_dist.files import fsync_dir, reading, retrying, writing
+from saev_dist.files import fsync_dir, reading, retrying, write_all, writing
 from saev_dist.plan import Intervals, union
 from saev_dist.spill import COPY_BYTES, Segment, Spill, check_extent, covered, read_at
 
@@ -102,8 +102,8 @@ def write(dpath: Path, partial: Partial, state: State) -> None:
         with open(unfinished, "wb", buffering=0) as file:
             for piece in (MAGIC, json.dumps(asdict(partial)).encode() + b"\n", *map(_bytes, state.values())):
                 digest.update(piece)
-                _write_all(file, memoryview(piece))
-            _write_all(file, memoryview(digest.digest()))
+                write_all(file, memoryview(piece))
+            write_all(file, memoryview(digest.digest()))
             os.fsync(file.fileno())
         os.replace(unfinished, fpath)
     except OSError:
@@ -114,11 +114,6 @@ def write(dpath: Path, partial: Partial, state: State) -> None:
 
 def _bytes(tensor: Tensor) -> Any:
     return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
-
-
-def _write_all(file: BinaryIO, data: memoryview) -> None:
-    while len(data):
-        data = data[file.write(data) or 0 :]
 
 
 def read_header(fpath: Path) -> Partial:

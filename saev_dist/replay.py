@@ -6,7 +6,8 @@ Everything is made in `<run>/visuals.partial/` and takes the name `visuals` when
 
     replay.json              what is being made; another replay's leftovers do not match it, and go
     records.<rank>.bin       a fixed-size record for each drawn picture, appended once its files are in place: the scores of
-                             all patches, for the page, and the list of what need not be drawn again after a kill
+                             all patches, for the page, and the list of what need not be drawn again after a kill: what has
+                             its record's CRC right and its files of the recorded sizes
     features/<i>/            pictures, and data.js with the feature's scores
     index.html, data.js, features.parquet, features.csv, images.parquet, density.png, distributions.png
 
@@ -22,6 +23,7 @@ import multiprocessing
 import os
 import shutil
 import time
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -40,16 +42,18 @@ from saev_dist.choose import Slots, choose_features, choose_slots, deal
 from saev_dist.config import Replay
 from saev_dist.data.images import Pictures, open_pictures
 from saev_dist.errors import RunError, warn
-from saev_dist.files import writing
+from saev_dist.files import reading, write_all, writing
 from saev_dist.finished import FinishedRun, Statistics
 from saev_dist.progress import Progress
 from saev_dist.reencode import Check, Image, describe_encoded, reencode
 from saev_dist.render import gallery, plots, tables
-from saev_dist.render.geometry import Geometry, Placement, default_fit
+from saev_dist.render.geometry import Geometry, default_fit
 from saev_dist.report import table
 from saev_dist.sae.encoder import Encoder, usable_precision
 from saev_dist.store import Run
 from saev_dist.world import World
+
+RECORDS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,7 +87,8 @@ class Job:
     def record(self) -> np.dtype[Any]:
         """What is known of one drawn picture."""
         numbers = [(name, "<i8") for name in ("img_i", "feature", "place", "patch_i", "n_cols", "n_rows", "width", "height")]
-        return np.dtype([*numbers, ("patch", "<f8"), ("score", "<f8"), ("values", "<f4", (self.finished.shards.n_patches,))])
+        values = ("values", "<f4", (self.finished.shards.n_patches,))
+        return np.dtype([*numbers, ("n_bytes", "<i8", (2,)), ("patch", "<f8"), ("score", "<f8"), values, ("crc", "<u4")])
 
 
 def run(cfg: Replay) -> None:
@@ -105,8 +110,13 @@ def run(cfg: Replay) -> None:
         # Two replays in one directory would mix their pictures, and an `extract --force` would change what is drawn.
         with Run(cfg.run).lock() if world.rank == 0 else nullcontext():
             if world.rank == 0:
+                if _manifest_sha256(cfg.run) != job.identity["manifest_sha256"]:
+                    raise RunError(f"{cfg.run} has changed: another process computed it again. Run again.")
                 _announce(job)
                 _begin(job, afresh=cfg.force and not world.restarted)
+            world.wait()
+            for fpath in _record_fpaths(job)[world.rank :: world.size]:
+                _keep_sound(job, fpath)
             world.wait()
             todo = _without(job.slots, _records(job))
             world.wait()  # nobody appends before all have read
@@ -124,6 +134,7 @@ def run(cfg: Replay) -> None:
 
 def open_job(cfg: Replay) -> Job:
     """Open and check what the config names, and choose."""
+    manifest_sha256 = _manifest_sha256(cfg.run)
     finished = FinishedRun.open(cfg.run, shards=cfg.shards, sae=cfg.sae)
     shards = finished.shards
     statistics = finished.statistics()
@@ -153,7 +164,7 @@ def open_job(cfg: Replay) -> Job:
         root = cfg.images or (Path(shards.dataset) if shards.dataset and os.path.isdir(shards.dataset) else None)
         pictures = open_pictures(root, shards.n_examples) if root else None
     identity = {
-        "manifest_sha256": hashlib.sha256(Run(cfg.run).manifest_fpath.read_bytes()).hexdigest(),
+        "manifest_sha256": manifest_sha256,
         "images": [str(pictures.root.absolute()), pictures.kind] if pictures else None,
         "geometry": asdict(geometry),
         "features": features,
@@ -172,6 +183,14 @@ def open_job(cfg: Replay) -> Job:
         slots=slots,
         identity=json.loads(json.dumps(identity)),
     )
+
+
+def _manifest_sha256(run_dpath: Path) -> str:
+    """Empty where there is none, of which `FinishedRun.open` says more."""
+    try:
+        return hashlib.sha256(Run(run_dpath).manifest_fpath.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def _agree(world: World, job: Job) -> None:
@@ -218,6 +237,7 @@ def _begin(job: Job, *, afresh: bool) -> None:
             same = marker_fpath.exists() and marker_fpath.read_bytes() == _json(job.identity)
             if same and not afresh:
                 return
+            marker_fpath.unlink(missing_ok=True)  # first: without it the rest means nothing, should we die in here
             _remove(job.partial_dpath)
         job.partial_dpath.mkdir()
         temporary = marker_fpath.with_suffix(".tmp")
@@ -245,7 +265,7 @@ def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[st
         format=cfg.image_format,
         quality=cfg.quality,
     )
-    pending: deque[tuple[Image, Future[Placement]]] = deque()
+    pending: deque[tuple[Image, Future[draw.Drawn]]] = deque()
     with ExitStack() as stack:
         stack.callback(progress.close)
         records = stack.enter_context(_appending(job, world.rank))
@@ -260,10 +280,10 @@ def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[st
         def finish_oldest() -> int:
             image, future = pending.popleft()
             with _drawing(world):
-                place = future.result()
-            rows = _make_records(job, image, place)
+                drawn = future.result()
+            rows = _make_records(job, image, drawn)
             with writing(job.partial_dpath):
-                records.write(rows.tobytes())
+                write_all(records, memoryview(rows.tobytes()))
             progress.advance(shards.n_patches)
             return len(rows)
 
@@ -314,34 +334,71 @@ def _best(image: Image) -> Slots:
     return image.slots_n[np.unique(image.slots_n["feature"], return_index=True)[1]]
 
 
-def _make_records(job: Job, image: Image, place: Placement) -> NDArray[np.void]:
-    best = _best(image)
+def _make_records(job: Job, image: Image, drawn: draw.Drawn) -> NDArray[np.void]:
+    best, place = _best(image), drawn.place
     rows = np.zeros(len(best), job.record)
     for name in ("img_i", "feature", "place", "patch_i", "score"):
         rows[name] = best[name]
     rows["n_cols"], rows["n_rows"] = place.n_cols, place.n_rows
     rows["width"], rows["height"] = place.size
-    rows["patch"], rows["values"] = place.patch, image.values_mp
+    rows["n_bytes"], rows["patch"], rows["values"] = drawn.n_bytes, place.patch, image.values_mp
+    rows["crc"] = [_crc(row) for row in rows]
     return rows
 
 
+def _crc(row: Any) -> int:
+    """CRC-32 of a record up to its own."""
+    return zlib.crc32(row.tobytes()[: -row.dtype["crc"].itemsize])
+
+
 def _appending(job: Job, rank: int) -> BinaryIO:
-    """This rank's file of records, cut back to whole records."""
+    """This rank's file of records."""
     fpath = job.partial_dpath / f"records.{rank:05d}.bin"
     with writing(fpath):
-        file = open(fpath, "ab", buffering=0)
-        file.truncate(file.tell() // job.record.itemsize * job.record.itemsize)
-    return file
+        return open(fpath, "ab", buffering=0)
+
+
+def _record_fpaths(job: Job) -> list[Path]:
+    return sorted(job.partial_dpath.glob("records.*.bin"))
 
 
 def _records(job: Job) -> list[NDArray[np.void]]:
     """All ranks' records, mapped, not read."""
     found: list[NDArray[np.void]] = []
-    for fpath in sorted(job.partial_dpath.glob("records.*.bin")):
-        n_records = fpath.stat().st_size // job.record.itemsize
-        if n_records:
-            found.append(np.memmap(fpath, job.record, "r", shape=(n_records,)))
+    for fpath in _record_fpaths(job):
+        with reading(fpath):
+            n_records = fpath.stat().st_size // job.record.itemsize
+            if n_records:
+                found.append(np.memmap(fpath, job.record, "r", shape=(n_records,)))
     return found
+
+
+def _keep_sound(job: Job, fpath: Path) -> None:
+    """Drop what an earlier attempt, or a crash of the machine, left torn: records, and those whose pictures are not whole."""
+    with reading(fpath):
+        n_bytes = fpath.stat().st_size
+        n_records = n_bytes // job.record.itemsize
+        rows = np.memmap(fpath, job.record, "r", shape=(n_records,)) if n_records else np.empty(0, job.record)
+        whole_n = np.fromiter((_is_whole(job, row) for row in rows), bool, n_records)
+    if whole_n.all() and n_bytes == rows.nbytes:
+        return
+    warn(f"{fpath}: {max(1, n_records - int(whole_n.sum())):,} pictures are not whole and will be drawn again.")
+    with writing(fpath):
+        sound_fpath = fpath.with_suffix(".tmp")
+        with open(sound_fpath, "wb") as file:
+            for first in range(0, n_records, RECORDS_AT_ONCE):
+                part = slice(first, first + RECORDS_AT_ONCE)
+                file.write(rows[part][whole_n[part]].tobytes())
+        os.replace(sound_fpath, fpath)
+
+
+def _is_whole(job: Job, row: Any) -> bool:
+    names = draw.file_names(int(row["place"]), int(row["img_i"]), job.cfg.image_format)
+    fpaths = [job.partial_dpath / "features" / str(row["feature"]) / name for name in names]
+    try:
+        return bool(row["crc"] == _crc(row)) and [fpath.stat().st_size for fpath in fpaths] == row["n_bytes"].tolist()
+    except FileNotFoundError:
+        return False
 
 
 def _without(slots: Slots, records: list[NDArray[np.void]]) -> Slots:
@@ -482,7 +539,7 @@ def _publish(job: Job) -> None:
 
 def _tidy(job: Job) -> None:
     """Remove what is no part of a finished gallery; a replay that died in here left it."""
-    for fpath in job.visuals_dpath.glob("records.*.bin"):
+    for fpath in job.visuals_dpath.glob("records.*"):
         fpath.unlink()
     _remove(job.former_dpath)
 

@@ -5,12 +5,14 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import struct
 import subprocess
 import sys
 import time
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -154,9 +156,14 @@ class Killed(BaseException):
     """Nothing handles it, as nothing handles a kill."""
 
 
-def publish_until(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Die in `replay._publish` before the change number `step` of the file system."""
-    calls, publish = iter(range(1000)), replay._publish
+CHANGES = ((os, "replace"), (shutil, "rmtree"), (Path, "unlink"))
+SMALL_CHANGES = ((os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"))
+"""Of which removing a tree has many."""
+
+
+def die_in(name: str, step: int, monkeypatch: pytest.MonkeyPatch, changes: tuple = CHANGES) -> None:
+    """Die in that function of `replay` before the change number `step` of the file system."""
+    calls, function = iter(range(1000)), getattr(replay, name)
 
     def mortal(change):
         def change_or_die(*args, **settings):
@@ -166,13 +173,13 @@ def publish_until(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return change_or_die
 
-    def publish_or_die(job):
+    def function_or_die(*args, **settings):
         with pytest.MonkeyPatch.context() as dying:
-            for owner, name in ((os, "replace"), (shutil, "rmtree"), (Path, "unlink")):
-                dying.setattr(owner, name, mortal(getattr(owner, name)))
-            publish(job)
+            for owner, operation in changes:
+                dying.setattr(owner, operation, mortal(getattr(owner, operation)))
+            function(*args, **settings)
 
-    monkeypatch.setattr(replay, "_publish", publish_or_die)
+    monkeypatch.setattr(replay, name, function_or_die)
 
 
 @pytest.mark.parametrize("former", [False, True], ids=["first", "again"])
@@ -193,7 +200,7 @@ def test_a_kill_at_any_step_of_the_swap_loses_nothing(tmp_path, monkeypatch, for
             (run / "visuals/index.html").write_text("of other features")
         try:
             with monkeypatch.context() as dying:
-                publish_until(step, dying)
+                die_in("_publish", step, dying)
                 replay.run(cfg)
             break
         except Killed:
@@ -205,6 +212,93 @@ def test_a_kill_at_any_step_of_the_swap_loses_nothing(tmp_path, monkeypatch, for
         assert tree(run / "visuals") == whole
         assert [path.name for path in run.iterdir() if path.name.startswith("visuals")] == ["visuals"]
     assert step == (4 if former else 2)  # so many changes there are
+
+
+def remove_from_below(dpath: Path) -> None:
+    """`shutil.rmtree` in the order that leaves most behind; directories have any."""
+    for parent, dnames, fnames in os.walk(dpath, topdown=False):
+        for name in fnames:
+            os.unlink(os.path.join(parent, name))
+        for name in dnames:
+            os.rmdir(os.path.join(parent, name))
+    os.rmdir(dpath)
+
+
+def draw_all_and_die(cfg: Replay) -> None:
+    with pytest.MonkeyPatch.context() as dying:
+        die_in("_publish", 0, dying)
+        with pytest.raises(Killed):
+            replay.run(cfg)
+
+
+def test_a_kill_while_a_former_attempt_is_removed_leaves_nothing_that_counts(tmp_path, monkeypatch):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    settings = {"images": images, "all": False, "features": (3, 5), "n_features": 0}
+    cfg, again = (make_replay(run, **settings, force=force) for force in (False, True))
+    replay.run(cfg)
+    whole = tree(run / "visuals")
+    shutil.rmtree(run / "visuals")
+    draw_all_and_die(cfg)
+    left = shutil.copytree(run / "visuals.partial", tmp_path / "left")
+    n_deaths = 0
+    for step in (0, 1, 2, 5, len(whole) - 5, len(whole) + 20):
+        shutil.rmtree(run / "visuals.partial", ignore_errors=True)
+        shutil.copytree(left, run / "visuals.partial")
+        try:
+            with monkeypatch.context() as dying:
+                dying.setattr(shutil, "rmtree", remove_from_below)
+                die_in("_begin", step, dying, SMALL_CHANGES)
+                replay.run(again)
+        except Killed:
+            n_deaths += 1
+            replay.run(cfg)
+        assert tree(run / "visuals") == whole, step
+        shutil.rmtree(run / "visuals")
+    assert n_deaths == 5
+
+
+@pytest.mark.parametrize("lost", ["removed", "empty", "record"])
+def test_what_a_crash_of_the_machine_took_is_drawn_again(tmp_path, capsys, lost):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    cfg = make_replay(run, images=images, all=False, features=(3, 5), n_features=0)
+    replay.run(cfg)
+    whole = tree(run / "visuals")
+    shutil.rmtree(run / "visuals")
+    draw_all_and_die(cfg)
+    victim = sorted((run / "visuals.partial/features/3").glob("*-heatmap.png"))[1]
+    records = next((run / "visuals.partial").glob("records.*.bin"))
+    match lost:
+        case "removed":
+            victim.unlink()
+        case "empty":
+            victim.write_bytes(b"")
+        case "record":  # its middle is zeros
+            content = bytearray(records.read_bytes())
+            content[len(content) // 2 - 20 : len(content) // 2 + 20] = bytes(40)
+            records.write_bytes(content)
+    replay.run(cfg)
+    assert tree(run / "visuals") == whole
+    assert re.search(
+        r"warning: .*records\.00000\.bin: [12] pictures are not whole and will be drawn again", capsys.readouterr().err
+    )
+
+
+def test_a_run_that_was_computed_again_meanwhile_is_not_drawn(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    lock = Run.lock
+
+    @contextmanager
+    def late(store):
+        extract.run(
+            Extract(shards=tmp_path / "shards", sae=tmp_path / "sae.pt", out=run, layer=4, top_k=8, progress=False, force=True)
+        )
+        with lock(store):
+            yield
+
+    monkeypatch.setattr(replay, "Run", type("Late", (Run,), {"lock": late}))
+    with pytest.raises(RunError, match="has changed: another process computed it again"):
+        replay.run(make_replay(run))
+    assert not list(run.glob("visuals*"))
 
 
 def test_a_replay_that_is_killed_outright_goes_on_with_any_number_of_ranks(tmp_path):
