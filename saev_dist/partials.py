@@ -290,7 +290,8 @@ def _remove_dead(dpath: Path, live: list[Partial]) -> None:
 class Keeper:
     """Keeps a rank's partial up to date while it streams. A context; on leaving it waits for the write under way.
 
-    A write that fails leaves the former partial as it is and is tried again when the next one is due.
+    A write that fails leaves the former partial as it is and is tried again when the next one is due; but where the disk
+    has not taken rows, nobody knows which, and the run ends with a RunError: the former partial still has all of its own.
 
     Args:
         spill: the rank's rows; they say which batches it has done.
@@ -326,6 +327,8 @@ class Keeper:
             return self.save(state())
         if time.monotonic() - self._saved_s < self._every_s or (self._writing is not None and not self._writing.done()):
             return
+        if self._writing is not None:
+            self._writing.result()
         self._saved_s = time.monotonic()
         copied = {name: tensor.clone() for name, tensor in state().items()}
         self._writing = self._pool.submit(self._write, copied, self._spill.segments)
@@ -348,8 +351,8 @@ class Keeper:
             segments=(*self._inherited, *own),
             tensors={name: (str(tensor.numpy().dtype), tuple(tensor.shape)) for name, tensor in state.items()},
         )
+        self._spill.sync()
         try:
-            self._spill.sync()
             write(dpath, partial, state)
         except OSError as err:
             warn(f"no snapshot: {dpath / partial.name}: {err.strerror}. The one before stays; what came since is not safe yet.")

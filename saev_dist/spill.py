@@ -120,7 +120,8 @@ class Spill:
         """Bring what is written onto the disk. Any thread may call it while another appends.
 
         Raises:
-            OSError: the disk does not take it.
+            RunError: the disk did not take it, now or before. The kernel drops what it could not write and says so once, so
+                that a second try would only seem to work: rows since the last `sync` may be lost.
         """
         for writer in self._writers.values():
             writer.sync()
@@ -147,6 +148,8 @@ class _Writer:
         self._syncing: Future[None] | None = None
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="spill-sync")
         self._n_unsynced = 0
+        self._error: RunError | None = None
+        """Of the first `fsync` that failed."""
 
     def submit(self, arrays: Sequence[NDArray[Any]], *, goes_on: bool) -> Future[tuple[int, int, int]]:
         """Write arrays one after the other.
@@ -167,24 +170,26 @@ class _Writer:
                 self._crc = zlib.crc32(data, self._crc)
                 self._end += data.nbytes
                 self._n_unsynced += data.nbytes
-        if self._n_unsynced >= SYNC_BYTES and (self._syncing is None or self._syncing.done()) and not self._sync_error():
+        if self._n_unsynced >= SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+            if self._syncing is not None:
+                self._syncing.result()
             self._syncing, self._n_unsynced = self._syncer.submit(self._fsync), 0
         return self._begin, self._end, self._crc
 
     def _fsync(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def _sync_error(self) -> BaseException | None:
-        syncing = self._syncing
-        return syncing.exception() if syncing else None
+        if self._error is not None:
+            raise self._error
+        try:
+            with writing(self._fpath):
+                if self._file is not None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+        except RunError as err:
+            self._error = err
+            raise
 
     def sync(self) -> None:
-        if err := self._sync_error():  # the kernel tells it once
-            self._syncing = None
-            raise err
-        self._fsync()
+        self._syncer.submit(self._fsync).result()
 
     def close(self, *, quietly: bool) -> None:
         self._pool.shutdown(cancel_futures=quietly)

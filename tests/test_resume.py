@@ -514,9 +514,9 @@ def test_no_more_than_some_batches_wait_and_leaving_waits_for_them(tmp_path, mon
     assert np.fromfile(tmp_path / "a.00000-x.bin", np.int64).tolist() == [i for i in range(10) for _ in range(100)]
 
 
-def test_what_the_disk_did_not_take_meanwhile_fails_the_snapshot(tmp_path, monkeypatch):
-    """The kernel tells it once."""
-    monkeypatch.setattr(spill, "SYNC_BYTES", 100)
+@pytest.fixture
+def failed(monkeypatch):
+    """The first fsync fails, which this event tells; the others succeed: the kernel says once what it could not write."""
     failed = threading.Event()
 
     def fsync(fd):
@@ -524,16 +524,42 @@ def test_what_the_disk_did_not_take_meanwhile_fails_the_snapshot(tmp_path, monke
             failed.set()
             raise OSError(errno.EIO, "Input/output error")
 
+    monkeypatch.setattr(spill, "SYNC_BYTES", 100)
+    monkeypatch.setattr(os, "fsync", fsync)
+    return failed
+
+
+def test_rows_that_the_disk_did_not_take_meanwhile_are_never_taken_for_safe(tmp_path, failed):
     with Spill(tmp_path, "00000-x", ["a"]) as rows:
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", fsync)
-            for batch_i in range(3):
-                rows.append(batch_i, [{"a": np.zeros(100)}])
-            assert rows.segments
-            assert failed.wait(60)
-            with pytest.raises(OSError, match="Input/output error"):
+        rows.append(0, [{"a": np.zeros(100)}])
+        assert rows.segments and failed.wait(60)
+        for _ in range(2):
+            with pytest.raises(RunError, match=r"a\.00000-x\.bin: cannot write: Input/output error"):
                 rows.sync()
-        rows.sync()
+
+
+def test_nor_are_rows_appended_to_them(tmp_path, failed):
+    def append_many():
+        with Spill(tmp_path, "00000-x", ["a"]) as rows:
+            for batch_i in range(1000):
+                rows.append(batch_i, [{"a": np.zeros(100)}])
+                time.sleep(0.01)
+
+    with pytest.raises(RunError, match="Input/output error"):
+        append_many()
+    assert failed.is_set()
+
+
+def test_a_failed_fsync_of_rows_ends_the_run_and_keeps_the_last_snapshot(tmp_path, server, whole):
+    args, expected, _ = whole
+    out = tmp_path / "run"
+    killed(server, args, out, at=6)
+    (fpath,) = out.glob("partials/*.partial")
+    codes, output = server.run(*args, out, fault=Fault(ops="f", at=2, how=str(errno.EIO)), roots=(out / "partials",))
+    assert codes == [1] and re.search(r"error: .*\.bin: cannot write: Input/output error", output.splitlines()[-1])
+    assert fpath.exists()
+    assert server.run(*args, out)[0] == [0]
+    assert artifact_hashes(out) == expected
 
 
 def test_an_error_that_ends_the_rows_is_not_hidden_by_a_full_disk(tmp_path, monkeypatch):
@@ -650,7 +676,6 @@ def test_a_disk_that_stays_full_is_an_error_at_the_end_and_loses_nothing(tmp_pat
     codes, output = server.run(*args, out, fault=Fault(ops="f", at=1, how=str(errno.ENOSPC), forever=True), roots=(out,))
     assert codes == [1]
     assert "No space left on device; free some space there" in output.splitlines()[-1]
-    assert "warning: no snapshot" in output
     assert fpath.read_bytes() == content
     assert not list(out.glob("*.*"))
     codes, output = server.run(*args, out)
