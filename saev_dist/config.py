@@ -120,6 +120,11 @@ class Extract(SaeRules):
             raise ConfigError(f"snapshot_every must not be negative, got {self.snapshot_every:g}.")
         if self.screen != "none" and self.precision != "fp32":
             raise ConfigError(f"--screen {self.screen} gives fp32 scores; it does not go with --precision {self.precision}.")
+        if self.percentile_estimator == "saev" and self.skip_bad_shards:
+            raise ConfigError(
+                "--percentile-estimator saev walks through all tokens in order; it does not go with --skip-bad-shards. Use the "
+                "histogram, or mend the shards."
+            )
         if not 0 <= self.percentile <= 100:
             raise ConfigError(f"percentile must lie in 0 to 100, got {self.percentile:g}.")
 
@@ -300,14 +305,20 @@ class Demo:
 
 
 def from_json(command: type[T], content: dict[str, Any]) -> T:
-    """The config that `dataclasses.asdict` and JSON made `content` of, paths as text."""
+    """The config that `dataclasses.asdict` and JSON made `content` of, paths as text.
+
+    Raises:
+        ConfigError: a field is not known, or missing, or of another type.
+    """
     hints = get_type_hints(command)
-    return command(
-        **{
-            name: Path(value) if isinstance(value, str) and hints[name] in (Path, Path | None) else value
-            for name, value in content.items()
-        }
-    )
+    values = {
+        name: Path(value) if isinstance(value, str) and hints.get(name) in (Path, Path | None) else value
+        for name, value in content.items()
+    }
+    try:
+        return command(**values)
+    except TypeError as err:  # another version's
+        raise ConfigError(f"these are no settings of this version's {command.__name__.lower()}: {err}.") from None
 
 
 def _check_counts(config: object, *names: str) -> None:

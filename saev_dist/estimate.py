@@ -146,7 +146,7 @@ def check_fits(need: Estimate, out_dpath: Path, world: World, device: torch.devi
 def free_disk(dpath: Path) -> int:
     """Free bytes where `dpath` is or will be."""
     dpath = dpath.absolute()
-    while not dpath.exists():
+    while not os.path.exists(dpath):  # unlike Path.exists, False also where one may not look
         dpath = dpath.parent
     return shutil.disk_usage(dpath).free
 

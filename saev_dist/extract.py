@@ -103,7 +103,7 @@ def run(cfg: Extract) -> None:
             raise ConfigError(f"--screen {cfg.screen} is for the CPU; this run is on {job.device.type}. Leave it out.")
         store = Run(cfg.out)
         # Slurm and torchrun give a restarted job the flags of its first start: --force must not undo what that did.
-        force = cfg.force and not (world.restarted and world.rank == 0 and store.is_under_way(job.identity))
+        force = cfg.force and not (world.restarted and world.rank == 0 and store.is_of_job(world.job_id, job.identity))
         finished = world.tell(world.rank == 0 and store.is_finished(job.identity, force=force))
         if finished:
             if world.rank == 0:
@@ -136,8 +136,8 @@ def work(job: Job, store: Run, world: World, *, encode: bool = True) -> None:
     try:
         _extract(job, store, world, encode=encode)
     except (MemoryError, torch.OutOfMemoryError) as err:
-        first = str(err).splitlines()[0]
-        raise ConfigError(f"out of memory on {job.device} ({first}); lower --batch-tokens or --top-k.") from None
+        why = (str(err).splitlines() or [type(err).__name__])[0]
+        raise ConfigError(f"out of memory on {job.device} ({why}); lower --batch-tokens or --top-k.") from None
 
 
 def open_job(cfg: Extract, world: World) -> Job:
@@ -493,6 +493,7 @@ def _manifest(
     return {
         "identity": job.identity,
         "config": _as_json(cfg),
+        "job_id": world.job_id,
         "left_out": left_out,
         "shards": {
             "path": str(cfg.shards.absolute()),

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from saev_dist.config import Extract, Merge, from_json
-from saev_dist.errors import RunError
+from saev_dist.errors import ConfigError, RunError
 from saev_dist.extract import open_job, work
 from saev_dist.store import Run
 from saev_dist.world import World
@@ -23,7 +23,10 @@ def run(cfg: Merge) -> None:
         if under_way is None:
             state = "is finished" if store.manifest() is not None else "is not a run"
             raise RunError(f"{cfg.run} {state}: there are no partials to merge.")
-        made_with = from_json(Extract, under_way.get("config", dict))
+        try:
+            made_with = from_json(Extract, under_way.get("config", dict))
+        except ConfigError as err:
+            raise RunError(f"{store.partials_dpath / 'run.json'}: {err} Use the version that began the run.") from None
         shards, sae = cfg.shards or made_with.shards, cfg.sae or made_with.sae
         job = open_job(replace(made_with, shards=shards, sae=sae, out=cfg.run, device="cpu"), world)
         # Nothing is encoded here, so the device is that of the run.

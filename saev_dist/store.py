@@ -70,10 +70,12 @@ class Run:
         """What run.json says of the run that is not finished here, or None."""
         return _read_json(self.partials_dpath / "run.json")
 
-    def is_under_way(self, identity: dict[str, Any]) -> bool:
-        """Whether an attempt of this very run has begun here and not finished."""
-        under_way = self.under_way()
-        return under_way is not None and not _differing(identity, under_way.get("identity", dict))
+    def is_of_job(self, job_id: str | None, identity: dict[str, Any]) -> bool:
+        """Whether an attempt of this very run has begun here and not finished, or has finished as this job of a scheduler."""
+        holder = self.under_way() or (self.manifest() if job_id else None)
+        if holder is None or _differing(identity, holder.get("identity", dict)):
+            return False
+        return (self.partials_dpath / "run.json").exists() or holder.obj.get("job_id") == job_id
 
     def is_finished(self, identity: dict[str, Any], *, force: bool) -> bool:
         """Whether this very run is done; refuse a directory that another run occupies. Changes nothing.
@@ -270,7 +272,7 @@ class Run:
             return torch.load(fpath, weights_only=True)
         except FileNotFoundError:
             raise RunError(f"{fpath} is missing; run extract again with --force.") from None
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, pickle.UnpicklingError):
             raise RunError(f"{fpath} is damaged; run extract again with --force.") from None
 
 

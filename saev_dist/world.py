@@ -49,7 +49,7 @@ class World:
 
     def __init__(self, timeout_s: int) -> None:
         self.rank = _env("RANK", 0)
-        self.size = _env("WORLD_SIZE", 1)
+        self.size = _env("WORLD_SIZE", 1, least=1)
         self.local_rank = _env("LOCAL_RANK", _env("SLURM_LOCALID", 0))
         self.local_size = _env("LOCAL_WORLD_SIZE", 1)
         self._timeout = timedelta(seconds=timeout_s)
@@ -84,11 +84,20 @@ class World:
         """Whether torchrun or Slurm has started this job before, so that it goes on with what an earlier attempt began."""
         return _env("TORCHELASTIC_RESTART_COUNT", 0) > 0 or _env("SLURM_RESTART_COUNT", 0) > 0
 
+    @property
+    def job_id(self) -> str | None:
+        """What Slurm or torchrun call this job, in all its attempts; None where neither knows."""
+        found = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+        return None if found == "none" else found  # torchrun's default
+
     def __enter__(self) -> Self:
         if self.size == 1:
             return self
         if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
             raise ConfigError(f"WORLD_SIZE is {self.size} but {', '.join(missing)} is not set; start the ranks with torchrun.")
+        _env("MASTER_PORT", 0)
+        if self.rank >= self.size:
+            raise ConfigError(f"RANK is {self.rank} of WORLD_SIZE {self.size}; ranks count from 0. Start them with torchrun.")
         try:
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=self._timeout))
             # After a restart by torchrun the store still holds the keys of the attempt before.
@@ -106,9 +115,7 @@ class World:
                     raise PeerError(self._store.get("error").decode()) from err
             first = str(err).splitlines()[0]
             limit_s = self._timeout.total_seconds()
-            raise RunError(
-                f"rank {self.rank} of {self.size} could not meet the others within {limit_s:.0f} s: {first}"
-            ) from None
+            raise RunError(f"could not meet all {self.size - 1} others within {limit_s:.0f} s: {first}") from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
@@ -309,12 +316,11 @@ def _died(rank: int, size: int) -> str:
     return f"rank {rank} of {size} died or hangs: no sign of life for {LOST_AFTER_S:.0f} s."
 
 
-def _env(name: str, default: int) -> int:
+def _env(name: str, default: int, *, least: int = 0) -> int:
     text = os.environ.get(name, str(default))
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError(f"environment variable {name} is {text!r}; it should be an integer.") from None
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigError(f"environment variable {name} is {text!r}; it should be an integer of at least {least}.")
+    return int(text)
 
 
 def _slice_sizes(n_rows: int, n_ranks: int) -> list[int]:

@@ -1,6 +1,7 @@
 """From a command's flags to its runs: one config each, also where a flag or a TOML file names several inputs."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from itertools import product
@@ -60,7 +61,7 @@ def is_finished(cfg: Extract | Replay) -> bool:
 
     Anything else is left to the job, which compares contents and refuses another run's directory.
     """
-    if isinstance(cfg, Replay) or cfg.force or (cfg.out / "partials" / "run.json").exists():
+    if isinstance(cfg, Replay) or cfg.force or os.path.exists(cfg.out / "partials" / "run.json"):
         return False
     manifest_fpath = cfg.out / "manifest.json"
     try:
@@ -69,6 +70,7 @@ def is_finished(cfg: Extract | Replay) -> bool:
         if not cfg.sae.is_file():  # a directory's time does not tell when its files were written
             return False
         inputs = [cfg.sae, *(cfg.shards / name for name in ("metadata.json", "shards.json"))]
+        inputs += [cfg.input_mean] if cfg.input_mean else []
         if any(fpath.stat().st_mtime > wrote for fpath in inputs):
             return False
         identity = manifest["identity"]

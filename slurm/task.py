@@ -48,7 +48,7 @@ class Task:
         attempt = int(os.environ.get("SLURM_RESTART_COUNT", self.n_requeues))
         # Before torch is imported. Its own words on a store whose host is gone are a stack trace beside our one line.
         os.environ.setdefault("OMP_NUM_THREADS", str(self.n_threads))
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
         _join(here, attempt)
         paths = here.paths
         fpath = end_fpath(paths.folder, here.job_id, here.global_rank)

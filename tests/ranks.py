@@ -138,7 +138,7 @@ class Server:
         self._messages: queue.Queue[dict[str, int]] = queue.Queue()
 
     def __enter__(self) -> Self:
-        env = ENV | {"TORCH_CPP_LOG_LEVEL": "ERROR"} | self.env
+        env = ENV | {"TORCH_CPP_LOG_LEVEL": "FATAL"} | self.env
         command = [sys.executable, "-c", SERVER]
         self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         self._listener = threading.Thread(target=self._listen, daemon=True)

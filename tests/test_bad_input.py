@@ -131,6 +131,7 @@ CASES = {
     "percentile out of range": (set_flag(percentile=101), "percentile must lie in 0 to 100"),
     "tf32 on a CPU": (set_flag(precision="tf32", device="cpu"), "--precision tf32 needs a CUDA device"),
     "screen with bf16": (set_flag(precision="bf16", screen="bf16"), "--screen bf16 gives fp32 scores; it does not go with --precision bf16"),
+    "out too long": (set_flag(out="x" * 300), "File name too long"),
     "out below a file": (lambda c: c.flags.update({"--out": c.sae / "run"}), "Not a directory"),
     "out the shards": (lambda c: c.flags.update({"--out": c.shards}), "holds metadata.json: it is a directory of shards"),
     "out a file": (lambda c: c.flags.update({"--out": c.sae}), "sae.pt is a file; --out takes a directory"),

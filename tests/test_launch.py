@@ -12,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import slurm.progress
 import slurm.watch
 from saev_dist.config import Extract, Replay
+from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, RunError, SaevDistError
 from slurm.config import Launcher
 from slurm.jobs import End, Job, end_fpath, latest, launched, remember, tail
@@ -127,6 +129,18 @@ def test_only_this_very_run_counts_as_finished(tmp_path, args):
     for other in ({"top_k": 5}, {"layer": 3}, {"force": True}, {"pre_bias": True}, {"sae": tmp_path / "other.pt"}):
         assert not is_finished(replace(cfg, **other)), other
     os.utime(cfg.sae, (time.time() + 9,) * 2)  # trained again since
+    assert not is_finished(cfg)
+    assert not is_finished(replace(cfg, out=tmp_path / ("x" * 300)))  # that it cannot be, the job says
+
+
+def test_another_mean_in_the_same_file_is_another_run(tmp_path, args):
+    mean = tmp_path / "mean.npy"
+    np.save(mean, np.zeros(Shards.open(Path(args[1])).d_model, np.float32))
+    flags = [*args, "--input-mean", str(mean), "--out", str(tmp_path / "run")]
+    (cfg,) = configs(Extract, flags)
+    assert run_ranks("extract", *flags).returncode == 0
+    assert is_finished(cfg)
+    os.utime(mean, (time.time() + 9,) * 2)
     assert not is_finished(cfg)
 
 

@@ -137,6 +137,18 @@ def test_force_starts_over_but_not_in_a_restart_of_the_same_job(tmp_path, server
     assert artifact_hashes(tmp_path / "a") == artifact_hashes(tmp_path / "b") == expected
 
 
+def test_force_computes_nothing_again_when_the_job_is_restarted_after_its_end(tmp_path, server, whole):
+    """A rank may die between the last rename and its exit; a job of another id is asked for a new computation."""
+    args, expected, _ = whole
+    out = tmp_path / "run"
+    assert server.run(*args, out)[0] == [0]
+    before = "import os; os.environ |= {{'SLURM_JOB_ID': '{}', 'SLURM_RESTART_COUNT': '{}'}}"
+    for job_id, n_restarts, is_done in (("7", 0, False), ("7", 1, True), ("7", 0, False), ("8", 1, False)):
+        codes, output = server.run(*args, out, "--force", before=before.format(job_id, n_restarts))
+        assert codes == [0] and ("nothing to do" in output) == is_done, (job_id, n_restarts, output)
+        assert artifact_hashes(out) == expected
+
+
 def test_forcing_keeps_the_finished_artifacts_until_the_new_ones_are_there(tmp_path, server, whole):
     args, expected, _ = whole
     out = tmp_path / "run"
@@ -152,6 +164,8 @@ def test_forcing_keeps_the_finished_artifacts_until_the_new_ones_are_there(tmp_p
 
 def test_saevs_percentile_resumes(tmp_path, server, whole):
     args = [*whole[0][:-1], "--percentile-estimator", "saev", "--out"]
+    codes, output = server.run(*args, tmp_path / "run", "--skip-bad-shards")  # it needs all tokens
+    assert codes == [1] and "it does not go with --skip-bad-shards" in output
     assert server.run(*args, tmp_path / "a")[0] == [0]
     killed(server, args, tmp_path / "b", at=6)
     codes, output = server.run(*args, tmp_path / "b")
@@ -337,6 +351,19 @@ def test_merge_makes_the_artifacts_when_all_is_done(tmp_path, server, whole, fla
     assert artifact_hashes(out.with_name("b")) == expected
     codes, output = server.run("merge", "--run", out.with_name("b"))
     assert codes == [1] and "is finished: there are no partials to merge" in output
+    run_fpath = out / "partials/run.json"
+    content = json.loads(run_fpath.read_bytes())
+    run_fpath.write_text(json.dumps(content | {"config": content["config"] | {"of_the_future": 1}}))
+    codes, output = server.run("merge", "--run", out)
+    assert codes == [1] and re.search(
+        r"run.json: these are no settings of this version's extract: .*'of_the_future'. Use the version", output
+    )
+
+
+def test_memory_that_runs_out_without_a_word_is_one_line(tmp_path, server, whole):
+    code = "import saev_dist.extract as e\ndef full(*_): raise MemoryError\ne._rows = full\n"
+    codes, output = server.run(*whole[0], tmp_path / "run", before=code)
+    assert codes == [1] and "error: out of memory on cpu (MemoryError); lower --batch-tokens or --top-k." in output
 
 
 # ---- damage

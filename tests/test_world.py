@@ -153,7 +153,7 @@ except SaevDistError as err:
     [("signal", ["Preempted SIGTERM on rank 0"] * 3), ("error", ["RunError disk full"] + ["PeerError rank 0: disk full"] * 2)],
 )
 def test_ranks_inside_a_collective_leave_with_the_one_that_stays_outside(how, said):
-    common = ENV | {"WORLD_SIZE": "3", "TORCH_CPP_LOG_LEVEL": "ERROR"} | rendezvous()
+    common = ENV | {"WORLD_SIZE": "3", "TORCH_CPP_LOG_LEVEL": "FATAL"} | rendezvous()
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", LEAVES, how], env=common | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
@@ -163,14 +163,30 @@ def test_ranks_inside_a_collective_leave_with_the_one_that_stays_outside(how, sa
     assert [rank.communicate(timeout=180)[0].strip() for rank in ranks] == said
 
 
-def test_a_missing_address_is_said(args, tmp_path):
+ADDRESS = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "rank 0: WORLD_SIZE is 2 but MASTER_ADDR, MASTER_PORT is not set; start the ranks"),
+        ({"WORLD_SIZE": "2"}, "rank ?: WORLD_SIZE is 2 but RANK, MASTER_ADDR, MASTER_PORT is not set; start the ranks"),
+        ({"WORLD_SIZE": "abc"}, "rank ?: environment variable WORLD_SIZE is 'abc'; it should be an integer of at least 1."),
+        ({"WORLD_SIZE": "0"}, "rank ?: environment variable WORLD_SIZE is '0'; it should be an integer of at least 1."),
+        ({"WORLD_SIZE": "2", **ADDRESS, "MASTER_PORT": "abc"}, "rank 0: environment variable MASTER_PORT is 'abc'; it should"),
+        ({"WORLD_SIZE": "2", **ADDRESS, "RANK": "2"}, "rank 2: RANK is 2 of WORLD_SIZE 2; ranks count from 0."),
+        ({"WORLD_SIZE": "2", **ADDRESS, "RANK": "1"}, "rank 1: could not meet all 1 others within 2 s"),
+    ],
+)
+def test_an_environment_in_which_ranks_cannot_meet_is_one_line(args, tmp_path, env, words):
     done = subprocess.run(
-        [sys.executable, "-m", "saev_dist", *map(str, args), tmp_path / "run"],
-        env=ENV | {"WORLD_SIZE": "2", "RANK": "0"},
+        [sys.executable, "-m", "saev_dist", *map(str, args), tmp_path / "run", "--timeout-s", "2"],
+        env=ENV | env,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1 and "MASTER_ADDR, MASTER_PORT is not set" in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("saev-dist: error: ") and words in line
 
 
 def test_a_single_process_has_no_process_group():
