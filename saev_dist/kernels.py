@@ -19,6 +19,8 @@ from torch import Tensor
 
 PART = 2**14
 """Most features of a part, which 256 threads hold, 64 each."""
+MOST_AT_ONCE = 2**16
+"""What 1,024 threads hold, the most of a program."""
 PART_ABOVE = 2**12
 """The same where a threshold decides: 128 threads, 32 each."""
 GROUP, GROUP_ABOVE = 16, 8
@@ -27,6 +29,8 @@ GROUPS_AT_ONCE = 64
 HALVINGS = 24
 """Guesses midway between two floats, which suit scores; after them midway between two keys, which always ends."""
 CODES_AT_ONCE = 1024
+EXACT = {"enable_fp_fusion": False}
+"""Results are those of plain torch, to the bit: no product is fused with a sum."""
 
 
 def select_strongest(h_bs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -37,12 +41,13 @@ def select_strongest(h_bs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | No
         k: at most s.
 
     Returns:
-        Token and feature, int64 (n,), and value, float32 (n,), by token, then feature. None: k is larger than a part.
+        Token and feature, int64 (n,), and value, float32 (n,), by token, then feature. None: k is larger than a part, or the
+        strongest of all parts are more than 1,024 threads can hold.
     """
     n_tokens, d_sae = h_bs.shape
     n_parts = -(-d_sae // PART)
     width = -(-d_sae // n_parts)
-    if k > d_sae - (n_parts - 1) * width:
+    if k > d_sae - (n_parts - 1) * width or (n_parts > 1 and n_parts * k > MOST_AT_ONCE):
         return None
     feature_bk, value_bk = _strongest(h_bs, k, n_parts, width)
     if n_parts > 1:  # the strongest of all are among those of each part, which are in the features' order
@@ -68,12 +73,12 @@ def _strongest(h_bs: Tensor, k: int, n_parts: int, width: int) -> tuple[Tensor, 
     shift = 16 if h_bs.dtype == torch.bfloat16 else 0  # whose keys end in 16 equal bits
     _scan_strongest[grid](
         h_bs, group_pg, noted_3p, d_sae, width, k,
-        SIZE=size, GROUP=GROUP, HALVINGS=HALVINGS, SHIFT=shift, num_warps=_warps(size, 64),
+        SIZE=size, GROUP=GROUP, HALVINGS=HALVINGS, SHIFT=shift, num_warps=_warps(size, 64), **EXACT,
     )  # fmt: skip
     n_groups = min(GROUPS_AT_ONCE, size // GROUP)
     _write_strongest[grid](
         h_bs, group_pg, noted_3p, feature_bk, value_bk, d_sae, width, k,
-        N_GROUPS=size // GROUP, AT_ONCE=n_groups, GROUP=GROUP, SHIFT=shift, num_warps=_warps(n_groups * GROUP, 16),
+        N_GROUPS=size // GROUP, AT_ONCE=n_groups, GROUP=GROUP, SHIFT=shift, num_warps=_warps(n_groups * GROUP, 16), **EXACT,
     )  # fmt: skip
     return feature_bk, value_bk
 
@@ -96,7 +101,7 @@ def select_above(h_bs: Tensor, threshold_s: Tensor) -> tuple[Tensor, Tensor, Ten
     noted_2p = torch.empty(2, n_tokens * n_parts, dtype=torch.int32, device=h_bs.device)
     grid = n_tokens, n_parts
     _scan_above[grid](
-        h_bs, threshold_s, group_pg, noted_2p, d_sae, width, SIZE=size, GROUP=GROUP_ABOVE, num_warps=_warps(size, 32)
+        h_bs, threshold_s, group_pg, noted_2p, d_sae, width, SIZE=size, GROUP=GROUP_ABOVE, num_warps=_warps(size, 32), **EXACT
     )
     end_p = noted_2p[1].cumsum(0)
     n_codes = int(end_p[-1])
@@ -105,7 +110,7 @@ def select_above(h_bs: Tensor, threshold_s: Tensor) -> tuple[Tensor, Tensor, Ten
     n_groups = min(GROUPS_AT_ONCE, size // GROUP_ABOVE)
     _write_above[grid](
         h_bs, threshold_s, group_pg, noted_2p, end_p, token_n, feature_n, value_n, d_sae, width,
-        N_GROUPS=size // GROUP_ABOVE, AT_ONCE=n_groups, GROUP=GROUP_ABOVE, num_warps=_warps(n_groups * GROUP_ABOVE, 16),
+        N_GROUPS=size // GROUP_ABOVE, AT_ONCE=n_groups, GROUP=GROUP_ABOVE, num_warps=_warps(n_groups * GROUP_ABOVE, 16), **EXACT,
     )  # fmt: skip
     return token_n, feature_n, value_n
 
@@ -113,7 +118,7 @@ def select_above(h_bs: Tensor, threshold_s: Tensor) -> tuple[Tensor, Tensor, Ten
 def add_to_moments(sums_5s: Tensor, feature_n: Tensor, value_n: Tensor) -> None:
     """Add the counts of values above zero, and the parts that `fixed_point.to_parts` makes of them: int64 (5, s)."""
     grid = (triton.cdiv(len(value_n), CODES_AT_ONCE),)
-    _add_to_moments[grid](sums_5s, feature_n, value_n, len(value_n), sums_5s.shape[1], SIZE=CODES_AT_ONCE, num_warps=4)
+    _add_to_moments[grid](sums_5s, feature_n, value_n, len(value_n), sums_5s.shape[1], SIZE=CODES_AT_ONCE, num_warps=4, **EXACT)
 
 
 def add_to_histogram(counts_sh: Tensor, feature_n: Tensor, value_n: Tensor, shift: int, first: int) -> None:
@@ -121,7 +126,7 @@ def add_to_histogram(counts_sh: Tensor, feature_n: Tensor, value_n: Tensor, shif
     grid = (triton.cdiv(len(value_n), CODES_AT_ONCE),)
     n_bins = counts_sh.shape[1]
     _add_to_histogram[grid](
-        counts_sh, feature_n, value_n, len(value_n), n_bins, first, SHIFT=shift, SIZE=CODES_AT_ONCE, num_warps=4
+        counts_sh, feature_n, value_n, len(value_n), n_bins, first, SHIFT=shift, SIZE=CODES_AT_ONCE, num_warps=4, **EXACT
     )
 
 
@@ -134,9 +139,9 @@ def strongest_means(token_n: Tensor, feature_n: Tensor, value_n: Tensor, n_imgs:
     grid = (triton.cdiv(len(token_n), CODES_AT_ONCE),)
     for place in range(min(3, n_patches)):
         former_g = best_3g[max(0, place - 1)]
-        _raise_best[grid](best_3g[place], former_g, *codes, IS_FIRST=place == 0, SIZE=CODES_AT_ONCE, num_warps=4)
+        _raise_best[grid](best_3g[place], former_g, *codes, IS_FIRST=place == 0, SIZE=CODES_AT_ONCE, num_warps=4, **EXACT)
     grid = (triton.cdiv(n_groups, CODES_AT_ONCE),)
-    _mean_of_best[grid](mean_g, best_3g, n_groups, float(min(3, n_patches)), SIZE=CODES_AT_ONCE, num_warps=4)
+    _mean_of_best[grid](mean_g, best_3g, n_groups, float(min(3, n_patches)), SIZE=CODES_AT_ONCE, num_warps=4, **EXACT)
     return mean_g
 
 
