@@ -6,7 +6,8 @@ needs a C compiler for that.
 
 Selecting goes in two steps. `_scan_*` has a part of a token's row in registers, and notes in which groups of a few
 features there is something to keep: of a TopK it finds the k-th largest, without a sort, by counting how many reach a
-guess, and guessing better. `_write_*` looks at these groups again and writes the codes to their places.
+guess, and guessing better, first among the largest of the groups, which are few. `_write_*` looks at these groups again and
+writes the codes to their places.
 
 Names: as in `select`; `p` parts of rows, `g` groups of features, or pairs of image and feature; `key` an int32 in the order
 of the floats.
@@ -26,8 +27,8 @@ PART_ABOVE = 2**12
 GROUP, GROUP_ABOVE = 16, 8
 """Features of a group: where few are kept, and where some hundredths are."""
 GROUPS_AT_ONCE = 64
-HALVINGS = 24
-"""Guesses midway between two floats, which suit scores; after them midway between two keys, which always ends."""
+GUESSES = 24
+"""Guesses that suit scores; after them midway between two keys, which always ends."""
 CODES_AT_ONCE = 1024
 EXACT = {"enable_fp_fusion": False}
 """Results are those of plain torch, to the bit: no product is fused with a sum."""
@@ -73,7 +74,7 @@ def _strongest(h_bs: Tensor, k: int, n_parts: int, width: int) -> tuple[Tensor, 
     shift = 16 if h_bs.dtype == torch.bfloat16 else 0  # whose keys end in 16 equal bits
     _scan_strongest[grid](
         h_bs, group_pg, noted_3p, d_sae, width, k,
-        SIZE=size, GROUP=GROUP, HALVINGS=HALVINGS, SHIFT=shift, num_warps=_warps(size, 64), **EXACT,
+        SIZE=size, GROUP=GROUP, GUESSES=GUESSES, SHIFT=shift, num_warps=_warps(size, 64), **EXACT,
     )  # fmt: skip
     n_groups = min(GROUPS_AT_ONCE, size // GROUP)
     _write_strongest[grid](
@@ -110,7 +111,8 @@ def select_above(h_bs: Tensor, threshold_s: Tensor) -> tuple[Tensor, Tensor, Ten
     n_groups = min(GROUPS_AT_ONCE, size // GROUP_ABOVE)
     _write_above[grid](
         h_bs, threshold_s, group_pg, noted_2p, end_p, token_n, feature_n, value_n, d_sae, width,
-        N_GROUPS=size // GROUP_ABOVE, AT_ONCE=n_groups, GROUP=GROUP_ABOVE, num_warps=_warps(n_groups * GROUP_ABOVE, 16), **EXACT,
+        N_GROUPS=size // GROUP_ABOVE, AT_ONCE=n_groups, GROUP=GROUP_ABOVE, num_warps=_warps(n_groups * GROUP_ABOVE, 16),
+        **EXACT,
     )  # fmt: skip
     return token_n, feature_n, value_n
 
@@ -170,18 +172,44 @@ def _load(row, column, stop):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _note_groups(group, kept, N_GROUPS: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+def _largest_of_groups(x, N_GROUPS: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.max(tl.reshape(x, (N_GROUPS, GROUP)), 1)
+
+
+@triton.jit
+def _note_groups(group, some_g, N_GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Write the numbers of the groups that have something to keep; return how many they are."""
-    some_g = tl.max(tl.reshape(kept.to(tl.int32), (N_GROUPS, GROUP)), 1)
     n_g = tl.cumsum(some_g, 0)
     tl.store(group + n_g - 1, tl.arange(0, N_GROUPS), mask=some_g > 0)
     return tl.max(n_g, 0)
 
 
 @triton.jit
+def _raise_low(key, low, n_low, high, k, most, GUESSES: tl.constexpr, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Raise `low`, which `n_low` keys reach, until no more than `most` do, but k or more; or to one that `most` equal."""
+    n_high = tl.full((), 0, tl.int32)  # so many reach `high`: fewer than k
+    n_guesses = 0
+    while (n_low > most) & (low + 1 < high):
+        guess = (low >> 1) + (high >> 1) + (low & high & 1)
+        if n_guesses < GUESSES:  # as if the logarithm of how many reach a float fell evenly
+            share = tl.log(n_low / k) / tl.log(n_low / tl.maximum(n_high.to(tl.float32), 0.5))
+            between = (1 - share) * _float(low << SHIFT) + share * _float((high - 1) << SHIFT)
+            guess = tl.minimum(tl.maximum(_key(between) >> SHIFT, low + 1), high - 1)
+        n_guesses += 1
+        n_guess = tl.sum((key >= guess).to(tl.int32), 0)
+        if n_guess >= k:
+            low = guess
+            n_low = n_guess
+        else:
+            high = guess
+            n_high = n_guess
+    return low, n_low
+
+
+@triton.jit
 def _scan_strongest(  # type: ignore[no-untyped-def]
     h, group, noted, n_features, width, k,
-    SIZE: tl.constexpr, GROUP: tl.constexpr, HALVINGS: tl.constexpr, SHIFT: tl.constexpr,
+    SIZE: tl.constexpr, GROUP: tl.constexpr, GUESSES: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     n_all_parts = tl.num_programs(0) * tl.num_programs(1)
@@ -190,27 +218,19 @@ def _scan_strongest(  # type: ignore[no-untyped-def]
     stop = tl.minimum(first + width, n_features)
     column = first + tl.arange(0, SIZE)
     key = _key(_load(row, column, stop)) >> SHIFT
-    # At least k keys are `low` or more, `n_low`; fewer are `high` or more.
     low = tl.min(tl.where(column < stop, key, 0x7FFFFFFF), 0)
-    high = tl.max(key, 0) + 1
     n_low = stop - first
-    n_guesses = 0
-    while (n_low > k) & (low + 1 < high):
-        guess = (low >> 1) + (high >> 1) + (low & high & 1)
-        if n_guesses < HALVINGS:
-            middle = 0.5 * _float(low << SHIFT) + 0.5 * _float((high - 1) << SHIFT)
-            guess = tl.minimum(tl.maximum(_key(middle) >> SHIFT, low + 1), high - 1)
-        n_guesses += 1
-        n_guess = tl.sum((key >= guess).to(tl.int32), 0)
-        if n_guess >= k:
-            low = guess
-            n_low = n_guess
-        else:
-            high = guess
+    largest_g = _largest_of_groups(key, SIZE // GROUP, GROUP)
+    high = tl.max(largest_g, 0) + 1
+    n_groups = (stop - first) // GROUP
+    if k <= n_groups:  # what the largest of k groups reach, k keys do, and hardly more
+        low, _ = _raise_low(largest_g, low, tl.sum((largest_g >= low).to(tl.int32), 0), high, k, k + k // 8, GUESSES, SHIFT)
+        n_low = tl.sum((key >= low).to(tl.int32), 0)
+    low, n_low = _raise_low(key, low, n_low, high, k, k, GUESSES, SHIFT)
     n_equal = k
     if n_low > k:  # of those that are equal to the k-th largest only the first are kept
         n_equal = k - tl.sum((key > low).to(tl.int32), 0)
-    n_noted = _note_groups(group + part.to(tl.int64) * (SIZE // GROUP), key >= low, SIZE // GROUP, GROUP)
+    n_noted = _note_groups(group + part.to(tl.int64) * (SIZE // GROUP), (largest_g >= low).to(tl.int32), SIZE // GROUP)
     tl.store(noted + part, n_noted)
     tl.store(noted + n_all_parts + part, low)
     tl.store(noted + 2 * n_all_parts + part, n_equal)
@@ -258,7 +278,8 @@ def _scan_above(h, threshold, group, noted, n_features, width, SIZE: tl.constexp
     stop = tl.minimum(first + width, n_features)
     column = first + tl.arange(0, SIZE)
     kept = _load(row, column, stop) > tl.load(threshold + column, mask=column < stop, other=0.0)
-    n_noted = _note_groups(group + part.to(tl.int64) * (SIZE // GROUP), kept, SIZE // GROUP, GROUP)
+    some_g = _largest_of_groups(kept.to(tl.int32), SIZE // GROUP, GROUP)
+    n_noted = _note_groups(group + part.to(tl.int64) * (SIZE // GROUP), some_g, SIZE // GROUP)
     tl.store(noted + part, n_noted)
     tl.store(noted + tl.num_programs(0) * tl.num_programs(1) + part, tl.sum(kept.to(tl.int32), 0))
 

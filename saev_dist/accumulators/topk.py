@@ -153,12 +153,13 @@ class _SlotsOnDevice:
         self.values_sk, self.places_sk = values_sk.to(device), places_sk.to(device)
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._n_waiting = 0
+        self._raise_bar()
 
     def update(self, codes: DeviceCodes, rank_by: RankBy) -> None:
         token_n, feature_n, value_n = codes.token_n, codes.feature_n, codes.value_n
-        bar_n = self.values_sk[:, -1].clamp(min=0)[feature_n]  # an empty slot, too, takes only what is above zero
+        bar_n = self._bar_s[feature_n]
         # Few exceed the bar; of those that tie with it, fewer still are from an earlier place.
-        first_n = token_n + codes.img_i * codes.n_patches < self.places_sk[:, -1][feature_n]
+        first_n = token_n + codes.img_i * codes.n_patches < self._bar_place_s[feature_n]
         kept_x = ((value_n > bar_n) | ((value_n == bar_n) & first_n)).nonzero().squeeze(1)
         token_n, feature_n, value_n = token_n[kept_x], feature_n[kept_x], value_n[kept_x]
         if rank_by == "image":  # the first of the strongest of each feature and image; tokens ascend
@@ -196,6 +197,12 @@ class _SlotsOnDevice:
         first_s1 = torch.searchsorted(key_n, feature_s << 31)[:, None]
         strongest_sk = order_n[first_s1 + torch.arange(top_k, device=first_s1.device)]  # each feature has so many, its slots
         self.values_sk, self.places_sk = value_n[strongest_sk], place_n[strongest_sk]
+        self._raise_bar()
+
+    def _raise_bar(self) -> None:
+        """Note the score that must be exceeded for a slot, and the place of the slot's holder."""
+        self._bar_s = self.values_sk[:, -1].clamp(min=0)  # an empty slot, too, takes only what is above zero
+        self._bar_place_s = self.places_sk[:, -1].contiguous()
 
 
 def _strongest(values_rw: Tensor, places_rw: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,9 @@ from saev_dist.plan import Batch, Intervals, Plan
 MAX_VIEWS = 1024  # IOV_MAX of Linux
 MAX_GAP_BYTES = 64 * 1024  # a smaller gap costs less to read than another system call
 MAX_THREADS = 8
+PARTS_PINNED = 3
+"""Parts of a batch that are read side by side where a GPU waits for it: from the page cache a thread reads 4 GB a second."""
+MIN_PART_BYTES = 4 * 1024 * 1024
 
 
 class Reader:
@@ -67,29 +71,39 @@ class Reader:
         """Time for which the consumer waited."""
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
-        n_floats = self.plan.examples_per_batch * self.shards.n_patches * self.shards.d_model
+        per_example = self.shards.n_patches * self.shards.d_model
+        n_floats = self.plan.examples_per_batch * per_example
         n_batches = sum(stop - first for first, stop in self.todo)
         free = [torch.empty(n_floats, pin_memory=self.pin) for _ in range(min(self.depth + self.hold + 1, n_batches))]
         held: deque[Tensor] = deque()
         bad_shards: set[int] = set()
-        pending: deque[tuple[Batch, Tensor, Future[None]]] = deque()
+        pending: deque[tuple[Batch, Tensor, list[Future[None]]]] = deque()
         queue = (self.plan[index] for first, stop in self.todo for index in range(first, stop))
-        pool = ThreadPoolExecutor(min(self.depth, MAX_THREADS), thread_name_prefix="reader")
+        n_parts = PARTS_PINNED if self.pin else 1
+        pool = ThreadPoolExecutor(min(self.depth * n_parts, MAX_THREADS), thread_name_prefix="reader")
 
         def read_ahead() -> None:
             while len(pending) < self.depth and (batch := next(queue, None)) is not None:
                 buffer = free.pop()
                 # A shard that has failed once despite patience would cost minutes more with each of its batches.
                 patient = batch.shard_i not in bad_shards
-                pending.append((batch, buffer, pool.submit(read_batch, self.shards, batch, buffer, patient=patient)))
+                parts = _parts(batch, self.shards, n_parts)
+                places = [buffer[(part.example_i - batch.example_i) * per_example :] for part in parts]
+                futures = [
+                    pool.submit(read_batch, self.shards, part, place, patient=patient)
+                    for part, place in zip(parts, places, strict=True)
+                ]
+                pending.append((batch, buffer, futures))
 
         try:
             read_ahead()
             while pending:
-                batch, buffer, done = pending.popleft()
+                batch, buffer, futures = pending.popleft()
                 began = time.perf_counter()
+                wait(futures)  # for all: the buffer may be used again
                 try:
-                    done.result()
+                    for future in futures:
+                        future.result()
                 except DataError as err:
                     if not self.skip_bad:
                         raise
@@ -108,6 +122,18 @@ class Reader:
                     free.append(held.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _parts(batch: Batch, shards: Shards, most: int) -> list[Batch]:
+    """The batch in at most so many runs of its examples, none of them small."""
+    n_parts = max(1, min(most, batch.n_examples, batch.n_examples * shards.content_bytes // MIN_PART_BYTES))
+    step = -(-batch.n_examples // n_parts)
+    return [
+        replace(
+            batch, example_i=batch.example_i + first, img_i=batch.img_i + first, n_examples=min(step, batch.n_examples - first)
+        )
+        for first in range(0, batch.n_examples, step)
+    ]
 
 
 def read_batch(shards: Shards, batch: Batch, buffer: Tensor, *, patient: bool = True) -> None:
