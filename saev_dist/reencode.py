@@ -23,6 +23,7 @@ from saev_dist.errors import RunError
 from saev_dist.finished import FinishedRun
 from saev_dist.plan import Intervals, Plan
 from saev_dist.sae.encoder import ActivationOverflow, Encoder
+from saev_dist.sae.model import GroupMax, TopK
 
 # Largest difference of two evaluations of one score, in shares of the sum of its terms' magnitudes. Products are rounded
 # at 2^-24 (fp32), 2^-11 (tf32) and 2^-9 (bf16) of each term; the rest is room for the sum's own rounding.
@@ -109,7 +110,7 @@ def _checked(
     distance_n = np.abs(values_mp[row_n, slots_n["patch_i"]] - slots_n["score"])
     for n in np.flatnonzero(~(distance_n <= allowed_n)):
         slot, found = slots_n[n], values_mp[row_n[n], slots_n[n]["patch_i"]]
-        if not _is_on_edge(encoder, acts_pd, slot, float(allowed_n[n])):
+        if not _is_on_edge(encoder, acts_pd, slot, float(allowed_n[n]), TOLERANCE[run.precision]):
             where = f"feature {slot['feature']}, slot {slot['slot']} (image {img_i}, patch {slot['patch_i']})"
             raise RunError(
                 f"{run.dpath}: {where} is stored as {slot['score']:.7g}; encoded again it is {found:.7g}, "
@@ -124,18 +125,23 @@ def _checked(
     return Image(img_i=img_i, slots_n=slots_n, feature_m=feature_m, values_mp=values_mp)
 
 
-def _is_on_edge(encoder: Encoder, acts_pd: Tensor, slot: np.void, allowed: float) -> bool:
+def _is_on_edge(encoder: Encoder, acts_pd: Tensor, slot: np.void, allowed: float, tolerance: float) -> bool:
     """Whether rounding alone keeps a stored score out of its token's code.
 
     A code leaves out what does not reach a bound: a threshold, or the k-th largest of its token. A score that all but ties
     with the bound is in the code under one rounding and not under another, as those of a GPU and a CPU are. So its feature
-    is lifted by as much as rounding can move it and the bound against each other; then it must be there.
+    is lifted by as much as rounding can move it and the bound, which may be any feature's score, against each other; then it
+    must be there.
     """
+    patch_i = int(slot["patch_i"])
+    acts_1d = acts_pd[patch_i : patch_i + 1]
     lift = 2 * allowed
+    if isinstance(encoder.sae.activation, TopK | GroupMax):
+        feature_s = torch.arange(encoder.sae.d_sae)
+        lift = allowed + tolerance * float(encoder.magnitude(acts_1d, feature_s).max())
     lift_s = torch.zeros(encoder.sae.d_sae)
     lift_s[int(slot["feature"])] = lift
-    patch_i = int(slot["patch_i"])
-    codes = encoder.encode(acts_pd[patch_i : patch_i + 1], img_i=int(slot["img_i"]), n_patches=1, lift_s=lift_s)
+    codes = encoder.encode(acts_1d, img_i=int(slot["img_i"]), n_patches=1, lift_s=lift_s)
     value_n = codes.value_n[codes.feature_n == int(slot["feature"])]
     return bool(((value_n - float(slot["score"])).abs() <= allowed + lift).any())
 

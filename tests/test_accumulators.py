@@ -238,6 +238,30 @@ def test_image_means_are_the_mean_of_the_three_strongest_patches(group, n_groups
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7 * np.abs(dense).max())
 
 
+@pytest.mark.parametrize("max_places", [1, 2, rows.MAX_PLACES])
+@pytest.mark.parametrize("lowest", [0.0, -1.0], ids=["above zero", "both"])
+def test_image_means_of_features_that_are_in_few_or_all_of_many_patches(monkeypatch, max_places, lowest):
+    monkeypatch.setattr(rows, "MAX_PLACES", max_places)
+    n_imgs, n_patches = 5, 40
+    random = np.random.default_rng(0)
+    dense_eps = random.uniform(lowest, 1, (n_imgs, n_patches, D_SAE)).astype(np.float32).round(2)  # with ties
+    dense_eps *= random.random((n_imgs, 1, D_SAE)) ** 2 > random.random(dense_eps.shape)
+    dense_eps[:, :, 0] = random.uniform(0.5, 1, (n_imgs, n_patches))
+    sizes = np.count_nonzero(dense_eps, axis=1)
+    assert sizes.max() == n_patches > rows.MAX_PLACES and sizes.min() < 4
+    dense_bs = torch.from_numpy(dense_eps).flatten(0, 1)
+    feature_n, token_n = dense_bs.T.nonzero(as_tuple=True)
+    codes = Codes(
+        token_n=token_n, feature_n=feature_n, value_n=dense_bs[token_n, feature_n], img_i=0, n_imgs=n_imgs,
+        n_patches=n_patches, acts_bd=dense_bs,
+    )  # fmt: skip
+    counts, indices, means = rows.image_means(codes, D_SAE)
+    found = np.zeros((n_imgs, D_SAE), np.float32)
+    found[np.repeat(np.arange(n_imgs), counts), indices] = means
+    expected = np.sort(dense_eps, axis=1)[:, -3:].astype(np.float64).mean(axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
 @given(batches(), st.integers(1, 7), st.integers(1, 5))
 def test_samples_are_every_stride_th_token_of_the_whole(group, stride, n_features):
     group = contiguous(group)

@@ -94,18 +94,19 @@ def test_what_could_overflow_is_refused_and_never_lost(kind):
         w_enc_ds=torch.full((4, 200), 1e-3), b_enc_s=torch.zeros(200), w_dec_sd=torch.ones(200, 4), b_dec_d=torch.zeros(4),
         activation=kind, pre_bias=False, source="",
     )  # fmt: skip
-    for bias, value, fine in ((0.0, 8e37, True), (0.0, 3.39e38, False), (3.389e38, 3e38, False), (3.389e38, 1.0, False)):
+    for bias, value, fine in ((0.0, 8e37, True), (0.0, 9e37, False), (3.389e38, 3e38, False), (3.389e38, 1.0, False)):
         plain, screened = (
             Encoder(replace(sae, b_enc_s=torch.full((200,), bias)), CPU, "fp32", 1, screen=how) for how in (False, True)
         )
         acts_bd = torch.full((1, 4), value)
         with plain, screened:
-            expected = plain.encode(acts_bd, img_i=0, n_patches=1)
             if fine:
+                expected = plain.encode(acts_bd, img_i=0, n_patches=1)
                 assert torch.equal(screened.encode(acts_bd, img_i=0, n_patches=1).feature_n, expected.feature_n)
             else:
-                with pytest.raises(ActivationOverflow):
-                    screened.encode(acts_bd, img_i=0, n_patches=1)
+                for encoder in (plain, screened):
+                    with pytest.raises(ActivationOverflow):
+                        encoder.encode(acts_bd, img_i=0, n_patches=1)
 
 
 @pytest.mark.parametrize("kind", [Relu(), TopK(7), GroupMax(8), Threshold(1e5)], ids=str)

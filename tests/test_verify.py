@@ -12,8 +12,9 @@ from saev_dist.choose import choose_slots, deal
 from saev_dist.cli import main
 from saev_dist.config import Extract, Verify
 from saev_dist.finished import FinishedRun
-from saev_dist.reencode import Check, reencode
+from saev_dist.reencode import TOLERANCE, Check, _is_on_edge, reencode
 from saev_dist.sae.encoder import Encoder
+from saev_dist.sae.model import Sae, TopK
 from saev_dist.sae.saev import save_saev
 from tests.ranks import run_ranks
 from tests.synthetic import BATCH_TOPK, RELU, TOPK, dense_codes, make_acts, make_sae, make_shards, make_weights
@@ -199,3 +200,19 @@ def test_a_score_that_its_code_leaves_out_by_more_than_rounding_is_found(tmp_pat
         torch.save(stored[name], out / f"top_{name}.pt")
     line = fails(capsys, "verify", "--run", out, "--features", feature, "--n-features", 0)
     assert f"feature {feature}, slot 0 (image {img_i}, patch {patch_i})" in line and "encoded again it is 0," in line
+
+
+@pytest.mark.parametrize(("ahead", "on_edge"), [(2.0**-10, True), (0.5, False)])
+def test_the_score_that_wins_by_rounding_may_be_the_larger_sum(ahead, on_edge):
+    """Feature 0 is exactly 1; feature 1, of terms of thousands, is ahead by less than they round, or by more."""
+    w_enc = torch.tensor([[1.0, 8192.0], [0.0, 8191.0 - ahead]])
+    sae = Sae(
+        w_enc_ds=w_enc, b_enc_s=torch.zeros(2), w_dec_sd=w_enc.T.contiguous(), b_dec_d=torch.zeros(2), activation=TopK(1),
+        pre_bias=False, source="",
+    )  # fmt: skip
+    acts_pd = torch.tensor([[1.0, -1.0]])
+    slot = np.array([(0, 0, 0, 1.0)], [("feature", int), ("patch_i", int), ("img_i", int), ("score", float)])[0]
+    tolerance = TOLERANCE["fp32"]
+    with Encoder(sae, torch.device("cpu"), "fp32", 1) as encoder:
+        assert encoder.encode(acts_pd, img_i=0, n_patches=1).feature_n.tolist() == [1]
+        assert _is_on_edge(encoder, acts_pd, slot, tolerance * 1.0, tolerance) == on_edge

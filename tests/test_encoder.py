@@ -1,0 +1,120 @@
+"""What the encoder promises of a score: how large activations may be, how far rounding may move it, what lifts it."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from saev_dist.sae.encoder import ActivationOverflow, Encoder
+from saev_dist.sae.model import ConstantNorm, Gated, Given, LayerNorm, Relu, Sae, Threshold, TopK
+
+CPU = torch.device("cpu")
+D_MODEL, D_SAE = 6, 40
+
+
+def make_sae(**fields) -> Sae:
+    random = torch.Generator().manual_seed(0)
+    return Sae(
+        **{
+            "w_enc_ds": torch.randn(D_MODEL, D_SAE, generator=random),
+            "b_enc_s": torch.randn(D_SAE, generator=random),
+            "w_dec_sd": torch.randn(D_SAE, D_MODEL, generator=random),
+            "b_dec_d": torch.zeros(D_MODEL),
+            "activation": Relu(),
+            "pre_bias": False,
+            "source": "",
+        }
+        | fields
+    )
+
+
+def encode(sae: Sae, acts_bd: torch.Tensor, **settings) -> torch.Tensor:
+    """Codes as a table, (b, s)."""
+    with Encoder(sae, CPU, "fp32", 1) as encoder:
+        codes = encoder.encode(acts_bd, img_i=0, n_patches=1, **settings)
+    table_bs = torch.zeros(len(acts_bd), D_SAE)
+    table_bs[codes.token_n, codes.feature_n] = codes.value_n
+    return table_bs
+
+
+GATED = Gated(torch.linspace(0.5, 1e6, D_SAE), torch.linspace(-1, 1, D_SAE))
+UNBOUNDED = [Relu(), TopK(3), Threshold(1.0), GATED]
+
+
+@pytest.mark.parametrize("activation", UNBOUNDED, ids=str)
+def test_no_finite_activation_gives_a_score_that_is_not(activation):
+    """Growing by a little each time: either the scores are finite, or the activations are refused."""
+    sae = make_sae(activation=activation)
+    acts_bd = torch.randn(5, D_MODEL, generator=torch.Generator().manual_seed(1))
+    refused = []
+    for exponent in range(100, 128):
+        large_bd = acts_bd / acts_bd.abs().max() * 1.9 * 2.0**exponent
+        try:
+            assert torch.isfinite(encode(sae, large_bd)).all()
+            refused.append(False)
+        except ActivationOverflow:
+            refused.append(True)
+    assert refused == sorted(refused) and refused[-1] and not refused[0]
+    # no earlier than some factor of 16 below where a score would really overflow
+    gain = float((sae.w_enc_ds.abs().sum(dim=0) * (activation.scale_s.clamp(min=1) if activation is GATED else 1)).max())
+    assert 2.0 ** (100 + refused.index(True)) * gain > 2.0**123
+
+
+def test_bias_counts_towards_the_largest_score():
+    sae = make_sae(b_enc_s=torch.full((D_SAE,), 3e38))
+    with pytest.raises(ActivationOverflow):
+        encode(sae, torch.ones(1, D_MODEL))
+    shifted = make_sae(activation=replace(GATED, b_mag_s=torch.full((D_SAE,), 3e38)))
+    with pytest.raises(ActivationOverflow):
+        encode(shifted, torch.ones(1, D_MODEL))
+
+
+@pytest.mark.parametrize("norm", [LayerNorm(), ConstantNorm()], ids=["layer", "constant"])
+def test_tokens_that_are_normalised_may_be_as_large_as_they_like_and_weights_may_not(norm):
+    acts_bd = torch.randn(3, D_MODEL, generator=torch.Generator().manual_seed(1))
+    sae = make_sae(input_norm=norm)
+    torch.testing.assert_close(encode(sae, acts_bd * 2.0**120), encode(sae, acts_bd * 2.0**60))
+    # weights that no token of norm sqrt(d) may meet
+    with pytest.raises(ActivationOverflow):
+        encode(make_sae(input_norm=norm, w_enc_ds=torch.full((D_MODEL, D_SAE), 5e37)), acts_bd)
+
+
+@pytest.mark.parametrize("activation", [Relu(), Gated(torch.linspace(0.5, 4, D_SAE), torch.linspace(-20, 20, D_SAE))], ids=str)
+@pytest.mark.parametrize(
+    "norm", [None, Given(torch.linspace(-40, 40, D_MODEL), -3.0), LayerNorm()], ids=["raw", "given", "layer"]
+)
+def test_the_magnitude_is_the_sum_of_those_of_a_scores_terms(activation, norm):
+    sae = make_sae(activation=activation, input_norm=norm, pre_bias=True, b_dec_d=torch.linspace(30, -30, D_MODEL))
+    acts_nd, feature_n = torch.randn(D_SAE, D_MODEL, generator=torch.Generator().manual_seed(1)), torch.arange(D_SAE)
+    x_nd, shift_d = acts_nd.double(), sae.b_dec_d.double().abs()
+    if isinstance(norm, Given):  # the mean and the bias are taken off as one number
+        x_nd, shift_d = x_nd * 3, (sae.b_dec_d.double() + norm.mean_d.double() * norm.scale).abs()
+    elif norm:
+        x_nd = norm.apply(acts_nd).double()
+    terms_n = ((x_nd.abs() + shift_d) * sae.w_enc_ds.double().abs().T).sum(dim=1) + sae.b_enc_s.double().abs()
+    if isinstance(activation, Gated):
+        terms_n = terms_n * activation.scale_s + activation.b_mag_s.abs()
+    with Encoder(sae, CPU, "fp32", 1) as encoder:
+        torch.testing.assert_close(encoder.magnitude(acts_nd, feature_n).double(), terms_n, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "activation", [Relu(), TopK(7), Gated(torch.linspace(0.5, 4, D_SAE), torch.full((D_SAE,), 50.0))], ids=str
+)
+def test_a_lift_adds_so_much_to_a_score(activation):
+    """In the units of the score, before it is decided what a code keeps."""
+    sae = make_sae(activation=activation)
+    acts_bd = torch.randn(1, D_MODEL, generator=torch.Generator().manual_seed(1))
+    before_s = encode(sae, acts_bd)[0]
+    for s in range(D_SAE):
+        lift_s = torch.zeros(D_SAE)
+        lift_s[s] = 100.0
+        after_s = encode(sae, acts_bd, lift_s=lift_s)[0]
+        if before_s[s]:
+            assert math.isclose(after_s[s], before_s[s] + 100, rel_tol=1e-5)
+        else:
+            assert after_s[s] > 0
+        if not isinstance(activation, TopK):
+            others = torch.arange(D_SAE) != s
+            assert torch.equal(after_s[others], before_s[others])
