@@ -36,7 +36,9 @@ def shares(x_bd: torch.Tensor, w_ds: torch.Tensor, bias_s: torch.Tensor, thresho
     fast_sb = torch.empty(d_sae, n_tokens, dtype=torch.bfloat16)
     margin = bounds.product(0, bounds.round(x_bd), fast_sb)
     assert len(margin.unknown_x) == 0
-    assert (margin.absolute_b >= 2.0**-110).all()
+    nothing_b = ~x_bd.numpy().any(axis=1) & (not bias_s.any() and not torch.as_tensor(threshold).any())
+    assert ((margin.absolute_b >= 2.0**-110) | nothing_b).all()
+    assert not margin.absolute_b[nothing_b].any()
     everything = np.arange(n_tokens * d_sae)
     candidates = everything % n_tokens, everything // n_tokens, np.full(len(everything), np.inf, np.float32)
     fp32_sb = torch.from_numpy(bounds.recompute(candidates, x_bd)[2]).view(d_sae, n_tokens).double()
@@ -44,7 +46,8 @@ def shares(x_bd: torch.Tensor, w_ds: torch.Tensor, bias_s: torch.Tensor, thresho
     off_sb = torch.stack(
         [fast_sb.double() - (truth_sb - torch.as_tensor(threshold).double().view(-1, 1)) for truth_sb in (fp32_sb, exact_sb)]
     )
-    return off_sb.abs().amax(dim=0) / torch.from_numpy(margin.at(fast_sb.float().numpy(), slice(None))).double()
+    off_sb, margin_sb = off_sb.abs().amax(dim=0), torch.from_numpy(margin.at(fast_sb.float().numpy(), slice(None))).double()
+    return torch.where((off_sb == 0) & (margin_sb == 0), 0.0, off_sb / margin_sb)
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-20, 1.0, 1e15])
@@ -64,6 +67,10 @@ def test_the_bound_is_nearly_reached_where_every_rounding_goes_one_way():
     x_bd, w_ds = torch.full((3, 768), 1 + 2.0**-8), torch.full((768, 5), 1 + 2.0**-8)
     assert 0.6 < shares(x_bd, w_ds, torch.zeros(5)).max() < 1
     assert shares(torch.full((3, 768), 1 + 2.0**-7), torch.full((768, 5), 1 + 2.0**-7), torch.zeros(5)).max() < 1
+
+
+def test_the_bound_covers_offsets_that_the_product_takes_for_zero():
+    assert shares(torch.zeros(3, 8), torch.ones(8, 4), torch.full((4,), 1e-40)).max() < 1
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -243,6 +250,18 @@ def test_a_token_without_codes_and_one_that_is_zero():
     )  # fmt: skip
     with Encoder(sae, CPU, "fp32", 1, screen=True) as one:
         assert len(one.encode(torch.zeros(3, 4), img_i=0, n_patches=3).value_n) == 0
+
+
+@pytest.mark.parametrize(("kind", "most"), [(TopK(4), select.CROWD * 4 + 4), (GroupMax(4), 0), (Relu(), 0)], ids=str)
+def test_of_zero_tokens_little_is_computed_again(kind, most):
+    w_ds = torch.randn(16, 512, generator=torch.Generator().manual_seed(0))
+    sae = Sae(
+        w_enc_ds=w_ds, b_enc_s=torch.zeros(512), w_dec_sd=w_ds.T, b_dec_d=torch.zeros(16), activation=kind, pre_bias=False,
+        source="",
+    )  # fmt: skip
+    with Encoder(sae, CPU, "fp32", 1, screen=True) as one:
+        assert len(one.encode(torch.zeros(100, 16), img_i=0, n_patches=5).value_n) == 0
+    assert one.recomputed_per_token <= most
 
 
 def test_a_product_that_is_worse_than_the_bound_stops_the_run(monkeypatch):

@@ -57,11 +57,16 @@ def test_the_sieve_and_whole_blocks_keep_what_a_loop_keeps(kind, block, step, sp
         if often:  # bars rise and losers are forgotten at every block
             patch.setattr(select, "MAX_FEATURES_UNSEEN", 1)
             patch.setattr(select, "CROWD", 0)
-        sieve = select.Sieve(kind, threshold, len(block), 12)
+
+        def exact(held: select.Candidates) -> select.Candidates:
+            return held[0], held[1], block[held[0], held[1]]
+
+        sieve = select.Sieve(kind, threshold, len(block), 12, exact if spread else None)
         random = np.random.default_rng(0)
         margin = select.Margin(
             random.random(len(block), np.float32) * np.float32(spread), 2.0**-8, np.array([1][: int(spread)], np.int64)
         )
+        margin.absolute_b[~block.any(axis=1)] = 0  # zeros may be known exactly
         noise = random.uniform(-0.99, 0.99, block.T.shape) * margin.at(block.T, slice(None))
         if is_bf16:
             noise *= 0.49  # rounding may add as much
@@ -99,16 +104,70 @@ def test_bfloat16_is_compared_as_its_bits(bits, bound, is_near):
     assert (select._floats(bits) == h_cw).all()
 
 
-def test_the_sieve_forgets_what_has_lost():
-    """Ascending features are the worst case of TopK: each beats all before it."""
-    sieve = select.Sieve(TopK(2), 0.0, 5, 1_000)
-    for first in range(0, 1_000, 10):
-        sieve.take(first, np.arange(first, first + 10, dtype=np.float32)[:, None].repeat(5, axis=1))
-        assert len(sieve.candidates()[0]) <= 5 * (2 * select.CROWD + 10)
-    token_n, feature_n, _ = candidates = sieve.candidates()
-    kept_n = select.keep(TopK(2), 0.0, candidates, 5, 1_000)
-    assert feature_n[kept_n].tolist() == [998] * 5 + [999] * 5
-    assert token_n[kept_n].tolist() == [*range(5)] * 2
+def ascending(n_tokens: int) -> np.ndarray:
+    """Each feature beats all before it; (s, b)."""
+    return np.arange(1_000, dtype=np.float32)[:, None].repeat(n_tokens, axis=1)
+
+
+def one_tied(n_tokens: int) -> np.ndarray:
+    """Distinct scores, but for one token's."""
+    h_sb = np.random.default_rng(0).permutation(1_000 * n_tokens).astype(np.float32).reshape(1_000, n_tokens)
+    h_sb[:, 3] = 7
+    return h_sb
+
+
+HARD = {
+    "ascending": ascending(40),
+    "zeros": np.zeros((1_000, 40), np.float32),
+    "equal": np.full((1_000, 40), 3, np.float32),
+    "negative": np.full((1_000, 40), -3, np.float32),
+    "zeros above negatives": np.repeat(np.float32([[-1], [0], [-2], [0]]), 250, axis=0).repeat(40, axis=1),
+    "one tied": one_tied(40),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("kind", [TopK(2), TopK(5), GroupMax(5)], ids=str)
+@pytest.mark.parametrize("spread", [None, 0.25, 2e6], ids=["exact", "margin", "unknowable"])
+def test_a_token_holds_few_candidates_however_many_tie(monkeypatch, name, kind, spread):
+    """Nor are more noted at a time, made exact at a time, or laid out in a table as wide as what one token has."""
+    h_sb = HARD[name]
+    n_tokens, most, n_noted, n_made_exact, table_widths = h_sb.shape[1], select.CROWD * kind.k, [0], [0], [0]
+    where, table = select._where, select._table
+
+    def where_counted(mask_cw):
+        flat_n = where(mask_cw)
+        n_noted.append(len(flat_n))
+        return flat_n
+
+    def table_measured(*args):
+        table_bw, column_n = table(*args)
+        if len(table_bw) == n_tokens:
+            table_widths.append(table_bw.shape[1])
+        return table_bw, column_n
+
+    def exact(held):
+        n_made_exact.append(len(held[0]))
+        return held[0], held[1], h_sb[held[1], held[0]]
+
+    monkeypatch.setattr(select, "_where", where_counted)
+    monkeypatch.setattr(select, "_table", table_measured)
+    margin = select.Margin(np.full(n_tokens, spread, np.float32), 0.0, np.empty(0, np.int64)) if spread else None
+    sieve = select.Sieve(kind, 0.0, n_tokens, 1_000, exact if margin else None)
+    for first in range(0, 1_000, 200):
+        sieve.take(first, h_sb[first : first + 200].copy(), margin)
+        assert np.bincount(np.concatenate([token_n for token_n, _, _ in sieve._found])).max(initial=0) <= most
+    noted_at_a_time = most if isinstance(kind, TopK) else 200  # no group lies in two blocks
+    assert max(n_noted) <= noted_at_a_time * n_tokens
+    assert max(n_made_exact) <= (most + noted_at_a_time) * n_tokens
+    if name == "one tied" and spread is None:
+        assert max(table_widths) <= most + kind.k
+    if name in ("zeros", "negative") and isinstance(kind, GroupMax) and spread is None:
+        assert max(n_noted) == 0
+    candidates = exact(sieve.candidates())
+    kept_n = select.keep(kind, 0.0, candidates, n_tokens, 1_000)
+    expected = {(b, s) for b, row in enumerate(h_sb.T.tolist()) for s in by_loop(row, kind)}
+    assert {*zip(candidates[0][kept_n].tolist(), candidates[1][kept_n].tolist(), strict=True)} == expected
 
 
 @given(st.lists(st.integers(0, 2**33 - 1), max_size=30), st.integers(1, 7))

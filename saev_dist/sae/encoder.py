@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import pairwise
 from types import TracebackType
 from typing import Self
@@ -297,7 +298,8 @@ class Encoder:
         n_tokens, d_sae, activation = len(x_bd), self.sae.d_sae, self.sae.activation
         _, n_first, step = block_shape(n_tokens, activation, d_sae, self.device)
         threshold: Bound = self._threshold.float().numpy() if isinstance(self._threshold, Tensor) else self._threshold
-        sieve = Sieve(activation, 0.0 if self._screen else threshold, n_tokens, d_sae)
+        exact = partial(self._screen.recompute, x_bd=x_bd) if self._screen else None
+        sieve = Sieve(activation, 0.0 if self._screen else threshold, n_tokens, d_sae, exact)
         rounded = self._screen.round(x_bd) if self._screen else None
         # Features are rows, so that codes are found in their final order; rows begin at cache lines, or the product is slow.
         width = -(-n_tokens // 16) * 16
@@ -314,9 +316,9 @@ class Encoder:
                 torch.addmm(bias_s[first:stop, None], self._w_ds[:, first:stop].T, x_bd.T, out=out_cb)
             sieve.take(first, (h_cw if dtype == torch.float32 else h_cw.view(torch.int16)).numpy(), margin)
         candidates = sieve.candidates()
-        if self._screen:
-            candidates = self._screen.recompute(candidates, x_bd)
-        if self._screen or isinstance(activation, TopK | GroupMax):  # of the others every candidate is a code
+        if exact:
+            candidates = exact(candidates)
+        if exact or isinstance(activation, TopK | GroupMax):  # of the others every candidate is a code
             kept_n = keep(activation, threshold, candidates, n_tokens, d_sae)
             candidates = candidates[0][kept_n], candidates[1][kept_n], candidates[2][kept_n]
         token_n, feature_n, value_n = (torch.from_numpy(part) for part in candidates)

@@ -9,7 +9,8 @@ x.w + o, and so no further apart than the sum of
                                       (Higham, "Accuracy and Stability of Numerical Algorithms", eq. 3.5); with the larger
                                       of |x| and |x^|, and of |w| and |w^|
     |o - o^|                          o^ is two bfloat16 numbers, columns of w^ whose tokens are 1
-    2^-110 (1 + |x|) (1 + |w|)        of numbers below 2^-126, which the product may take for 0; for d up to 2^15
+    2^-110 (1 + |x|) (1 + |w|)        of numbers below 2^-126, which the product may take for 0; for d up to 2^15; not where
+                                      x and o are 0, and both entries too
     2^-8 |h^|                         of rounding the result
 
 The norms are taken of the numbers at hand, not of the worst ones. A block shares one bound for w and o, the largest of its
@@ -105,6 +106,8 @@ class Screen:
         x_be = torch.ones(n_tokens, self._w_se.shape[1], dtype=torch.bfloat16)
         x_be[:, :d_model] = x_bd
         off_b, norm_b = _norms(x_be[:, :d_model].float() - x_bd), _norms(x_bd)
+        with self._lock:
+            self._n_tokens += n_tokens
         return Rounded(x_be, off_b, norm_b + off_b)
 
     def product(self, first: int, tokens: Rounded, out_cb: Tensor) -> Margin:
@@ -132,12 +135,13 @@ class Screen:
         w_off, w_norm, o_off, o_size = parts
         w_size = w_norm + w_off
         sums = (4 * self._w_sd.shape[1] + 16) * 2.0**-24 * (size * w_size + o_size)
-        bound: NDArray[np.float64] = size * w_off + off * w_norm + sums + o_off + 2.0**-110 * (1 + size) * (1 + w_size)
+        tiny = 2.0**-110 * ((size > 0) | (o_size > 0)) * (1 + size) * (1 + w_size)
+        bound: NDArray[np.float64] = size * w_off + off * w_norm + sums + o_off + tiny
         return bound
 
     @property
     def recomputed_per_token(self) -> float:
-        """Entries that passed so far."""
+        """Entries that passed so far; one that passed early may count twice."""
         return self._n_recomputed / max(1, self._n_tokens)
 
     def recompute(self, candidates: Candidates, x_bd: Tensor) -> Candidates:
@@ -148,7 +152,6 @@ class Screen:
         """
         token_n, feature_n, most_n = candidates
         with self._lock:
-            self._n_tokens += len(x_bd)
             self._n_recomputed += len(token_n)
         ends_s = np.bincount(feature_n, minlength=len(self._w_sd)).cumsum()
         wanted_sb = torch.sparse_csr_tensor(

@@ -8,7 +8,9 @@ Names: `b` tokens, `c` features of a block, `s` all features, `k` kept or groups
 candidates of a token, `n` candidates or codes, `x` some of them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -32,7 +34,9 @@ MAX_FEATURES_UNSEEN = 4096
 UNKNOWN, UNKNOWN_BITS = np.float32(-(2.0**127)), np.uint16(0xFF00).astype(np.int16)
 """In place of an entry that is not known: below all that are, so that it raises no bar."""
 CROWD = 8
-"""Candidates a code at which those that lost meanwhile are forgotten; it bounds their number."""
+"""Candidates a code at which a token's are thinned out; it bounds their number."""
+POSITIVE = np.nextafter(np.float32(0), np.float32(1))
+"""The least of all numbers above 0."""
 
 
 # ---- on the CPU
@@ -46,7 +50,7 @@ class Margin:
     """
 
     absolute_b: NDArray[np.float32]
-    """At least 2^-110: smaller ones have no room for the rounding of `cut`."""
+    """At least 2^-110: smaller ones have no room for the rounding of `cut`. Or 0: all entries of the token are 0, exactly."""
     relative: float
     unknown_x: NDArray[np.int64]
     """Rows of the block whose entries may be anything."""
@@ -67,6 +71,11 @@ class Margin:
         cut_b += most_b
         return cut_b
 
+    def of(self, start: int, stop: int) -> "Margin":
+        """Of some rows of the block."""
+        is_there_x = (self.unknown_x >= start) & (self.unknown_x < stop)
+        return replace(self, unknown_x=self.unknown_x[is_there_x] - start)
+
 
 class Sieve:
     """The entries that may be codes, of blocks whose rows are ascending features and whose columns are the tokens.
@@ -75,16 +84,30 @@ class Sieve:
     far: what does not exceed it has lost, for of equals the lower feature wins. It rises when there are k new candidates
     a token, so about as often as the number of features seen doubles.
 
+    Entries that tie, or whose margins overlap, do not lose so. A token that has many is thinned out: its candidates are
+    made exact, and its k best stay. So of TopK and GroupMax a token holds at most `CROWD` k candidates between blocks, and
+    all tokens of TopK twice as many while one is looked at.
+
     Args:
         activation: what keeps entries.
         threshold: of all activations but TopK and GroupMax.
         n_tokens: columns of every block.
         d_sae: features in all.
+        exact: candidates, in their order, with what they are in place of what they are at most. None: they are that.
     """
 
-    def __init__(self, activation: Activation, threshold: Bound, n_tokens: int, d_sae: int) -> None:
-        self.activation, self.threshold, self.n_tokens, self.d_sae = activation, threshold, n_tokens, d_sae
+    def __init__(
+        self,
+        activation: Activation,
+        threshold: Bound,
+        n_tokens: int,
+        d_sae: int,
+        exact: Callable[[Candidates], Candidates] | None = None,
+    ) -> None:
+        self.activation, self.threshold, self.n_tokens, self.d_sae, self._exact = activation, threshold, n_tokens, d_sae, exact
         self._found: list[Candidates] = []
+        self._held_b = np.zeros(n_tokens, np.int64)
+        self._crowd = CROWD * min(activation.k, d_sae) if isinstance(activation, TopK | GroupMax) else 0
         self._bar: _Bar | None = None
         self._mask_cw = np.empty((0, 0), dtype=bool)
 
@@ -107,14 +130,17 @@ class Sieve:
         match self.activation:
             case TopK(k):
                 self._bar = self._bar or _Bar(h_cb, min(k, self.d_sae), margin)
-                bar_b = margin.cut(self._bar.bar_b) if margin else self._bar.bar_b
+                bar_b = self._bar.rise()
+                if margin:
+                    bar_b = margin.cut(bar_b)
                 _exceed(h_cw, _widened(bar_b, width), mask_cw)
             case GroupMax(k):
                 h_gxb = _floats(h_cb).reshape(-1, self.d_sae // k, self.n_tokens)
-                largest_g1b = h_gxb.max(axis=1, keepdims=True)
+                least_g1b = h_gxb.max(axis=1, keepdims=True)
                 if margin:
-                    largest_g1b = margin.cut(largest_g1b - margin.at(largest_g1b, slice(None)))
-                mask_cb[:] = (h_gxb >= largest_g1b).reshape(mask_cb.shape)
+                    least_g1b -= margin.at(least_g1b, slice(None))
+                np.maximum(least_g1b, POSITIVE, out=least_g1b)
+                mask_cb[:] = (h_gxb >= (margin.cut(least_g1b) if margin else least_g1b)).reshape(mask_cb.shape)
             case _:
                 bound = self.threshold
                 if isinstance(bound, np.ndarray):
@@ -125,6 +151,10 @@ class Sieve:
         if margin:
             mask_cw[margin.unknown_x] = True
         mask_cw[:, self.n_tokens :] = False
+        if isinstance(self.activation, TopK) and n_features > 1 and np.count_nonzero(mask_cw) > self._crowd * self.n_tokens:
+            for start, stop in pairwise((0, n_features // 2, n_features)):  # the first half may raise the bar for the other
+                self.take(first + start, h_cw[start:stop], margin.of(start, stop) if margin else None)
+            return
         flat_n = _where(mask_cw)
         row_n = flat_n // width
         token_n = flat_n - row_n * width
@@ -135,18 +165,43 @@ class Sieve:
             high_n, low_n = h_n + margin_n, h_n - margin_n
             high_n[h_n == UNKNOWN] = np.inf
         self._found.append((token_n, row_n + first, high_n))
-        if self._bar is not None:
+        if self._bar:
             self._bar.note(token_n, low_n, n_features)
-            if sum(len(token_n) for token_n, _, _ in self._found) > CROWD * self._bar.k * self.n_tokens:
-                self._found = [self.candidates()]
+        if isinstance(self.activation, TopK | GroupMax):
+            self._held_b += np.bincount(token_n, minlength=self.n_tokens)
+            if self._held_b.max() > self._crowd:
+                self._thin_out(self.activation)
 
     def candidates(self) -> Candidates:
         """What may be a code so far, by feature, then token."""
+        if self._bar:
+            self._bar.rise()
+        return self._held()
+
+    def _held(self) -> Candidates:
         token_n, feature_n, high_n = (np.concatenate(part) for part in zip(*self._found, strict=True))
         if self._bar is None:
             return token_n, feature_n, high_n
         keep_n = np.flatnonzero(high_n >= self._bar.bar_b[token_n])
         return token_n[keep_n], feature_n[keep_n], high_n[keep_n]
+
+    def _thin_out(self, activation: TopK | GroupMax) -> None:
+        """Forget what has lost, and of tokens that hold half a crowd nevertheless all but the best."""
+        token_n, feature_n, high_n = self._held()
+        self._held_b = np.bincount(token_n, minlength=self.n_tokens)
+        is_many_b = self._held_b > self._crowd // 2
+        many_x = np.flatnonzero(is_many_b[token_n])
+        if len(many_x):
+            many = token_n[many_x], feature_n[many_x], high_n[many_x]
+            high_n[many_x] = value_x = self._exact(many)[2] if self._exact else many[2]
+            row_x = (is_many_b.cumsum() - 1)[many[0]]
+            is_best_x = _are_best(activation, (row_x, many[1], value_x), int(is_many_b.sum()), self.d_sae)
+            if self._bar:
+                self._bar.settle(is_many_b, many[0][is_best_x], value_x[is_best_x])
+            keep_n = np.delete(np.arange(len(token_n)), many_x[~is_best_x])
+            token_n, feature_n, high_n = token_n[keep_n], feature_n[keep_n], high_n[keep_n]
+            self._held_b = np.bincount(token_n, minlength=self.n_tokens)
+        self._found = [(token_n, feature_n, high_n)]
 
 
 class _Bar:
@@ -183,6 +238,16 @@ class _Bar:
         self._unseen.append((token_n, low_n))
         self._n_unseen += len(token_n)
         self._n_features_unseen += n_features
+
+    def settle(self, is_settled_b: NDArray[np.bool_], token_n: NDArray[np.int64], value_n: NDArray[np.float32]) -> None:
+        """All that some tokens have left, exactly."""
+        self.top_bk[is_settled_b] = -np.inf
+        unseen_token_n, low_n = (np.concatenate(part) for part in zip(*self._unseen, strict=True))
+        other_x = np.flatnonzero(~is_settled_b[unseen_token_n])
+        self._unseen = [(unseen_token_n[other_x], low_n[other_x]), (token_n, value_n)]
+
+    def rise(self) -> NDArray[np.float32]:
+        """The bar, after it has risen if that was due."""
         if self._n_unseen >= self.k * len(self.bar_b) or self._n_features_unseen >= MAX_FEATURES_UNSEEN:
             token_n, low_n = (np.concatenate(part) for part in zip(*self._unseen, strict=True))
             self._unseen, self._n_unseen, self._n_features_unseen = [], 0, 0
@@ -192,6 +257,7 @@ class _Bar:
             low_bw.partition(width, axis=1)
             self.top_bk = low_bw[:, width:].copy()
             self.bar_b = np.maximum(self.bar_b, self.top_bk[:, 0])
+        return self.bar_b
 
 
 def keep(activation: Activation, threshold: Bound, candidates: Candidates, n_tokens: int, d_sae: int) -> NDArray[np.int64]:
@@ -201,20 +267,27 @@ def keep(activation: Activation, threshold: Bound, candidates: Candidates, n_tok
         activation, threshold, n_tokens, d_sae: as for `Sieve`.
         candidates: in its order, with the exact values.
     """
-    token_n, feature_n, value_n = candidates
-    match activation:
-        case TopK(k):
-            order_n = stable_order(torch.from_numpy(token_n), n_tokens).numpy()
-            kept_n = np.zeros(len(order_n), dtype=bool)
-            kept_n[order_n] = _is_among_k(token_n[order_n], value_n[order_n], min(k, d_sae), n_tokens)
-            return np.flatnonzero(kept_n & (value_n != 0))  # zeros are no codes
-        case GroupMax(k):
-            largest_bk = np.full((n_tokens, k), -np.inf, np.float32)
-            group_n = token_n * k + feature_n // (d_sae // k)
-            np.maximum.at(largest_bk.ravel(), group_n, value_n)
-            best_x = np.flatnonzero((value_n == largest_bk.ravel()[group_n]) & (value_n > 0))
-            return np.sort(best_x[np.unique(group_n[best_x], return_index=True)[1]])
+    _, feature_n, value_n = candidates
+    if isinstance(activation, TopK | GroupMax):
+        return np.flatnonzero(_are_best(activation, candidates, n_tokens, d_sae) & (value_n != 0))  # zeros are no codes
     return np.flatnonzero(value_n > (threshold[feature_n] if isinstance(threshold, np.ndarray) else threshold))
+
+
+def _are_best(activation: TopK | GroupMax, candidates: Candidates, n_tokens: int, d_sae: int) -> NDArray[np.bool_]:
+    """Of exact candidates, whether each is one of those that its token keeps. With TopK zeros take places too."""
+    token_n, feature_n, value_n = candidates
+    are_best_n = np.zeros(len(token_n), dtype=bool)
+    if isinstance(activation, TopK):
+        order_n = stable_order(torch.from_numpy(token_n), n_tokens).numpy()
+        are_best_n[order_n] = _is_among_k(token_n[order_n], value_n[order_n], min(activation.k, d_sae), n_tokens)
+    else:
+        k = activation.k
+        largest_bk = np.full((n_tokens, k), -np.inf, np.float32)
+        group_n = token_n * k + feature_n // (d_sae // k)
+        np.maximum.at(largest_bk.ravel(), group_n, value_n)
+        best_x = np.flatnonzero((value_n == largest_bk.ravel()[group_n]) & (value_n > 0))
+        are_best_n[best_x[np.unique(group_n[best_x], return_index=True)[1]]] = True
+    return are_best_n
 
 
 def _is_among_k(token_n: NDArray[np.int64], value_n: NDArray[np.float32], k: int, n_tokens: int) -> NDArray[np.bool_]:
