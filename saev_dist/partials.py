@@ -94,7 +94,7 @@ def write(dpath: Path, partial: Partial, state: State) -> None:
     """Put a partial in place; its spill files must be on the disk.
 
     Raises:
-        OSError: the disk does not take it; nothing has changed then.
+        OSError: the disk does not take it; then the one before counts, or this one already does.
     """
     fpath, unfinished = dpath / partial.name, dpath / f"{partial.name}.tmp"
     digest = hashlib.sha256()
@@ -213,10 +213,11 @@ def newest(dpath: Path) -> list[Partial]:
         DamagedError: one is none. RunError: it cannot be read.
     """
     by_owner: dict[str, Partial] = {}
-    for name in names(dpath):  # sorted: the numbers of an owner ascend
+    for name in names(dpath):
         with reading(dpath / name):
             partial = read_header(dpath / name)
-        by_owner[partial.owner] = partial
+        if partial.number >= by_owner.get(partial.owner, partial).number:
+            by_owner[partial.owner] = partial
     for absorbed in {owner for partial in by_owner.values() for owner in partial.absorbed}:
         by_owner.pop(absorbed, None)
     return list(by_owner.values())

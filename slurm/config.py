@@ -96,6 +96,15 @@ class Launcher:
                 raise ConfigError(f"--slurm-args takes KEY=VALUE with a long option of sbatch as KEY, got {text!r}.")
 
     @property
+    def of_no_effect(self) -> list[str]:
+        """Flags that were given and mean nothing without Slurm."""
+        if self.cluster == "slurm":
+            return []
+        names = ["partition", "account", "qos", "mem_gb", "constraint", "exclude", "slurm_args"]
+        names += ["setup"] if self.cluster == "debug" else []
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name)]
+
+    @property
     def ranks_per_node(self) -> int:
         return self.tasks_per_node or max(1, self.gpus_per_node)
 

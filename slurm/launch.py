@@ -14,7 +14,7 @@ import tyro
 
 from saev_dist.cli import quiet_pipe, with_toml
 from saev_dist.config import Extract, Replay
-from saev_dist.errors import ConfigError, SaevDistError
+from saev_dist.errors import ConfigError, SaevDistError, warn
 from saev_dist.files import writing
 from saev_dist.sae.hub import is_hub_name
 from slurm.config import Cancel, Launcher, Status
@@ -101,6 +101,8 @@ def launch(launcher: Launcher, extracts: Sequence[Extract], replays: Sequence[Re
     _check_inputs([*todo, *at_once])
     for batch in (todo, at_once):
         _check_free(batch)
+    if launcher.of_no_effect:
+        warn(f"--cluster {launcher.cluster} takes no notice of {', '.join(launcher.of_no_effect)}.")
     if launcher.cluster != "slurm":
         return _run_one_by_one(launcher, [*at_once, *todo], later)
     jobs: list[Job] = []

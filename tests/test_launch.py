@@ -221,9 +221,11 @@ def test_where_there_is_no_slurm_it_says_so(tmp_path, args):
 def test_local_ranks_have_the_bytes_of_one_process_and_the_gallery_follows(tmp_path, args):
     run = tmp_path / 'a "run" of it\'s own'
     done = launch(
-        "--cluster", "local", "--gpus-per-node", 2, "pipeline", *args, "--out", run, "--", "--no-pictures", "--n-features", 3
-    )
+        "--cluster", "local", "--gpus-per-node", 2, "--partition", "gpu", "--mem-gb", 9, "--setup", "true", "pipeline", *args,
+        "--out", run, "--", "--no-pictures", "--n-features", 3,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "warning: --cluster local takes no notice of --partition, --mem-gb.\n" in done.stderr
     assert re.search(r"extract \d+ done.*tokens +115 of 23 images.*replay \d+ done.*gallery", done.stdout, re.S)
     assert [job.kind for job in launched(run)] == ["extract", "replay"]
     assert re.findall(r"^  (\w+) \d+  done: ", launch("status", "--run", run).stdout, re.M) == ["extract", "replay"]

@@ -419,6 +419,13 @@ def test_a_damaged_partial_is_set_aside_and_computed_again(tmp_path, server, who
     assert artifact_hashes(out) == expected
 
 
+def test_the_newest_partial_is_told_by_its_number_not_by_its_name(tmp_path):
+    for number in (999_999, 1_000_000):
+        partial = partials.Partial(fingerprint="f", owner="00000-x", number=number, absorbed=(), segments=(), tensors={})
+        partials.write(tmp_path, partial, {})
+    assert [partial.number for partial in partials.newest(tmp_path)] == [1_000_000]
+
+
 def test_a_partial_of_another_run_is_refused(tmp_path, server, whole):
     args, _, _ = whole
     fpath = unfinished(server, args, tmp_path / "a")
