@@ -282,7 +282,7 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
         n_done=n_before,
     )
     clock = Clock()
-    began = time.perf_counter()
+    began, n_done = time.perf_counter(), 0
 
     def state() -> dict[str, Tensor]:
         return bundle.state_dict() | ({SAEV_PERCENTILE: saev_percentile.estimate_s} if saev_percentile else {})
@@ -327,6 +327,7 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
             with clock("snapshot"):
                 keeper.save_if_due(state)
             progress.advance(batch.n_examples * shards.n_patches)
+            n_done += batch.n_examples * shards.n_patches
         with clock("snapshot"):
             keeper.save(state())
     seconds = max(time.perf_counter() - began, 1e-9)
@@ -334,10 +335,10 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
         "rank": world.rank,
         "host": platform.node(),
         "n_batches": sum(stop - first for first, stop in share.todo),
-        "n_tokens": n_tokens,
+        "n_tokens": n_done,
         "n_tokens_before": n_before,
         "stream_s": seconds,
-        "tokens_per_s": n_tokens / seconds,
+        "tokens_per_s": n_done / seconds,
         "read_gb_per_s": reader.n_bytes / seconds / 1e9,
         "read_wait_s": reader.wait_s,
         "recomputed_per_token": encoder.recomputed_per_token,

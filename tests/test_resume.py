@@ -786,6 +786,9 @@ def test_a_shard_that_cannot_be_read_stops_the_run_or_is_left_out(tmp_path, serv
     assert codes == [1] and "acts000002.bin: cannot read: Input/output error" in output
     codes, output = server.run(*args, tmp_path / "run", "--skip-bad-shards", fault=fault, roots=roots)
     assert codes == [0] and "images of 1 bad shards: acts000002.bin" in output
+    codes, output = server.run(*args, tmp_path / "other", "--skip-bad-shards", fault=fault, roots=roots)
+    manifest = json.loads((tmp_path / "other/manifest.json").read_bytes())
+    assert sum(rank["n_tokens"] for rank in manifest["ranks"]) == manifest["metrics"]["n_tokens"] < 115
     codes, output = server.run(*args, tmp_path / "b", fault=fault, roots=roots)
     assert codes == [1]
     codes, output = server.run(*args, tmp_path / "b")  # the disk has been mended
