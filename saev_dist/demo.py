@@ -14,6 +14,7 @@ Names: `e` images, `p` patches, `x` values of a patch with its surroundings, `d`
 import importlib.util
 import math
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -130,7 +131,7 @@ def _run(cfg: Demo, source_dpath: Path) -> None:
         progress=cfg.progress,
     )
     print("4. Extract, as you would on your own shards:")
-    command = f"saev-dist extract --shards {shards_dpath} --sae {sae_fpath} --out {job.out}"
+    command = f"saev-dist extract --shards {_quoted(shards_dpath)} --sae {_quoted(sae_fpath)} --out {_quoted(job.out)}"
     print(f"   $ {command} --top-k {job.top_k} --rank-by {job.rank_by} --metrics --force", flush=True)
     extract.run(job)
 
@@ -152,13 +153,18 @@ def _run(cfg: Demo, source_dpath: Path) -> None:
         progress=cfg.progress,
     )
     print("5. Replay: encode the winning images again, check their scores, draw heatmaps:")
-    command = f"saev-dist replay --run {gallery.run} --images {images_dpath} --n-features {gallery.n_features}"
+    command = f"saev-dist replay --run {_quoted(gallery.run)} --images {_quoted(images_dpath)}"
+    command += f" --n-features {gallery.n_features}"
     command += f" --n-images {gallery.n_images} --patch-size {gallery.patch_size} --img-scale {gallery.img_scale:g} --force"
     print(f"   $ {command} --features {' '.join(map(str, chosen))}", flush=True)
     replay.run(gallery)
     Image.fromarray(contact_sheet(rows, header)).save(sheet_fpath)  # last: it marks the demo as finished
     print(f"6. Open {gallery.run / 'visuals' / 'index.html'} in a browser: the gallery of features.")
     print(f"   Or look at {sheet_fpath}: a row is a feature, its strongest images side by side.")
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def photographs_dpath() -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from saev_dist.data.shards import Shards, read_layers
 from saev_dist.errors import ConfigError, RunError
 from saev_dist.estimate import gb
 from saev_dist.report import describe_left_out, table
+from saev_dist.sae.hub import is_hub_name
 from saev_dist.sae.load import Overrides, load_sae
 from saev_dist.sae.model import Sae, Threshold
 from saev_dist.selfcheck import examine
@@ -34,6 +36,8 @@ def run(cfg: Inspect) -> None:
     if os.path.exists(cfg.path / "manifest.json") or os.path.exists(cfg.path / "partials"):
         print(table(dict(describe_run(cfg.path))))
         return
+    if not os.path.lexists(cfg.path) and not is_hub_name(cfg.path):
+        raise ConfigError(f"{cfg.path} is not there; inspect takes a directory of shards, an SAE, or a run.")
     loaded = load_sae(cfg.path, Overrides.of(cfg))
     print(table(dict(describe_sae(cfg.path, loaded.sae))))
     if cfg.shards is not None:
@@ -123,8 +127,18 @@ def describe_run(dpath: Path) -> list[tuple[str, str]]:
         ("slots", f"{int(filled.sum()):,} of {filled.numel():,} filled, top_k {top_k}"),
         ("L0", f"{metrics.get('l0', float):.1f}; dead features {n_dead:,} ({n_dead / shape[0]:.1%})"),
         ("world size", str(manifest.get("world_size", int))),
+        ("gallery", describe_gallery(dpath)),
         *([("left out", describe_left_out(parts))] if (parts := manifest.get("left_out", list, [])) else []),
     ]
+
+
+def describe_gallery(dpath: Path) -> str:
+    """Whether a run has been drawn, and how to look at it."""
+    fpath = dpath / "visuals" / "index.html"
+    if os.path.exists(fpath):
+        return f"{fpath}: open it in a browser"
+    partly = " (one is drawn in part)" if os.path.exists(dpath / "visuals.partial") else ""
+    return f"none{partly}: saev-dist replay --run {shlex.quote(str(dpath))}"
 
 
 def _moments(tensor: Tensor) -> str:

@@ -37,7 +37,15 @@ def test_what_is_sound_is_described(inputs, capsys):
     text = capsys.readouterr().out
     assert "saev, schema 5, Relu" in text and "6 -> 24 features" in text
     main(["inspect", str(inputs / "run")])
-    assert "slots are sound" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    run = inputs / "run"
+    assert "slots are sound" in text and f"none: saev-dist replay --run {run}" in text
+    (run / "visuals.partial").mkdir()
+    main(["inspect", str(run)])
+    assert f"none (one is drawn in part): saev-dist replay --run {run}" in capsys.readouterr().out
+    main(["replay", "--run", str(run), "--no-pictures", "--n-features", "2", "--no-progress"])
+    main(["inspect", str(run)])
+    assert f"{run}/visuals/index.html: open it in a browser" in capsys.readouterr().out
 
 
 def test_nan_in_a_sampled_image_is_named(inputs, capsys):
@@ -65,5 +73,5 @@ def test_altered_slots_are_noticed(inputs, capsys):
 
 
 def test_anything_else_is_refused(inputs, capsys):
-    assert "nowhere: No such file or directory; an SAE should be there" in refused(capsys, inputs / "nowhere")
+    assert "nowhere is not there; inspect takes a directory of shards, an SAE, or a run." in refused(capsys, inputs / "nowhere")
     assert "holds no SAE" in refused(capsys, inputs)
