@@ -135,9 +135,9 @@ def test_a_token_holds_few_candidates_however_many_tie(monkeypatch, name, kind, 
     n_tokens, most, n_noted, n_made_exact, table_widths = h_sb.shape[1], select.CROWD * kind.k, [0], [0], [0]
     where, table = select._where, select._table
 
-    def where_counted(mask_cw):
-        flat_n = where(mask_cw)
-        n_noted.append(len(flat_n))
+    def where_counted(mask_cw, most):
+        flat_n = where(mask_cw, most)
+        n_noted.append(0 if flat_n is None else len(flat_n))
         return flat_n
 
     def table_measured(*args):

@@ -151,11 +151,12 @@ class Sieve:
         if margin:
             mask_cw[margin.unknown_x] = True
         mask_cw[:, self.n_tokens :] = False
-        if isinstance(self.activation, TopK) and n_features > 1 and np.count_nonzero(mask_cw) > self._crowd * self.n_tokens:
+        is_divisible = isinstance(self.activation, TopK) and n_features > 1
+        flat_n = _where(mask_cw, self._crowd * self.n_tokens if is_divisible else mask_cw.size)
+        if flat_n is None:
             for start, stop in pairwise((0, n_features // 2, n_features)):  # the first half may raise the bar for the other
                 self.take(first + start, h_cw[start:stop], margin.of(start, stop) if margin else None)
             return
-        flat_n = _where(mask_cw)
         row_n = flat_n // width
         token_n = flat_n - row_n * width
         h_n = _floats(h_cw.ravel()[flat_n])
@@ -345,13 +346,16 @@ def _floats(h: Block) -> NDArray[np.float32]:
     return bits.view(np.float32)
 
 
-def _where(mask_cb: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """`np.flatnonzero` of a mask with few flags set: it looks for eight of them at a time."""
+def _where(mask_cb: NDArray[np.bool_], most: int) -> NDArray[np.int64] | None:
+    """`np.flatnonzero` of a mask with few flags set: it looks for eight of them at a time. None: more than `most` are set."""
     flat = mask_cb.ravel()
     if flat.size % 8:
-        return np.flatnonzero(flat)
+        found_n = np.flatnonzero(flat)
+        return found_n if len(found_n) <= most else None
     word_x = np.flatnonzero(flat.view(np.uint64) != 0)
     flag_n = np.flatnonzero(flat.view(np.uint64)[word_x].view(bool))
+    if len(flag_n) > most:
+        return None
     flat_n: NDArray[np.int64] = word_x[flag_n >> 3]
     flat_n *= 8
     flat_n += flag_n & 7
