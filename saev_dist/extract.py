@@ -33,12 +33,13 @@ from saev_dist.config import Extract, SaeRules
 from saev_dist.csr import write_csr
 from saev_dist.data.reader import Reader, find_bad_value
 from saev_dist.data.shards import Shards
-from saev_dist.errors import ConfigError, DataError, RunError, SaevDistError
+from saev_dist.errors import ConfigError, DataError, RunError, SaevDistError, warn
 from saev_dist.estimate import check_fits, estimate
 from saev_dist.partials import Keeper, Partial
 from saev_dist.plan import Batch, Intervals, Plan, complement, subtract
 from saev_dist.progress import Progress
 from saev_dist.report import describe_plan, summary
+from saev_dist.sae import screen
 from saev_dist.sae.encoder import ActivationOverflow, Encoder, batch_threads
 from saev_dist.sae.hub import is_hub_name
 from saev_dist.sae.load import Loaded, Overrides, load_sae
@@ -112,6 +113,11 @@ def run(cfg: Extract) -> None:
             return
         need = estimate(cfg, job.shards, job.sae, job.plan, job.device)
         check_fits(need, cfg.out, world, job.device)
+        if cfg.screen == "bf16" and world.rank == 0 and (rate := screen.speedup(job.sae.d_model)) < screen.PAYS:
+            warn(
+                f"--screen bf16: this machine makes a product in bfloat16 {rate:.1f} times as fast as in fp32, which does not "
+                "pay. Leave it out here."
+            )
         if cfg.dry_run:
             if world.rank == 0:
                 print(describe_plan(cfg, job.shards, job.sae, job.plan, need, world.size))
@@ -292,8 +298,8 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
         keeper = stack.enter_context(Keeper(spill, share.fingerprint, share.absorbed, cfg.snapshot_every))
         stack.callback(progress.close)
         n_threads = batch_threads(job.plan.examples_per_batch, shards.n_patches, sae.activation, sae.d_sae, job.device)
-        screen = cfg.screen == "bf16" and bool(share.todo)
-        encoder = stack.enter_context(Encoder(sae, job.device, cfg.precision, n_threads, screen=screen))
+        screened = cfg.screen == "bf16" and bool(share.todo)
+        encoder = stack.enter_context(Encoder(sae, job.device, cfg.precision, n_threads, screen=screened))
         reader = Reader(
             shards,
             job.plan,

@@ -23,6 +23,7 @@ w^, `n` candidates, `x` rows.
 """
 
 import threading
+import time
 import warnings
 from dataclasses import dataclass
 
@@ -42,6 +43,8 @@ LOUDEST = 64
 """but only one of so many."""
 STEP = 2048
 """Features that are rounded at a time."""
+PAYS = 1.2
+"""Times as fast as in float32 a product must be for a screen to gain anything."""
 RELATIVE = 2.0**-8 * (1 + 2.0**-6)
 """Of the rounding of the fast product's result, with room for its use."""
 
@@ -172,6 +175,26 @@ class Screen:
                 "with float32 sums. Run without --screen, into another --out."
             )
         return token_n, feature_n, value_n
+
+
+def speedup(d_model: int) -> float:
+    """How many times as fast as in float32 this machine makes a product of that width in bfloat16, one thread each."""
+    x_bd, w_sd = torch.ones(512, d_model), torch.ones(512, d_model)
+    fast_x_be, fast_w_se = (torch.ones(512, _padded(d_model + 2), dtype=torch.bfloat16) for _ in range(2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = []
+        for left, right in ((x_bd, w_sd), (fast_x_be, fast_w_se)):
+            taken = []
+            for _ in range(4):  # the first one prepares
+                began = time.perf_counter()
+                left @ right.T
+                taken.append(time.perf_counter() - began)
+            seconds.append(min(taken))
+    finally:
+        torch.set_num_threads(before)
+    return seconds[0] / seconds[1]
 
 
 def _padded(width: int) -> int:
