@@ -67,6 +67,8 @@ INERT = {
     "progress",
 } | {field.name for field in fields(SaeRules)}
 
+PARTS_FOR_GPU = 3
+"""Parts of a batch that are read side by side: one thread is slower than a GPU."""
 SAEV_PERCENTILE = "saev_percentile.estimate_s"
 """Name of that estimate in a partial."""
 
@@ -307,6 +309,7 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
             depth=cfg.read_ahead,
             hold=encoder.n_ahead,
             pin=job.device.type == "cuda",
+            n_parts=PARTS_FOR_GPU if job.device.type == "cuda" else 1,
             skip_bad=cfg.skip_bad_shards,
         )
         stack.enter_context(encoder.beside())

@@ -1,12 +1,15 @@
 """The reader delivers every batch, in order and unharmed while it is held, from small shards and big ones."""
 
+import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from saev_dist.data import reader
 from saev_dist.data.reader import Reader
 from saev_dist.data.shards import Shards, ShardWriter
 from saev_dist.errors import DataError
@@ -27,17 +30,28 @@ def write(dpath: Path, examples_per_shard: int) -> Shards:
 
 @pytest.mark.parametrize("examples_per_shard", [1, 3, 20])
 @pytest.mark.parametrize("bad", [(), (0, 1, 2), tuple(range(12)), (2,)])
-def test_batches_come_in_order_and_stay_while_held(tmp_path, examples_per_shard, bad):
+@pytest.mark.parametrize(("batch", "n_parts"), [(2, 1), (2, 3), (7, 3)])
+def test_batches_come_in_order_and_stay_while_held(tmp_path, monkeypatch, examples_per_shard, bad, batch, n_parts):
+    monkeypatch.setattr(reader, "MIN_PART_BYTES", 1)
     shards = write(tmp_path, examples_per_shard)
     bad = [shard_i for shard_i in bad if shard_i < len(shards.names)]
     for shard_i in bad:
-        (tmp_path / shards.names[shard_i]).unlink()
-    plan = Plan(shards.examples, 2)
+        fpath = tmp_path / shards.names[shard_i]
+        if shard_i % 2:
+            os.truncate(fpath, fpath.stat().st_size // 2)
+        else:
+            fpath.unlink()
+    plan = Plan(shards.examples, min(batch, examples_per_shard))
     todo = ((0, 2), (3, len(plan)))
     wanted = [plan[index] for first, stop in todo for index in range(first, stop)]
-    good = [batch.index for batch in wanted if batch.shard_i not in bad]
+    # Of a shard that is too short, what comes before its end is good.
+    good = [
+        batch.index for batch in wanted
+        if batch.shard_i not in bad
+        or (batch.shard_i % 2 and batch.example_i + batch.n_examples <= shards.examples[batch.shard_i] // 2)
+    ]  # fmt: skip
     hold, seen = 2, []
-    stream = Reader(shards, plan, todo, depth=3, hold=hold, skip_bad=True)
+    stream = Reader(shards, plan, todo, depth=3, hold=hold, n_parts=n_parts, skip_bad=True)
     for batch, acts_bd in stream:
         seen.append((batch, acts_bd))
         for earlier, held_bd in seen[-1 - hold :]:
@@ -45,7 +59,7 @@ def test_batches_come_in_order_and_stay_while_held(tmp_path, examples_per_shard,
             assert torch.equal(held_bd.flatten(), torch.arange(first, first + held_bd.numel(), dtype=torch.float32))
             assert len(held_bd) == earlier.n_examples * N_PATCHES
     assert [batch.index for batch, _ in seen] == good
-    assert sorted(stream.left_out) == [batch.index for batch in wanted if batch.shard_i in bad]
+    assert sorted(stream.left_out) == [batch.index for batch in wanted if batch.index not in good]
     assert stream.n_bytes == sum(batch.n_examples for batch, _ in seen) * shards.content_bytes
 
 
@@ -88,3 +102,25 @@ def test_of_several_layers_only_the_wanted_one_is_read(tmp_path):
 def asked_bytes() -> int:
     """Bytes that this process has read so far."""
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+def test_a_buffer_is_used_again_only_when_no_part_is_read_into_it_any_more(tmp_path, monkeypatch):
+    """The first part of a batch fails at once, the other one is slow."""
+    shards = write(tmp_path, 20)
+    read_batch = reader.read_batch
+
+    def read(shards, batch, buffer, *, patient):
+        if batch.img_i == 0:
+            raise DataError("bad")
+        if batch.img_i == 2:
+            time.sleep(0.2)
+        read_batch(shards, batch, buffer, patient=patient)
+
+    monkeypatch.setattr(reader, "MIN_PART_BYTES", 1)
+    monkeypatch.setattr(reader, "read_batch", read)
+    stream = Reader(shards, Plan(shards.examples, 4), ((0, 4),), depth=1, hold=0, n_parts=2, skip_bad=True)
+    for batch, acts_bd in stream:
+        time.sleep(0.3)
+        first = batch.img_i * N_PATCHES * D_MODEL
+        assert torch.equal(acts_bd.flatten(), torch.arange(first, first + acts_bd.numel(), dtype=torch.float32))
+    assert list(stream.left_out) == [0]

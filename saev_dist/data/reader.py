@@ -26,9 +26,8 @@ from saev_dist.plan import Batch, Intervals, Plan
 MAX_VIEWS = 1024  # IOV_MAX of Linux
 MAX_GAP_BYTES = 64 * 1024  # a smaller gap costs less to read than another system call
 MAX_THREADS = 8
-PARTS_PINNED = 3
-"""Parts of a batch that are read side by side where a GPU waits for it: from the page cache a thread reads 4 GB a second."""
 MIN_PART_BYTES = 4 * 1024 * 1024
+"""A part of a batch that is read by itself has at least so many."""
 
 
 class Reader:
@@ -44,6 +43,7 @@ class Reader:
         depth: batches read ahead.
         hold: batches that the consumer still works on when it asks for the next.
         pin: use page-locked buffers, for asynchronous copies to a GPU.
+        n_parts: parts of a batch that are read side by side: from the page cache a thread reads some 4 GB a second.
         skip_bad: leave batches out that cannot be read, and note them.
 
     Raises:
@@ -59,10 +59,11 @@ class Reader:
         depth: int,
         hold: int = 1,
         pin: bool = False,
+        n_parts: int = 1,
         skip_bad: bool = False,
     ) -> None:
         self.shards, self.plan, self.todo, self.depth, self.hold, self.pin = shards, plan, todo, depth, hold, pin
-        self.skip_bad = skip_bad
+        self.n_parts, self.skip_bad = n_parts, skip_bad
         self.left_out: dict[int, str] = {}
         """Why each batch that was left out could not be read, by its index."""
         self.n_bytes = 0
@@ -79,15 +80,14 @@ class Reader:
         bad_shards: set[int] = set()
         pending: deque[tuple[Batch, Tensor, list[Future[None]]]] = deque()
         queue = (self.plan[index] for first, stop in self.todo for index in range(first, stop))
-        n_parts = PARTS_PINNED if self.pin else 1
-        pool = ThreadPoolExecutor(min(self.depth * n_parts, MAX_THREADS), thread_name_prefix="reader")
+        pool = ThreadPoolExecutor(min(self.depth * self.n_parts, MAX_THREADS), thread_name_prefix="reader")
 
         def read_ahead() -> None:
             while len(pending) < self.depth and (batch := next(queue, None)) is not None:
                 buffer = free.pop()
                 # A shard that has failed once despite patience would cost minutes more with each of its batches.
                 patient = batch.shard_i not in bad_shards
-                parts = _parts(batch, self.shards, n_parts)
+                parts = _parts(batch, self.shards, self.n_parts)
                 places = [buffer[(part.example_i - batch.example_i) * per_example :] for part in parts]
                 futures = [
                     pool.submit(read_batch, self.shards, part, place, patient=patient)
