@@ -12,7 +12,7 @@ import tyro
 
 from saev_dist import __version__
 from saev_dist.config import Convert, Demo, Extract, Inspect, Merge, Replay, Verify, toml_flags
-from saev_dist.errors import PeerError, Preempted, SaevDistError, rank
+from saev_dist.errors import PeerError, Preempted, SaevDistError, rank_prefix
 
 # A store that dies or is not there makes torch print C++ stack traces beside our one line; it reads this when it is imported.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     except PeerError:
         sys.exit(1)  # the rank that failed first has said why
     except SaevDistError as err:
-        print(f"saev-dist: error: {rank()}{err}", file=sys.stderr, flush=True)
+        print(f"saev-dist: error: {rank_prefix()}{err}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         print("saev-dist: interrupted", file=sys.stderr, flush=True)

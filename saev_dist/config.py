@@ -308,7 +308,7 @@ def from_json(command: type[T], content: dict[str, Any]) -> T:
     """The config that `dataclasses.asdict` and JSON made `content` of, paths as text.
 
     Raises:
-        ConfigError: a field is not known, or missing, or of another type.
+        ConfigError: a field is not known, or missing.
     """
     hints = get_type_hints(command)
     values = {

@@ -50,9 +50,9 @@ class PeerError(SaevDistError):
 
 def warn(text: str) -> None:
     """A line that does not stop the run."""
-    print(f"saev-dist: warning: {rank()}{text}", file=sys.stderr, flush=True)
+    print(f"saev-dist: warning: {rank_prefix()}{text}", file=sys.stderr, flush=True)
 
 
-def rank() -> str:
+def rank_prefix() -> str:
     """What a line begins with where several processes print some."""
     return f"rank {os.environ.get('RANK', '?')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""

@@ -18,11 +18,9 @@ def kernels_on(device: torch.device) -> ModuleType | None:
 
         with torch.cuda.device(device):
             _try(kernels, device)
-    except ModuleNotFoundError as err:
-        if err.name != "triton":
-            raise
-        return None  # it is not part of every build of torch
     except Exception as err:  # noqa: BLE001  # compilers and drivers raise what they like
+        if isinstance(err, ModuleNotFoundError) and err.name == "triton":
+            return None  # it is not part of every build of torch
         why = str(err).strip().splitlines() or [type(err).__name__]
         warn(f"Triton does not work here ({why[-1]}); the GPU's work is done without it, and takes longer.")
         return None

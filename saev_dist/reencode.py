@@ -133,17 +133,22 @@ def _is_on_edge(encoder: Encoder, acts_pd: Tensor, slot: np.void, allowed: float
     is lifted by as much as rounding can move it and the bound, which may be any feature's score, against each other; then it
     must be there.
     """
-    patch_i = int(slot["patch_i"])
+    feature, patch_i = int(slot["feature"]), int(slot["patch_i"])
     acts_1d = acts_pd[patch_i : patch_i + 1]
-    lift = 2 * allowed
-    if isinstance(encoder.sae.activation, TopK | GroupMax):
-        feature_s = torch.arange(encoder.sae.d_sae)
-        lift = allowed + tolerance * float(encoder.magnitude(acts_1d, feature_s).max())
-    lift_s = torch.zeros(encoder.sae.d_sae)
-    lift_s[int(slot["feature"])] = lift
-    codes = encoder.encode(acts_1d, img_i=int(slot["img_i"]), n_patches=1, lift_s=lift_s)
-    value_n = codes.value_n[codes.feature_n == int(slot["feature"])]
-    return bool(((value_n - float(slot["score"])).abs() <= allowed + lift).any())
+
+    def is_there(lift: float) -> bool:
+        lift_s = torch.zeros(encoder.sae.d_sae)
+        lift_s[feature] = lift
+        codes = encoder.encode(acts_1d, img_i=int(slot["img_i"]), n_patches=1, lift_s=lift_s)
+        value_n = codes.value_n[codes.feature_n == feature]
+        return bool(((value_n - float(slot["score"])).abs() <= allowed + lift).any())
+
+    if is_there(2 * allowed):  # as nearly all are
+        return True
+    if not isinstance(encoder.sae.activation, TopK | GroupMax):
+        return False
+    largest = float(encoder.magnitude(acts_1d, torch.arange(encoder.sae.d_sae)).max())
+    return is_there(allowed + tolerance * largest)
 
 
 def _dense(codes: Codes, feature_m: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -72,10 +72,11 @@ class Run:
 
     def is_of_job(self, job_id: str | None, identity: dict[str, Any]) -> bool:
         """Whether an attempt of this very run has begun here and not finished, or has finished as this job of a scheduler."""
-        holder = self.under_way() or (self.manifest() if job_id else None)
+        under_way = self.under_way()
+        holder = under_way or self.manifest()
         if holder is None or _differing(identity, holder.get("identity", dict)):
             return False
-        return (self.partials_dpath / "run.json").exists() or holder.obj.get("job_id") == job_id
+        return under_way is not None or (job_id is not None and holder.obj.get("job_id") == job_id)
 
     def is_finished(self, identity: dict[str, Any], *, force: bool) -> bool:
         """Whether this very run is done; refuse a directory that another run occupies. Changes nothing.

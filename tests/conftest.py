@@ -15,10 +15,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take minutes come first, or one of them is left at the end while the other workers have nothing to do."""
-    slow = ("resume", "replay", "slurm", "world", "launch", "readme", "demo", "memory")
+    slow = ("resume", "replay", "replay_faults", "slurm", "world", "launch", "readme", "demo", "memory")
     order = {f"test_{name}.py": place for place, name in enumerate(slow)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 settings.register_profile("saev-dist", max_examples=60, deadline=None, derandomize="CI" in os.environ, database=None)
 settings.load_profile("saev-dist")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Starts ranks that die, or to which the disk refuses something; skips where there is no compiler."""
+    from tests.crash import FaultyServer, compile_faults  # after torch's settings above
+
+    dpath = tmp_path_factory.mktemp("server")
+    with FaultyServer(dpath, compile_faults(dpath)) as server:
+        yield server

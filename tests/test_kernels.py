@@ -170,6 +170,23 @@ def test_kernels_that_fail_or_err_are_not_used(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "_strongest", wrong)
     assert look(torch.device("cuda")) is None
     assert "Triton does not work here (it finds other codes)" in capsys.readouterr().err
+    monkeypatch.setattr(kernels, "_strongest", write)
+    for name, broken, words in (
+        ("add_to_moments", lambda *_: None, "it adds up otherwise"),
+        ("add_to_histogram", lambda *_: None, "it counts otherwise"),
+        ("strongest_means", lambda *_: torch.zeros(3), "it counts otherwise"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, name, broken)
+            assert look(torch.device("cuda")) is None
+        assert f"Triton does not work here ({words})" in capsys.readouterr().err
+    for missing, is_said in (("triton", False), ("another", True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                fused, "_try", lambda *_, name=missing: (_ for _ in ()).throw(ModuleNotFoundError(f"no {name}", name=name))
+            )
+            assert look(torch.device("cuda")) is None
+        assert (f"Triton does not work here (no {missing})" in capsys.readouterr().err) == is_said
     monkeypatch.setattr(kernels, "_strongest", lambda *_: 1 / 0)
     assert look(torch.device("cuda")) is None
     assert re.search(r"warning: Triton does not work here \(division by zero\); .* takes longer\.\n$", capsys.readouterr().err)

@@ -7,17 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash import Fault, FaultyServer, compile_faults
+from tests.crash import Fault, FaultyServer
 from tests.test_replay import make_pictures, make_run, tree
 
 NEWS = ("saev-dist: warning: ", "replay: ")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    dpath = tmp_path_factory.mktemp("server")
-    with FaultyServer(dpath, compile_faults(dpath)) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from saev_dist.errors import DamagedError, RunError
 from saev_dist.plan import Plan
 from saev_dist.spill import Spill, covered
 from saev_dist.store import Run
-from tests.crash import SLOW, Fault, FaultyServer, compile_faults
+from tests.crash import SLOW, Fault
 from tests.laws import KINDS, batches, fold, same
 from tests.ranks import ENV, artifact_hashes
 from tests.soak import Soak
@@ -32,13 +32,6 @@ from tests.synthetic import N_IMGS, N_PATCHES, RELU, TOPK, dense_codes, make_act
 
 N_BATCHES = 13
 """Of two images; shards have 7, 7, 7 and 2."""
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    dpath = tmp_path_factory.mktemp("server")
-    with FaultyServer(dpath, compile_faults(dpath)) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
