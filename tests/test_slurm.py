@@ -95,8 +95,10 @@ def meanwhile(launch, cluster, slow, tmp_path_factory) -> Iterator[dict[str, Fut
         ]
         with ThreadPoolExecutor() as pool:
             waiting = pool.submit(launch, *command)
-            until(lambda: (run / "slurm" / "jobs.jsonl").exists() and has_snapshot(run, 2))
-            os.kill(until(lambda: pid_of_rank(latest(run), 1)), signal.SIGKILL)
+            until(lambda: (run / "slurm" / "jobs.jsonl").exists())
+            pid = until(lambda: pid_of_rank(latest(run), 1))  # now: the search takes its time, and the stream some seconds
+            until(lambda: has_snapshot(run, 2))
+            os.kill(pid, signal.SIGKILL)
             return waiting.result(), command, run
 
     def by_hand() -> tuple[str, str, Path]:
