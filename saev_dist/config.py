@@ -5,9 +5,11 @@ A TOML file named by `--config` holds the same fields (`top_k = 64`); flags over
 
 import math
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -336,7 +338,7 @@ def toml_flags(fpath: Path, command: type, *, lists: tuple[str, ...] = ()) -> li
         lists: fields that may be lists although their flag takes one value.
 
     Raises:
-        ConfigError: the file cannot be read, is not TOML, or holds a field that `command` lacks.
+        ConfigError: the file cannot be read, is not TOML, or holds a field that `command` lacks, or a value of another type.
     """
     try:
         table: dict[str, Any] = tomllib.loads(fpath.read_text(encoding="utf-8"))
@@ -344,25 +346,49 @@ def toml_flags(fpath: Path, command: type, *, lists: tuple[str, ...] = ()) -> li
         raise ConfigError(f"{fpath}: {err.strerror}; --config takes a TOML file.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise ConfigError(f"{fpath} is not TOML: {err}.") from None
-    kinds = {field.name: str(field.type) for field in fields(command) if field.name != "config"}
+    hints = {name: hint for name, hint in get_type_hints(command).items() if name != "config"}
     flags: list[str] = []
     for name, value in table.items():
-        if name not in kinds:
-            raise ConfigError(
-                f"{fpath} sets {name!r}, which {command.__name__.lower()} does not know; it knows {', '.join(kinds)}."
-            )
+        if name not in hints:
+            near = get_close_matches(name.replace("-", "_"), hints, 1)
+            known = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(hints)}."
+            raise ConfigError(f"{fpath} sets {name!r}, which {command.__name__.lower()} does not know; {known}")
+        values = value if name in lists and isinstance(value, list) else [value]
+        if not values or not all(_is_a(each, hints[name]) for each in values):
+            raise ConfigError(f"{fpath}: {name} is {value!r}; expected {_expected(hints[name])}.")
         flag = name.replace("_", "-")
         match value:
             case bool():
                 flags.append(f"--{flag}" if value else f"--no-{flag}")
-            case str() | int() | float():
-                flags += [f"--{flag}", str(value)]
-            case list() if (
-                value and ("tuple" in kinds[name] or name in lists) and all(type(item) in (str, int, float) for item in value)
-            ):
+            case list():
                 flags += [f"--{flag}", *map(str, value)]
             case _:
-                raise ConfigError(
-                    f"{fpath}: {name} is {value!r}; expected a string, a number or true/false, and a list only where the flag takes several numbers."
-                )
+                flags += [f"--{flag}", str(value)]
     return flags
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    """Whether a value out of a TOML file is what a field takes. One may stand for a list of any length."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in parts
+    if get_origin(hint) is tuple:
+        values = value if isinstance(value, list) else [value]
+        fits = len(values) > 0 if parts[-1] is ... else len(values) == len(parts)
+        return fits and all(_is_a(each, parts[0]) for each in values)
+    if parts:  # one of several, or nothing
+        return any(_is_a(value, part) for part in parts)
+    return type(value) in {float: (float, int), Path: (str,)}.get(hint, (hint,))
+
+
+def _expected(hint: Any) -> str:
+    parts = [part for part in get_args(hint) if part is not NoneType]
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, parts))
+    if get_origin(hint) is tuple:
+        return f"a list{'' if parts[-1] is ... else f' of {len(parts)}'}, each {_expected(parts[0])}"
+    if parts:
+        return " or ".join(map(_expected, parts))
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text in quotes", Path: "a path in quotes"}[
+        hint
+    ]

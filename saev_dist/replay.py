@@ -5,9 +5,7 @@
 Everything is made in `<run>/visuals.partial/` and takes the name `visuals` when it is whole:
 
     replay.json              what is being made; another replay's leftovers do not match it, and go
-    records.<rank>.bin       a fixed-size record for each drawn picture, appended once its files are in place: the scores of
-                             all patches, for the page, and the list of what need not be drawn again after a kill: what has
-                             its record's CRC right and its files of the recorded sizes
+    records.<rank>.bin       what is drawn, and need not be again after a kill; see `records`
     features/<i>/            pictures, and data.js with the feature's scores
     index.html, data.js, features.parquet, features.csv, images.parquet, density.png, distributions.png
 
@@ -23,7 +21,6 @@ import multiprocessing
 import os
 import shutil
 import time
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -31,20 +28,20 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from saev_dist import __version__, draw
 from saev_dist.choose import Slots, choose_features, choose_slots, deal
 from saev_dist.config import Replay
 from saev_dist.data.images import Pictures, open_pictures
 from saev_dist.errors import RunError, warn
-from saev_dist.files import reading, write_all, writing
+from saev_dist.files import writing
 from saev_dist.finished import FinishedRun, Statistics
 from saev_dist.progress import Progress
+from saev_dist.records import Records
 from saev_dist.reencode import Check, Image, describe_encoded, reencode
 from saev_dist.render import gallery, plots, tables
 from saev_dist.render.geometry import Geometry, default_fit
@@ -52,8 +49,6 @@ from saev_dist.report import table
 from saev_dist.sae.encoder import Encoder, usable_precision
 from saev_dist.store import Run
 from saev_dist.world import World
-
-RECORDS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,11 +79,8 @@ class Job:
         return self.cfg.run / "visuals.former"
 
     @property
-    def record(self) -> np.dtype[Any]:
-        """What is known of one drawn picture."""
-        numbers = [(name, "<i8") for name in ("img_i", "feature", "place", "patch_i", "n_cols", "n_rows", "width", "height")]
-        values = ("values", "<f4", (self.finished.shards.n_patches,))
-        return np.dtype([*numbers, ("n_bytes", "<i8", (2,)), ("patch", "<f8"), ("score", "<f8"), values, ("crc", "<u4")])
+    def records(self) -> Records:
+        return Records(self.partial_dpath, self.finished.shards.n_patches, self.cfg.image_format)
 
 
 def run(cfg: Replay) -> None:
@@ -115,10 +107,10 @@ def run(cfg: Replay) -> None:
                 _announce(job)
                 _begin(job, afresh=cfg.force and not world.restarted)
             world.wait()
-            for fpath in _record_fpaths(job)[world.rank :: world.size]:
-                _keep_sound(job, fpath)
+            for fpath in job.records.fpaths()[world.rank :: world.size]:
+                job.records.keep_sound(fpath)
             world.wait()
-            todo = _without(job.slots, _records(job))
+            todo = job.records.missing(job.slots)
             world.wait()  # nobody appends before all have read
             report = _draw(job, world, device, deal(todo, world.size)[world.rank])
             reports = world.collect(report)
@@ -268,7 +260,7 @@ def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[st
     pending: deque[tuple[Image, Future[draw.Drawn]]] = deque()
     with ExitStack() as stack:
         stack.callback(progress.close)
-        records = stack.enter_context(_appending(job, world.rank))
+        file = stack.enter_context(job.records.open_for(world.rank))
         precision = usable_precision(job.finished.precision, device)
         encoder = stack.enter_context(Encoder(job.finished.sae, device, precision, n_threads))
         # Not fork: torch's threads would not survive it. No processes at all where there is nothing to draw.
@@ -281,11 +273,9 @@ def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[st
             image, future = pending.popleft()
             with _drawing(world):
                 drawn = future.result()
-            rows = _make_records(job, image, drawn)
-            with writing(job.partial_dpath):
-                write_all(records, memoryview(rows.tobytes()))
+            job.records.append(file, _best(image), image.values_mp, drawn)
             progress.advance(shards.n_patches)
-            return len(rows)
+            return len(image.feature_m)
 
         for image in reencode(job.finished, slots, encoder, check, read_ahead=cfg.read_ahead):
             world.check()
@@ -334,89 +324,13 @@ def _best(image: Image) -> Slots:
     return image.slots_n[np.unique(image.slots_n["feature"], return_index=True)[1]]
 
 
-def _make_records(job: Job, image: Image, drawn: draw.Drawn) -> NDArray[np.void]:
-    best, place = _best(image), drawn.place
-    rows = np.zeros(len(best), job.record)
-    for name in ("img_i", "feature", "place", "patch_i", "score"):
-        rows[name] = best[name]
-    rows["n_cols"], rows["n_rows"] = place.n_cols, place.n_rows
-    rows["width"], rows["height"] = place.size
-    rows["n_bytes"], rows["patch"], rows["values"] = drawn.n_bytes, place.patch, image.values_mp
-    rows["crc"] = [_crc(row) for row in rows]
-    return rows
-
-
-def _crc(row: Any) -> int:
-    """CRC-32 of a record up to its own."""
-    return zlib.crc32(row.tobytes()[: -row.dtype["crc"].itemsize])
-
-
-def _appending(job: Job, rank: int) -> BinaryIO:
-    """This rank's file of records."""
-    fpath = job.partial_dpath / f"records.{rank:05d}.bin"
-    with writing(fpath):
-        return open(fpath, "ab", buffering=0)
-
-
-def _record_fpaths(job: Job) -> list[Path]:
-    return sorted(job.partial_dpath.glob("records.*.bin"))
-
-
-def _records(job: Job) -> list[NDArray[np.void]]:
-    """All ranks' records, mapped, not read."""
-    found: list[NDArray[np.void]] = []
-    for fpath in _record_fpaths(job):
-        with reading(fpath):
-            n_records = fpath.stat().st_size // job.record.itemsize
-            if n_records:
-                found.append(np.memmap(fpath, job.record, "r", shape=(n_records,)))
-    return found
-
-
-def _keep_sound(job: Job, fpath: Path) -> None:
-    """Drop what an earlier attempt, or a crash of the machine, left torn: records, and those whose pictures are not whole."""
-    with reading(fpath):
-        n_bytes = fpath.stat().st_size
-        n_records = n_bytes // job.record.itemsize
-        rows = np.memmap(fpath, job.record, "r", shape=(n_records,)) if n_records else np.empty(0, job.record)
-        whole_n = np.fromiter((_is_whole(job, row) for row in rows), bool, n_records)
-    if whole_n.all() and n_bytes == rows.nbytes:
-        return
-    warn(f"{fpath}: {max(1, n_records - int(whole_n.sum())):,} pictures are not whole and will be drawn again.")
-    with writing(fpath):
-        sound_fpath = fpath.with_suffix(".tmp")
-        with open(sound_fpath, "wb") as file:
-            for first in range(0, n_records, RECORDS_AT_ONCE):
-                part = slice(first, first + RECORDS_AT_ONCE)
-                file.write(rows[part][whole_n[part]].tobytes())
-        os.replace(sound_fpath, fpath)
-
-
-def _is_whole(job: Job, row: Any) -> bool:
-    names = draw.file_names(int(row["place"]), int(row["img_i"]), job.cfg.image_format)
-    fpaths = [job.partial_dpath / "features" / str(row["feature"]) / name for name in names]
-    try:
-        return bool(row["crc"] == _crc(row)) and [fpath.stat().st_size for fpath in fpaths] == row["n_bytes"].tolist()
-    except FileNotFoundError:
-        return False
-
-
-def _without(slots: Slots, records: list[NDArray[np.void]]) -> Slots:
-    """The slots whose picture is not drawn yet."""
-    if not records:
-        return slots
-    n_features = int(slots["feature"].max(initial=0)) + 1
-    done = np.concatenate([part["img_i"] * n_features + part["feature"] for part in records])
-    return slots[~np.isin(slots["img_i"] * n_features + slots["feature"], done)]
-
-
 def _write_features(job: Job, features: list[int]) -> None:
     """Write data.js of each feature, out of the records of all ranks.
 
     Raises:
         RunError: they are not one for each picture.
     """
-    records = _records(job)
+    records = job.records.load()
     n_images = dict.fromkeys(features, 0)
     for feature, place in zip(job.slots["feature"].tolist(), job.slots["place"].tolist(), strict=True):
         if feature in n_images:
@@ -515,7 +429,7 @@ def _write_page(job: Job) -> None:
 def _cards(job: Job) -> list[gallery.Card]:
     """What the grid shows of each chosen feature."""
     rows: dict[int, list[Any]] = {feature: [] for feature in job.features}
-    for part in _records(job):
+    for part in job.records.load():
         for i in np.flatnonzero(part["place"] < gallery.CARD_IMAGES):
             rows[int(part["feature"][i])].append(part[i])
     return [

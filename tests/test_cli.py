@@ -31,7 +31,20 @@ def test_a_toml_file_may_hold_everything(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("topk = 3", "sets 'topk', which extract does not know"), ("a b", "is not TOML"), ("layer = [1]", "layer is [1]")],
+    [
+        ("topk = 3", "sets 'topk', which extract does not know; did you mean 'top_k'?"),
+        ("top-k = 3", "did you mean 'top_k'?"),
+        ("colour = 3", "sets 'colour', which extract does not know; it knows sae_format,"),
+        ("a b", "is not TOML"),
+        ("layer = [1]", "layer is [1]; expected a whole number."),
+        ('top_k = "64"', "top_k is '64'; expected a whole number."),
+        ("top_k = true", "top_k is True; expected a whole number."),
+        ("threshold = '1'", "threshold is '1'; expected a number."),
+        ("metrics = 1", "metrics is 1; expected true or false."),
+        ("pre_bias = 'yes'", "pre_bias is 'yes'; expected true or false."),
+        ("sae = 3", "sae is 3; expected a path in quotes."),
+        ("rank_by = 'images'", "rank_by is 'images'; expected one of 'patch', 'image'."),
+    ],
 )
 def test_a_bad_toml_file_is_named(tmp_path, capsys, text, message):
     fpath = tmp_path / "bad.toml"
@@ -39,6 +52,21 @@ def test_a_bad_toml_file_is_named(tmp_path, capsys, text, message):
     with pytest.raises(SystemExit, match="1"):
         main(["extract", "--config", str(fpath), *NEEDED])
     assert message in capsys.readouterr().err
+
+
+def test_lists_in_a_toml_file(tmp_path, capsys):
+    fpath = tmp_path / "replay.toml"
+    flags = ["replay", "--config", str(fpath), "--run", "r"]
+    fpath.write_text("features = [3, 5]\nlog_freq_range = [-6, 0.5]\ngrid = [4, 3]\nimg_scale = 2\n")
+    cfg = parse(flags)
+    assert (cfg.features, cfg.log_freq_range, cfg.grid, cfg.img_scale) == ((3, 5), (-6.0, 0.5), (4, 3), 2.0)
+    fpath.write_text("features = 3")
+    assert parse(flags).features == (3,)
+    for text, found in (("grid = [4]", "[4]"), ("grid = [4, 'a']", "[4, 'a']")):
+        fpath.write_text(text)
+        with pytest.raises(SystemExit, match="1"):
+            main(flags)
+        assert f"grid is {found}; expected a list of 2, each a whole number." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["extract"], ["inspect"], ["demo"]])

@@ -13,6 +13,7 @@ LEVELS = [
     {
         "finished",
         "reencode",
+        "records",
         "draw",
         "world",
         "store",

@@ -25,6 +25,7 @@ from saev_dist import draw, extract, replay
 from saev_dist.config import Extract, Replay
 from saev_dist.data.images import load_picture
 from saev_dist.errors import DataError, RunError
+from saev_dist.records import Records
 from saev_dist.render.geometry import Geometry
 from saev_dist.render.heatmap import highlight
 from saev_dist.sae.saev import save_saev
@@ -127,15 +128,15 @@ def test_a_replay_that_died_draws_only_what_is_missing(tmp_path, monkeypatch):
     n_pictures = sum(name.endswith("-heatmap.png") for name in whole)
 
     drawn: list[int] = []
-    make_records = replay._make_records
+    append = Records.append
 
-    def die_half_way(job, image, place):
+    def die_half_way(records, file, best_m, *rest):
         if len(drawn) >= 6:
             raise RunError("killed")
-        drawn.append(len(image.feature_m))
-        return make_records(job, image, place)
+        drawn.append(len(best_m))
+        append(records, file, best_m, *rest)
 
-    monkeypatch.setattr(replay, "_make_records", die_half_way)
+    monkeypatch.setattr(Records, "append", die_half_way)
     with pytest.raises(RunError, match="killed"):
         replay.run(make_replay(run, images=images, force=True))
     assert tree(run / "visuals") == whole  # the former gallery stays until the new one is whole
@@ -359,8 +360,8 @@ def test_a_picture_that_is_not_on_record_once_stops_the_replay(tmp_path, monkeyp
     write = replay._write_features
 
     def spoiled(job, features):
-        fpath = next(job.partial_dpath.glob("records.*.bin"))
-        rows = np.fromfile(fpath, job.record)
+        fpath = job.records.fpaths()[0]
+        rows = np.fromfile(fpath, job.records.dtype)
         (rows[1:] if fault == "lost" else np.append(rows, rows[:1])).tofile(fpath)
         write(job, features)
 

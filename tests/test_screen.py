@@ -16,11 +16,12 @@ from saev_dist.cli import main
 from saev_dist.config import Extract
 from saev_dist.errors import ConfigError, RunError
 from saev_dist.extract import run
-from saev_dist.sae import encoder, screen, select
+from saev_dist.sae import encoder, screen
+from saev_dist.sae import sieve as sieve_module
 from saev_dist.sae.encoder import ActivationOverflow, Encoder
 from saev_dist.sae.model import Gated, Given, GroupMax, LayerNorm, Relu, Sae, Threshold, TopK
 from saev_dist.sae.screen import Screen
-from saev_dist.sae.select import Margin
+from saev_dist.sae.sieve import CROWD, Margin
 from saev_dist.world import World
 from tests.ranks import artifact_hashes, run_ranks
 from tests.synthetic import make_acts, make_sae, make_shards
@@ -196,8 +197,8 @@ KINDS = [
 def test_codes_are_those_of_fp32_to_the_bit_where_all_but_tie(monkeypatch, kind, block_features, often):
     monkeypatch.setattr(encoder, "BLOCK_FEATURES", block_features)
     if often:
-        monkeypatch.setattr(select, "MAX_FEATURES_UNSEEN", 1)
-        monkeypatch.setattr(select, "CROWD", 0)
+        monkeypatch.setattr(sieve_module, "MAX_FEATURES_UNSEEN", 1)
+        monkeypatch.setattr(sieve_module, "CROWD", 0)
     norm = Given(torch.ones(D_MODEL), 2.0) if isinstance(kind, Relu) else None
     sae = Sae(
         w_enc_ds=close_ones(D_MODEL, D_SAE, 1).T.contiguous(), b_enc_s=torch.arange(D_SAE) % 3 * 301.0,
@@ -252,7 +253,7 @@ def test_a_token_without_codes_and_one_that_is_zero():
         assert len(one.encode(torch.zeros(3, 4), img_i=0, n_patches=3).value_n) == 0
 
 
-@pytest.mark.parametrize(("kind", "most"), [(TopK(4), select.CROWD * 4 + 4), (GroupMax(4), 0), (Relu(), 0)], ids=str)
+@pytest.mark.parametrize(("kind", "most"), [(TopK(4), CROWD * 4 + 4), (GroupMax(4), 0), (Relu(), 0)], ids=str)
 def test_of_zero_tokens_little_is_computed_again(kind, most):
     w_ds = torch.randn(16, 512, generator=torch.Generator().manual_seed(0))
     sae = Sae(

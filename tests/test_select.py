@@ -11,8 +11,10 @@ from saev_dist.accumulators import topk
 from saev_dist.accumulators.base import stable_order
 from saev_dist.accumulators.topk import TopK as Slots
 from saev_dist.sae import encoder, select
+from saev_dist.sae import sieve as sieve_module
 from saev_dist.sae.encoder import Encoder, block_shape, piece_images
 from saev_dist.sae.model import Activation, GroupMax, Relu, Sae, Threshold, TopK
+from saev_dist.sae.sieve import CROWD, Candidates, Margin, Sieve, keep
 from tests.laws import D_SAE, N_PATCHES, batches, fold, same
 from tests.synthetic import make_acts, make_weights
 
@@ -55,15 +57,15 @@ def test_the_sieve_and_whole_blocks_keep_what_a_loop_keeps(kind, block, step, sp
     assert torch.equal(value_n, h_bs[token_n, feature_n])
     with pytest.MonkeyPatch.context() as patch:
         if often:  # bars rise and losers are forgotten at every block
-            patch.setattr(select, "MAX_FEATURES_UNSEEN", 1)
-            patch.setattr(select, "CROWD", 0)
+            patch.setattr(sieve_module, "MAX_FEATURES_UNSEEN", 1)
+            patch.setattr(sieve_module, "CROWD", 0)
 
-        def exact(held: select.Candidates) -> select.Candidates:
+        def exact(held: Candidates) -> Candidates:
             return held[0], held[1], block[held[0], held[1]]
 
-        sieve = select.Sieve(kind, threshold, len(block), 12, exact if spread else None)
+        sieve = Sieve(kind, threshold, len(block), 12, exact if spread else None)
         random = np.random.default_rng(0)
-        margin = select.Margin(
+        margin = Margin(
             random.random(len(block), np.float32) * np.float32(spread), 2.0**-8, np.array([1][: int(spread)], np.int64)
         )
         margin.absolute_b[~block.any(axis=1)] = 0  # zeros may be known exactly
@@ -78,7 +80,7 @@ def test_the_sieve_and_whole_blocks_keep_what_a_loop_keeps(kind, block, step, sp
         token_n, feature_n, _ = sieve.candidates()
     assert (np.diff(feature_n * len(block) + token_n) > 0).all(), "by feature, then by token"
     value_n = block[token_n, feature_n]
-    kept_n = select.keep(kind, threshold, (token_n, feature_n, value_n), len(block), 12)
+    kept_n = keep(kind, threshold, (token_n, feature_n, value_n), len(block), 12)
     assert sorted((token_n * 12 + feature_n)[kept_n]) == expected
     assert (np.diff(kept_n) > 0).all()
 
@@ -99,9 +101,9 @@ def test_bfloat16_is_compared_as_its_bits(bits, bound, is_near):
     if is_near:  # to an entry: next below, equal, or next above
         bound = np.nextafter(h_cw[0], np.float32([-np.inf, np.inf] * 3)) if bound.shape == (6,) else h_cw[:, :1].copy()
     mask_cw = np.empty((4, 6), dtype=bool)
-    select._exceed(bits, bound, mask_cw)
+    sieve_module._exceed(bits, bound, mask_cw)
     assert (mask_cw == (h_cw > bound)).all()
-    assert (select._floats(bits) == h_cw).all()
+    assert (sieve_module._floats(bits) == h_cw).all()
 
 
 def ascending(n_tokens: int) -> np.ndarray:
@@ -132,8 +134,8 @@ HARD = {
 def test_a_token_holds_few_candidates_however_many_tie(monkeypatch, name, kind, spread):
     """Nor are more noted at a time, made exact at a time, or laid out in a table as wide as what one token has."""
     h_sb = HARD[name]
-    n_tokens, most, n_noted, n_made_exact, table_widths = h_sb.shape[1], select.CROWD * kind.k, [0], [0], [0]
-    where, table = select._where, select._table
+    n_tokens, most, n_noted, n_made_exact, table_widths = h_sb.shape[1], CROWD * kind.k, [0], [0], [0]
+    where, table = sieve_module._where, sieve_module._table
 
     def where_counted(mask_cw, most):
         flat_n = where(mask_cw, most)
@@ -150,10 +152,10 @@ def test_a_token_holds_few_candidates_however_many_tie(monkeypatch, name, kind, 
         n_made_exact.append(len(held[0]))
         return held[0], held[1], h_sb[held[1], held[0]]
 
-    monkeypatch.setattr(select, "_where", where_counted)
-    monkeypatch.setattr(select, "_table", table_measured)
-    margin = select.Margin(np.full(n_tokens, spread, np.float32), 0.0, np.empty(0, np.int64)) if spread else None
-    sieve = select.Sieve(kind, 0.0, n_tokens, 1_000, exact if margin else None)
+    monkeypatch.setattr(sieve_module, "_where", where_counted)
+    monkeypatch.setattr(sieve_module, "_table", table_measured)
+    margin = Margin(np.full(n_tokens, spread, np.float32), 0.0, np.empty(0, np.int64)) if spread else None
+    sieve = Sieve(kind, 0.0, n_tokens, 1_000, exact if margin else None)
     for first in range(0, 1_000, 200):
         sieve.take(first, h_sb[first : first + 200].copy(), margin)
         assert np.bincount(np.concatenate([token_n for token_n, _, _ in sieve._found])).max(initial=0) <= most
@@ -165,7 +167,7 @@ def test_a_token_holds_few_candidates_however_many_tie(monkeypatch, name, kind, 
     if name in ("zeros", "negative") and isinstance(kind, GroupMax) and spread is None:
         assert max(n_noted) == 0
     candidates = exact(sieve.candidates())
-    kept_n = select.keep(kind, 0.0, candidates, n_tokens, 1_000)
+    kept_n = keep(kind, 0.0, candidates, n_tokens, 1_000)
     expected = {(b, s) for b, row in enumerate(h_sb.T.tolist()) for s in by_loop(row, kind)}
     assert {*zip(candidates[0][kept_n].tolist(), candidates[1][kept_n].tolist(), strict=True)} == expected
 

@@ -31,7 +31,8 @@ from saev_dist.accumulators.base import Codes, DeviceCodes, stable_order
 from saev_dist.fused import kernels_on
 from saev_dist.sae.model import Activation, ConstantNorm, Gated, Given, GroupMax, LayerNorm, Precision, Sae, Threshold, TopK
 from saev_dist.sae.screen import Screen
-from saev_dist.sae.select import Bound, Sieve, keep, select_at_once
+from saev_dist.sae.select import select_at_once
+from saev_dist.sae.sieve import Bound, Sieve, keep
 
 PIECE_CODES = 2**25  # most codes that a piece may have: they are held until it is done
 BLOCK_TOKENS = 2048

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saev_dist.errors import ConfigError, RunError
-from saev_dist.sae.select import Candidates, Margin
+from saev_dist.sae.sieve import Candidates, Margin
 
 ROOM = 1 + 2.0**-10
 """For the rounding of the bound itself."""
