@@ -19,7 +19,13 @@ T = TypeVar("T")
 
 MAX_COUNT = 10**9
 RunPath = Annotated[Path, tyro.conf.arg(aliases=("--run-dir",))]
-TriState = Annotated[bool | None, tyro.conf.arg(metavar="| --no-pre-bias")]
+# What is None by default: help shows the type alone, and the text says what None means.
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+OptionalText = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+TriState = Annotated[bool | None, tyro.conf.arg(metavar="| --no-pre-bias", help_behavior_hint="")]
+Norm = Literal["none", "layer_norm", "constant_norm_rescale"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +36,17 @@ class SaeRules:
     """Format of the SAE. auto: told by its content."""
     pre_bias: TriState = None
     """Subtract b_dec from the activations before encoding, or do not. Default: as the checkpoint says (saev: no; its files trained before 2025-07-31 need --pre-bias)."""
-    activation: str | None = None
+    activation: OptionalText = None
     """relu, or topk:K (such as topk:32), in place of what the checkpoint says."""
-    threshold: float | None = None
+    threshold: OptionalFloat = None
     """Threshold of a BatchTopK or JumpReLU SAE, in place of the checkpoint's: features at or below it are 0."""
-    input_norm: Literal["none", "layer_norm", "constant_norm_rescale"] | None = None
+    input_norm: Annotated[
+        Norm | None, tyro.conf.arg(metavar="{none,layer_norm,constant_norm_rescale}", help_behavior_hint="")
+    ] = None
     """Normalisation of each token before encoding, in place of what the checkpoint says."""
-    input_mean: Path | None = None
+    input_mean: OptionalPath = None
     """File with a vector (.npy, .pt, .safetensors) that is subtracted from the activations first: the mean of the SAE's training data."""
-    input_scale: float | None = None
+    input_scale: OptionalFloat = None
     """Number that activations, less their mean, are multiplied by. Where training divided by a number, 1 over it."""
 
     def __post_init__(self) -> None:
@@ -51,13 +59,8 @@ class SaeRules:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extract(SaeRules):
-    """Stream stored activations through an SAE once; keep each feature's strongest scores and its statistics.
-
-    Run it alone, or on all GPUs of a node with `torchrun --nproc-per-node 8 -m saev_dist extract …`: the artifacts are
-    the same bytes. Killed or stopped by a signal (exit code 75), the same command continues, with any number of ranks.
-    A finished run in --out is left as it is.
-    """
+class Extraction:
+    """What `extract` is told beside the SAE's rules."""
 
     shards: Path
     """Directory of activation shards: metadata.json, shards.json, acts*.bin."""
@@ -65,10 +68,10 @@ class Extract(SaeRules):
     """SAE checkpoint: a saev sae.pt, a directory of SAELens, sparsify or dictionary_learning, a file of `saev-dist convert`, or hf://owner/repo[/path][@revision]."""
     out: Path
     """Run directory to make, to continue, or to find finished. All ranks must see it (a shared file system)."""
-    config: Path | None = None
+    config: OptionalPath = None
     """TOML file of defaults for these flags, such as configs/cpu.toml."""
 
-    layer: int | None = None
+    layer: OptionalInt = None
     """Layer, as a value out of the metadata's "layers". Needed only when the shards hold several."""
     top_k: int = 128
     """Slots per feature."""
@@ -113,6 +116,17 @@ class Extract(SaeRules):
     progress: bool = True
     """Show progress: a bar on a terminal, a line every 30 s elsewhere."""
 
+
+# Fields come from the last base on, so that help begins with what must be given.
+@dataclass(frozen=True, kw_only=True)
+class Extract(SaeRules, Extraction):
+    """Stream stored activations through an SAE once; keep each feature's strongest scores and its statistics.
+
+    Run it alone, or on all GPUs of a node with `torchrun --nproc-per-node 8 -m saev_dist extract …`: the artifacts are
+    the same bytes. Killed or stopped by a signal (exit code 75), the same command continues, with any number of ranks.
+    A finished run in --out is left as it is.
+    """
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_counts(self, "top_k", "max_distribution_samples", "batch_tokens", "read_ahead", "timeout_s")
@@ -141,15 +155,15 @@ class Replay:
 
     run: RunPath
     """Run directory of a finished `extract`. Under torchrun write --run-dir: torchrun takes --run for an option of its own."""
-    shards: Path | None = None
+    shards: OptionalPath = None
     """Where the run's shards are now, if they have moved."""
-    sae: Path | None = None
+    sae: OptionalPath = None
     """Where the run's SAE is now, if it has moved."""
-    images: Path | None = None
+    images: OptionalPath = None
     """Pictures: class folders as torchvision's ImageFolder reads them, a flat folder (sorted by name), or a Hugging Face data set saved to disk. Default: the dataset path in the shards' metadata, if it exists."""
     pictures: bool = True
     """Draw on the pictures. --no-pictures draws heatmaps on a plain ground."""
-    config: Path | None = None
+    config: OptionalPath = None
     """TOML file of defaults for these flags."""
 
     features: tuple[int, ...] = ()
@@ -171,9 +185,9 @@ class Replay:
 
     fit: Literal["auto", "grid", "crop"] = "auto"
     """How pictures were prepared for the model. grid: resized to whole patches at about their own aspect. crop: resized to --resize, then the middle --crop. auto: crop for clip and siglip, grid for others."""
-    patch_size: int | None = None
+    patch_size: OptionalInt = None
     """Edge of a patch in px. Default: 16 for grid; for crop what gives the shards' number of patches."""
-    grid: tuple[int, int] | None = None
+    grid: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="INT INT", help_behavior_hint="")] = None
     """Columns and rows of patches, for --fit grid, where the aspect of the pictures does not tell."""
     resize: tuple[int, int] = (256, 256)
     """Width and height before the crop, px."""
@@ -188,7 +202,7 @@ class Replay:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the encoder runs. auto: a GPU if there is one."""
-    workers: int | None = None
+    workers: OptionalInt = None
     """Processes that draw, per rank. Default: half of the rank's cores."""
     read_ahead: int = 16
     """Images read ahead of the encoder."""
@@ -222,9 +236,9 @@ class Verify:
 
     run: RunPath
     """Run directory of a finished `extract`. Under torchrun write --run-dir: torchrun takes --run for an option of its own."""
-    shards: Path | None = None
+    shards: OptionalPath = None
     """Where the run's shards are now, if they have moved."""
-    sae: Path | None = None
+    sae: OptionalPath = None
     """Where the run's SAE is now, if it has moved."""
     features: tuple[int, ...] = ()
     """Features that are checked in any case."""
@@ -256,9 +270,9 @@ class Merge:
 
     run: RunPath
     """Run directory of an `extract` that died after its last batch, or has ended on all ranks but one."""
-    shards: Path | None = None
+    shards: OptionalPath = None
     """Where the run's shards are now, if they have moved."""
-    sae: Path | None = None
+    sae: OptionalPath = None
     """Where the run's SAE is now, if it has moved."""
 
 
@@ -268,9 +282,9 @@ class Inspect(SaeRules):
 
     path: Annotated[Path, tyro.conf.Positional]
     """A shards directory, an SAE (as `extract --sae` takes it), or a run directory of `extract`."""
-    shards: Path | None = None
+    shards: OptionalPath = None
     """Shards to try an SAE on: how well it gives their activations back, as it is read and under other readings."""
-    layer: int | None = None
+    layer: OptionalInt = None
     """Layer of these shards, as for `extract`; of PATH, where that holds shards, default: all of them."""
 
 

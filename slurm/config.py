@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from saev_dist.config import OptionalFloat, OptionalInt, OptionalPath, OptionalText
 from saev_dist.errors import ConfigError
 
 RunPaths = Annotated[tuple[Path, ...], tyro.conf.arg(aliases=("--run-dir",))]
@@ -25,32 +26,32 @@ class Launcher:
       cancel --run DIR …          end it
     """
 
-    config: Path | None = None
+    config: OptionalPath = None
     """TOML file of defaults for these flags, such as configs/slurm/one_node_8gpu.toml."""
     cluster: Literal["slurm", "local", "debug"] = "slurm"
     """local: processes on this machine, one after another. debug: this process. Both always wait."""
 
-    partition: str | None = None
+    partition: OptionalText = None
     """Default: the cluster's."""
-    account: str | None = None
+    account: OptionalText = None
     """Whom to charge."""
-    qos: str | None = None
+    qos: OptionalText = None
     """Quality of service."""
     nodes: int = 1
     """Nodes per job."""
     gpus_per_node: int = 1
     """GPUs per node, and as many ranks. 0: a CPU partition, with --tasks-per-node ranks."""
-    tasks_per_node: int | None = None
+    tasks_per_node: OptionalInt = None
     """Ranks per node. Default: one per GPU; one without GPUs."""
     cpus_per_gpu: int = 4
     """CPU cores per rank, also where there are no GPUs."""
-    mem_gb: float | None = None
+    mem_gb: OptionalFloat = None
     """Host memory per node, GB. Default: the partition's."""
     time_h: float = 4.0
     """Time limit of one attempt, hours. A job that reaches it goes on in the next."""
-    constraint: str | None = None
+    constraint: OptionalText = None
     """Features that the nodes must have."""
-    exclude: str | None = None
+    exclude: OptionalText = None
     """Nodes to avoid."""
     array_parallelism: int = 16
     """Jobs of an array that run at the same time."""
@@ -66,7 +67,7 @@ class Launcher:
     max_requeues: int = 20
     """A job that has been requeued so often does not requeue itself again."""
 
-    logs: Path | None = None
+    logs: OptionalPath = None
     """Directory for logs. Default: slurm/ in --out or --run."""
     wait: bool = False
     """Follow the job to its end: progress, then the result; exit code 1 if it failed."""
