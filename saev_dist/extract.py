@@ -335,8 +335,10 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
             del codes, pieces, parts  # a GPU's memory
             with clock("snapshot"):
                 keeper.save_if_due(state)
-            progress.advance(batch.n_examples * shards.n_patches)
+            progress.advance(batch.n_examples * shards.n_patches, reader.n_left_out * shards.n_patches)
             n_done += batch.n_examples * shards.n_patches
+        if reader.n_left_out:  # maybe the last ones
+            progress.advance(0, reader.n_left_out * shards.n_patches)
         with clock("snapshot"):
             keeper.save(state())
     seconds = max(time.perf_counter() - began, 1e-9)

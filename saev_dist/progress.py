@@ -43,17 +43,24 @@ class Progress:
             disable=not (enabled and on_terminal and rank == 0),
         )
 
-    def advance(self, n_tokens: int) -> None:
-        """Count tokens as done."""
+    def advance(self, n_tokens: int, n_left_out: int = 0) -> None:
+        """Count tokens as done.
+
+        Args:
+            n_tokens: since the last call.
+            n_left_out: tokens that will not be done, in all.
+        """
+        was_whole = self._done == self._bar.total
         self._done += n_tokens
+        self._bar.total = total = self._n_tokens - n_left_out
         rate = (self._done - self._done_before) / max(time.monotonic() - self._began, 1e-9)
         self._bar.set_postfix_str(f"read {rate * self._bytes_per_token / 1e6:,.0f} MB/s", refresh=False)
         self._bar.update(n_tokens)
-        if self._logs and (time.monotonic() - self._logged >= LOG_EVERY_S or self._done == self._n_tokens):
+        if self._logs and (time.monotonic() - self._logged >= LOG_EVERY_S or (self._done == total and not was_whole)):
             self._logged = time.monotonic()
-            left = timedelta(seconds=round((self._n_tokens - self._done) / rate))
+            left = timedelta(seconds=round((total - self._done) / rate)) if rate else "?"
             print(
-                f"{self._prefix}{self._job} {self._done / self._n_tokens:6.1%}  {self._done:,}/{self._n_tokens:,} tokens  "
+                f"{self._prefix}{self._job} {self._done / max(1, total):6.1%}  {self._done:,}/{total:,} tokens  "
                 f"{rate:,.0f} tok/s  read {rate * self._bytes_per_token / 1e6:,.0f} MB/s  ETA {left}",
                 file=sys.stderr,
                 flush=True,

@@ -60,6 +60,7 @@ def test_batches_come_in_order_and_stay_while_held(tmp_path, monkeypatch, exampl
             assert len(held_bd) == earlier.n_examples * N_PATCHES
     assert [batch.index for batch, _ in seen] == good
     assert sorted(stream.left_out) == [batch.index for batch in wanted if batch.index not in good]
+    assert stream.n_left_out == sum(batch.n_examples for batch in wanted if batch.index not in good)
     assert stream.n_bytes == sum(batch.n_examples for batch, _ in seen) * shards.content_bytes
 
 

@@ -66,6 +66,8 @@ class Reader:
         self.n_parts, self.skip_bad = n_parts, skip_bad
         self.left_out: dict[int, str] = {}
         """Why each batch that was left out could not be read, by its index."""
+        self.n_left_out = 0
+        """Images in them."""
         self.n_bytes = 0
         """Content bytes delivered so far."""
         self.wait_s = 0.0
@@ -108,6 +110,7 @@ class Reader:
                     if not self.skip_bad:
                         raise
                     self.left_out[batch.index] = str(err)
+                    self.n_left_out += batch.n_examples
                     bad_shards.add(batch.shard_i)
                     free.append(buffer)
                     read_ahead()
