@@ -34,7 +34,7 @@ def test_a_toml_file_may_hold_everything(tmp_path):
     [
         ("topk = 3", "sets 'topk', which extract does not know; did you mean 'top_k'?"),
         ("top-k = 3", "did you mean 'top_k'?"),
-        ("colour = 3", "sets 'colour', which extract does not know; it knows sae_format,"),
+        ("colour = 3", "sets 'colour', which extract does not know; it knows shards,"),
         ("a b", "is not TOML"),
         ("layer = [1]", "layer is [1]; expected a whole number."),
         ('top_k = "64"', "top_k is '64'; expected a whole number."),
