@@ -6,6 +6,7 @@ four such attempts nothing strikes, and the artifacts must be the bytes of an un
 """
 
 import argparse
+import os
 import random
 import shutil
 import signal
@@ -23,7 +24,10 @@ KINDS = {
     "ReLU, patches": (RELU, ["--rank-by", "patch", "--metrics"]),
     "TopK, images": (TOPK, ["--rank-by", "image", "--max-distribution-samples", 50]),
     "no rows": (RELU, ["--no-img-acts", "--n-distributions", 0]),
+    "bad shards": (RELU, ["--skip-bad-shards"]),
+    "in order": (RELU, ["--percentile-estimator", "saev"]),
 }
+ONE_RANK = "in order"
 MAX_OPS = 120
 """About as many operations as rank 0 does below the run directory."""
 
@@ -42,14 +46,16 @@ class Soak:
         """How attempts ended."""
         self.n_tokens_before = 0
         """Tokens that last attempts did not have to do again."""
-        shards = make_shards(dpath / "shards", make_acts(N_IMGS))
+        shards, with_bad = (make_shards(dpath / name, make_acts(N_IMGS)) for name in ("shards", "bad"))
+        (with_bad / "acts000001.bin").unlink()
+        os.truncate(with_bad / "acts000003.bin", 100)
         self.args, self.expected = {}, {}
         for number, (kind, (activation, flags)) in enumerate(KINDS.items()):
             sae = make_sae(dpath / f"sae{number}.pt", activation)
             self.args[kind] = [
                 "extract",
                 "--shards",
-                shards,
+                with_bad if "--skip-bad-shards" in flags else shards,
                 "--sae",
                 sae,
                 "--batch-tokens",
@@ -68,20 +74,20 @@ class Soak:
         """One run, struck and resumed; AssertionError where a byte differs."""
         rng = random.Random(seed)
         kind = rng.choice(list(KINDS))
-        out = self.dpath / f"trial{seed}"
+        out, most_ranks = self.dpath / f"trial{seed}", 1 if kind == ONE_RANK else 4
         for _ in range(rng.randint(1, 4)):
-            if self._strike(rng, [*self.args[kind], "--out", out], out):
+            if self._strike(rng, [*self.args[kind], "--out", out], out, most_ranks):
                 break
-        n_ranks = rng.randint(1, 4)
+        n_ranks = rng.randint(1, most_ranks)
         codes, output = self.server.run(*self.args[kind], "--out", out, n_ranks=n_ranks)
         assert codes == [0] * n_ranks, (seed, output)
         assert artifact_hashes(out) == self.expected[kind], seed
         assert not (out / "partials").exists()
         shutil.rmtree(out)
 
-    def _strike(self, rng: random.Random, args: list[object], out: Path) -> bool:
+    def _strike(self, rng: random.Random, args: list[object], out: Path, most_ranks: int) -> bool:
         """An attempt that something befalls, if it lives long enough; whether it has finished."""
-        n_ranks = rng.randint(1, 4)
+        n_ranks = rng.randint(1, most_ranks)
         # after every batch, on the main thread; or on the other one, as soon as the last is done; or at the end only
         args = [*args, "--snapshot-every", rng.choice([0, 1e-6, 300])]
         how = rng.choice(["operation", "operation", "operation", "time", "signal"])
