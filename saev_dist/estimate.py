@@ -13,7 +13,7 @@ from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError
 from saev_dist.plan import Plan
-from saev_dist.sae.encoder import LANES, batch_threads, block_shape, piece_images
+from saev_dist.sae.encoder import LANES, batch_threads, batches_ahead, block_shape, piece_images
 from saev_dist.sae.model import ConstantNorm, GroupMax, LayerNorm, Sae, TopK
 from saev_dist.spill import MAX_WAITING
 from saev_dist.world import World
@@ -65,7 +65,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     per_token = sae.activation.k if isinstance(sae.activation, TopK | GroupMax) else round(ASSUMED_DENSITY * sae.d_sae) + 1
     weights = 4 * (2 * sae.d_model * sae.d_sae + sae.d_sae + sae.d_model)
     shapes = plan.examples_per_batch, shards.n_patches, sae.activation, sae.d_sae, device
-    piece, n_threads = piece_images(*shapes) * shards.n_patches, batch_threads(*shapes)
+    piece, n_threads, n_ahead = piece_images(*shapes) * shards.n_patches, batch_threads(device), batches_ahead(*shapes)
     block_tokens, block_features, _ = block_shape(piece, sae.activation, sae.d_sae, device)
     block = block_tokens * n_threads
     entry = 2 if "bf16" in (cfg.precision, cfg.screen) else 4
@@ -79,10 +79,10 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     samples = 4 * min(cfg.n_distributions, sae.d_sae) * n_sampled
     host = {
         "weights": weights,
-        "read buffers": (cfg.read_ahead + (2 if device.type == "cpu" else LANES + 1)) * batch_tokens * sae.d_model * 4,
+        "read buffers": (cfg.read_ahead + n_ahead + 1) * batch_tokens * sae.d_model * 4,
         # the exchange and the last sort of the slots each hold the state a second and a third time
         "accumulators and their merge": 3 * state,
-        "codes of two batches": 2 * batch_tokens * per_token * CODE_BYTES,
+        "codes of batches under way": (n_ahead + 1) * batch_tokens * per_token * CODE_BYTES,
         "distributions, when written": samples,
         "rows to be written": (MAX_WAITING + 1) * plan.examples_per_batch * row,
     }

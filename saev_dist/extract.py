@@ -40,7 +40,7 @@ from saev_dist.plan import Batch, Intervals, Plan, complement, subtract
 from saev_dist.progress import Progress
 from saev_dist.report import describe_plan, summary
 from saev_dist.sae import screen
-from saev_dist.sae.encoder import ActivationOverflow, Encoder, batch_threads
+from saev_dist.sae.encoder import ActivationOverflow, Encoder, batch_threads, batches_ahead
 from saev_dist.sae.hub import is_hub_name
 from saev_dist.sae.load import Loaded, Overrides, load_sae
 from saev_dist.sae.model import Sae
@@ -299,21 +299,21 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
         spill = stack.enter_context(Spill(store.partials_dpath, partials.new_owner(world.rank), _row_kinds(cfg)))
         keeper = stack.enter_context(Keeper(spill, share.fingerprint, share.absorbed, cfg.snapshot_every))
         stack.callback(progress.close)
-        n_threads = batch_threads(job.plan.examples_per_batch, shards.n_patches, sae.activation, sae.d_sae, job.device)
+        n_ahead = batches_ahead(job.plan.examples_per_batch, shards.n_patches, sae.activation, sae.d_sae, job.device)
         screened = cfg.screen == "bf16" and bool(share.todo)
-        encoder = stack.enter_context(Encoder(sae, job.device, cfg.precision, n_threads, screen=screened))
+        encoder = stack.enter_context(Encoder(sae, job.device, cfg.precision, batch_threads(job.device), screen=screened))
         reader = Reader(
             shards,
             job.plan,
             share.todo,
             depth=cfg.read_ahead,
-            hold=encoder.n_ahead,
+            hold=n_ahead,
             pin=job.device.type == "cuda",
             n_parts=PARTS_FOR_GPU if job.device.type == "cuda" else 1,
             skip_bad=cfg.skip_bad_shards,
         )
         stack.enter_context(encoder.beside())
-        stream = stack.enter_context(closing(_encoded(reader, encoder, shards, clock)))
+        stream = stack.enter_context(closing(_encoded(reader, encoder, shards, n_ahead, clock)))
         while True:
             try:
                 world.check()
@@ -363,8 +363,10 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
 Pieces = list[Codes] | list[DeviceCodes]
 
 
-def _encoded(reader: Reader, encoder: Encoder, shards: Shards, clock: "Clock") -> Generator[tuple[Batch, Pieces], None, None]:
-    """Each batch with the codes of its pieces. Those after it are being encoded while the caller works on them."""
+def _encoded(
+    reader: Reader, encoder: Encoder, shards: Shards, n_ahead: int, clock: "Clock"
+) -> Generator[tuple[Batch, Pieces], None, None]:
+    """Each batch with the codes of its pieces. `n_ahead` after it are being encoded while the caller works on them."""
 
     def finish(batch: Batch, acts_bd: Tensor, pieces: list[Callable[[], Any]]) -> tuple[Batch, Pieces]:
         with clock("encode"):
@@ -376,7 +378,7 @@ def _encoded(reader: Reader, encoder: Encoder, shards: Shards, clock: "Clock") -
     under_way: deque[tuple[Batch, Tensor, list[Callable[[], Any]]]] = deque()
     for batch, acts_bd in reader:
         under_way.append((batch, acts_bd, encoder.submit_batch(acts_bd, img_i=batch.img_i, n_patches=shards.n_patches)))
-        if len(under_way) > encoder.n_ahead:
+        if len(under_way) > n_ahead:
             yield finish(*under_way.popleft())
     while under_way:
         yield finish(*under_way.popleft())

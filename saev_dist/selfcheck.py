@@ -27,7 +27,7 @@ from saev_dist.data.reader import sample_images
 from saev_dist.data.shards import Shards
 from saev_dist.errors import CheckpointError, ConfigError, MergeError, warn
 from saev_dist.report import table
-from saev_dist.sae.encoder import LANES, ActivationOverflow, Encoder, encodes_at_once
+from saev_dist.sae.encoder import ActivationOverflow, Encoder, batch_threads
 from saev_dist.sae.model import ConstantNorm, Given, LayerNorm, Relu, Sae, Threshold, TopK
 
 N_TOKENS, FEW_TOKENS, N_IMAGES = 4096, 512, 64
@@ -173,9 +173,8 @@ def _measure(sae: Sae, x_bd: Tensor, device: torch.device, name: str, flags: str
     """Encode and decode the tokens under one reading."""
     reconstruction = Reconstruction(*sae.decoder(), sae.undo_norm())
     n_codes, fired_s = 0, torch.zeros(sae.d_sae, dtype=torch.bool, device=device)
-    n_threads = LANES if encodes_at_once(device) else torch.get_num_threads()
     try:
-        with Encoder(sae, device, "fp32", n_threads) as encoder, encoder.beside():
+        with Encoder(sae, device, "fp32", batch_threads(device)) as encoder, encoder.beside():
             for codes in _encoded(encoder, x_bd):
                 reconstruction.add(codes)
                 n_codes += len(codes.value_n)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
 from saev_dist.errors import DataError
 from saev_dist.extract import run
+from saev_dist.sae.encoder import Encoder
 from saev_dist.sae.saev import load_saev
 from tests.ranks import artifact_hashes, run_cli, run_ranks
 from tests.synthetic import (
@@ -135,6 +137,23 @@ def test_any_number_of_threads_writes_the_same_bytes(tmp_path):
         assert done.returncode == 0, done.stderr
         assert json.loads((out / "manifest.json").read_text())["machine"]["n_threads"] == min(n_threads, os.cpu_count() or 1)
     assert artifact_hashes(tmp_path / "1") == artifact_hashes(tmp_path / "2")
+
+
+def test_batches_of_one_piece_keep_all_threads_busy(tmp_path, monkeypatch):
+    shards, sae = make_shards(tmp_path / "shards", make_acts(21)), make_sae(tmp_path / "sae.pt")
+    n_threads, met, encode = torch.get_num_threads(), threading.Barrier(3), Encoder._encode
+
+    def meet_and_encode(*args):
+        met.wait(timeout=30)
+        return encode(*args)
+
+    monkeypatch.setattr(Encoder, "_encode", meet_and_encode)
+    torch.set_num_threads(3)
+    try:
+        run(Extract(shards=shards, sae=sae, out=tmp_path / "run", batch_tokens=1, self_check="off", progress=False))
+    finally:
+        torch.set_num_threads(n_threads)
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["plan"] == {"n_batches": 21, "images_per_batch": 1}
 
 
 def test_more_ranks_than_batches_work(tmp_path):

@@ -20,7 +20,7 @@ from saev_dist.config import Extract
 from saev_dist.errors import DataError, MergeError
 from saev_dist.extract import run
 from saev_dist.sae import encoder
-from saev_dist.sae.encoder import Encoder, batch_threads
+from saev_dist.sae.encoder import Encoder, batch_threads, batches_ahead
 from saev_dist.sae.model import Gated, GroupMax, LayerNorm, Relu, Sae, Threshold, TopK
 from saev_dist.world import World
 from tests.laws import D_SAE, EXACT, KINDS, batches, fold, make_codes, on_device, same
@@ -179,9 +179,8 @@ def test_codes_are_those_of_the_cpu(monkeypatch, device, kind, norm, lane_codes)
             expected = plain.encode(acts_bd, img_i=3, n_patches=5)
             lifted = plain.encode(acts_bd, img_i=3, n_patches=5, lift_s=torch.arange(sae.d_sae) % 5 * 0.5)
     monkeypatch.setattr(encoder, "LANE_CODES", lane_codes)
-    n_threads = batch_threads(11, 5, kind, sae.d_sae, device)
-    assert n_threads == 2
-    with Encoder(sae, device, "fp32", n_threads) as lanes, lanes.beside():
+    assert batches_ahead(11, 5, kind, sae.d_sae, device) == batch_threads(device) == 2
+    with Encoder(sae, device, "fp32", 2) as lanes, lanes.beside():
         waits = [lanes.submit_batch(acts_bd, img_i=3, n_patches=5)[0] for _ in range(4)]
         many = [wait() for wait in waits]
         one = lanes.encode(acts_bd, img_i=3, n_patches=5)

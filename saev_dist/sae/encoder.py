@@ -135,11 +135,6 @@ class Encoder:
         """The nonzero codes of whole examples: `submit` and wait."""
         return self.submit(acts_bd, img_i=img_i, n_patches=n_patches, lift_s=lift_s)()
 
-    @property
-    def n_ahead(self) -> int:
-        """Batches to have under way beside the one whose codes are being worked on."""
-        return LANES if encodes_at_once(self.device) else 1
-
     @contextmanager
     def beside(self) -> Iterator[None]:
         """Inside, the caller's own work on the device goes before the products that wait there."""
@@ -413,8 +408,12 @@ def usable_precision(wanted: Precision, device: torch.device) -> Precision:
     return "fp32" if wanted == "tf32" and device.type != "cuda" else wanted
 
 
-def batch_threads(n_imgs: int, n_patches: int, activation: Activation, d_sae: int, device: torch.device) -> int:
-    """Threads that encode batches: torch's own number on the CPU, but no more than a batch has pieces; 2 on a GPU."""
-    if encodes_at_once(device):
-        return LANES
-    return min(torch.get_num_threads(), -(-n_imgs // piece_images(n_imgs, n_patches, activation, d_sae, device)))
+def batch_threads(device: torch.device) -> int:
+    """Threads that encode batches: torch's own number on the CPU, 2 on a GPU."""
+    return LANES if encodes_at_once(device) else torch.get_num_threads()
+
+
+def batches_ahead(n_imgs: int, n_patches: int, activation: Activation, d_sae: int, device: torch.device) -> int:
+    """Batches to have under way beside the one whose codes are being worked on: with a piece for each of `batch_threads`."""
+    n_pieces = -(-n_imgs // piece_images(n_imgs, n_patches, activation, d_sae, device))
+    return -(-batch_threads(device) // n_pieces)
