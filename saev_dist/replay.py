@@ -454,7 +454,7 @@ def _publish(job: Job) -> None:
 def _tidy(job: Job) -> None:
     """Remove what is no part of a finished gallery; a replay that died in here left it."""
     for fpath in job.visuals_dpath.glob("records.*"):
-        fpath.unlink()
+        fpath.unlink(missing_ok=True)
     _remove(job.former_dpath)
 
 
