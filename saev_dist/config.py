@@ -19,11 +19,13 @@ T = TypeVar("T")
 
 MAX_COUNT = 10**9
 RunPath = Annotated[Path, tyro.conf.arg(aliases=("--run-dir",))]
-# What is None by default: help shows the type alone, and the text says what None means.
+# What is None or empty by default: help shows the type alone, and the text says what that means.
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalText = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+Ints = Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")]
+Texts = Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")]
 TriState = Annotated[bool | None, tyro.conf.arg(metavar="| --no-pre-bias", help_behavior_hint="")]
 Norm = Literal["none", "layer_norm", "constant_norm_rescale"]
 
@@ -166,7 +168,7 @@ class Replay:
     config: OptionalPath = None
     """TOML file of defaults for these flags."""
 
-    features: tuple[int, ...] = ()
+    features: Ints = ()
     """Features that are shown whatever the other rules say."""
     n_features: int = 400
     """How many of the features in the ranges below to show besides."""
@@ -240,7 +242,7 @@ class Verify:
     """Where the run's shards are now, if they have moved."""
     sae: OptionalPath = None
     """Where the run's SAE is now, if it has moved."""
-    features: tuple[int, ...] = ()
+    features: Ints = ()
     """Features that are checked in any case."""
     n_features: int = 100
     """How many others, a seeded random sample of those that fired."""
@@ -277,8 +279,8 @@ class Merge:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspect(SaeRules):
-    """Describe a shards directory, an SAE checkpoint or a run directory, and check it: sizes, NaN in a sample, shapes."""
+class Inspection:
+    """What `inspect` is told beside the SAE's rules."""
 
     path: Annotated[Path, tyro.conf.Positional]
     """A shards directory, an SAE (as `extract --sae` takes it), or a run directory of `extract`."""
@@ -289,15 +291,25 @@ class Inspect(SaeRules):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert(SaeRules):
-    """Write an SAE of any known format, read under these rules, as one safetensors file that says all its rules."""
+class Inspect(SaeRules, Inspection):
+    """Describe a shards directory, an SAE checkpoint or a run directory, and check it: sizes, NaN in a sample, shapes."""
 
-    source: Annotated[Path, tyro.conf.Positional]
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What `convert` is told beside the SAE's rules."""
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """SAE to read, as `extract --sae` takes it."""
-    target: Annotated[Path, tyro.conf.Positional]
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """File to write, such as sae.safetensors."""
     force: bool = False
-    """Replace TARGET."""
+    """Replace TARGET, if it is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(SaeRules, Conversion):
+    """Write an SAE of any known format, read under these rules, as one safetensors file that says all its rules."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,21 +376,32 @@ def toml_flags(fpath: Path, command: type, *, lists: tuple[str, ...] = ()) -> li
     flags: list[str] = []
     for name, value in table.items():
         if name not in hints:
-            near = get_close_matches(name.replace("-", "_"), hints, 1)
-            known = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(hints)}."
-            raise ConfigError(f"{fpath} sets {name!r}, which {command.__name__.lower()} does not know; {known}")
+            raise ConfigError(f"{fpath} sets {name!r}, which {command.__name__.lower()} does not know; {_advice(name, hints)}")
         values = value if name in lists and isinstance(value, list) else [value]
         if not values or not all(_is_a(each, hints[name]) for each in values):
-            raise ConfigError(f"{fpath}: {name} is {value!r}; expected {_expected(hints[name])}.")
+            or_several = ", or a list of them" if name in lists else ""
+            raise ConfigError(f"{fpath}: {name} is {value!r}; expected {_expected(hints[name])}{or_several}.")
         flag = name.replace("_", "-")
         match value:
             case bool():
                 flags.append(f"--{flag}" if value else f"--no-{flag}")
+            case []:
+                pass  # as if it were not there
             case list():
                 flags += [f"--{flag}", *map(str, value)]
             case _:
                 flags += [f"--{flag}", str(value)]
     return flags
+
+
+def _advice(name: str, hints: dict[str, Any]) -> str:
+    """What a field that is not known should have been. Less alike than a slip of the pen is another command's field."""
+    written = name.replace("-", "_")
+    positive = written.removeprefix("no_")
+    if positive != written and hints.get(positive) in (bool, bool | None):
+        return f'write "{positive} = false".'
+    near = get_close_matches(written, hints, 1, cutoff=0.85)
+    return f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(hints)}."
 
 
 def _is_a(value: object, hint: Any) -> bool:
@@ -388,8 +411,7 @@ def _is_a(value: object, hint: Any) -> bool:
         return value in parts
     if get_origin(hint) is tuple:
         values = value if isinstance(value, list) else [value]
-        fits = len(values) > 0 if parts[-1] is ... else len(values) == len(parts)
-        return fits and all(_is_a(each, parts[0]) for each in values)
+        return (parts[-1] is ... or len(values) == len(parts)) and all(_is_a(each, parts[0]) for each in values)
     if parts:  # one of several, or nothing
         return any(_is_a(value, part) for part in parts)
     return type(value) in {float: (float, int), Path: (str,)}.get(hint, (hint,))

@@ -58,9 +58,10 @@ class Progress:
         self._bar.update(n_tokens)
         if self._logs and (time.monotonic() - self._logged >= LOG_EVERY_S or (self._done == total and not was_whole)):
             self._logged = time.monotonic()
-            left = timedelta(seconds=round((total - self._done) / rate)) if rate else "?"
+            n_left = total - self._done
+            left = timedelta(seconds=round(n_left / rate if n_left else 0)) if rate or not n_left else "?"
             print(
-                f"{self._prefix}{self._job} {self._done / max(1, total):6.1%}  {self._done:,}/{total:,} tokens  "
+                f"{self._prefix}{self._job} {self._done / total if total else 1:6.1%}  {self._done:,}/{total:,} tokens  "
                 f"{rate:,.0f} tok/s  read {rate * self._bytes_per_token / 1e6:,.0f} MB/s  ETA {left}",
                 file=sys.stderr,
                 flush=True,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from saev_dist.config import OptionalFloat, OptionalInt, OptionalPath, OptionalText
+from saev_dist.config import OptionalFloat, OptionalInt, OptionalPath, OptionalText, Texts
 from saev_dist.errors import ConfigError
 
 RunPaths = Annotated[tuple[Path, ...], tyro.conf.arg(aliases=("--run-dir",))]
@@ -34,9 +34,9 @@ class Launcher:
     partition: OptionalText = None
     """Default: the cluster's."""
     account: OptionalText = None
-    """Whom to charge."""
+    """Whom to charge. Default: the cluster's choice."""
     qos: OptionalText = None
-    """Quality of service."""
+    """Quality of service. Default: the cluster's choice."""
     nodes: int = 1
     """Nodes per job."""
     gpus_per_node: int = 1
@@ -50,14 +50,14 @@ class Launcher:
     time_h: float = 4.0
     """Time limit of one attempt, hours. A job that reaches it goes on in the next."""
     constraint: OptionalText = None
-    """Features that the nodes must have."""
+    """Features that the nodes must have, if any."""
     exclude: OptionalText = None
-    """Nodes to avoid."""
+    """Nodes to avoid, if any."""
     array_parallelism: int = 16
     """Jobs of an array that run at the same time."""
-    setup: tuple[str, ...] = ()
+    setup: Texts = ()
     """Shell lines to run on the first node before the ranks start, such as "module load cuda"."""
-    slurm_args: tuple[str, ...] = ()
+    slurm_args: Texts = ()
     """Further options of sbatch, KEY=VALUE, or KEY alone for one without a value: reservation=night exclusive."""
 
     margin_s: int = 120

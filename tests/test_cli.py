@@ -35,6 +35,10 @@ def test_a_toml_file_may_hold_everything(tmp_path):
         ("topk = 3", "sets 'topk', which extract does not know; did you mean 'top_k'?"),
         ("top-k = 3", "did you mean 'top_k'?"),
         ("colour = 3", "sets 'colour', which extract does not know; it knows shards,"),
+        ("run = 'r'", "sets 'run', which extract does not know; it knows shards,"),
+        ("no_img_acts = true", 'which extract does not know; write "img_acts = false".'),
+        ("no-pre-bias = true", 'write "pre_bias = false".'),
+        ("config = 'x.toml'", "sets 'config', which extract does not know"),
         ("a b", "is not TOML"),
         ("layer = [1]", "layer is [1]; expected a whole number."),
         ('top_k = "64"', "top_k is '64'; expected a whole number."),
@@ -62,6 +66,8 @@ def test_lists_in_a_toml_file(tmp_path, capsys):
     assert (cfg.features, cfg.log_freq_range, cfg.grid, cfg.img_scale) == ((3, 5), (-6.0, 0.5), (4, 3), 2.0)
     fpath.write_text("features = 3")
     assert parse(flags).features == (3,)
+    fpath.write_text("features = []")
+    assert parse(flags).features == ()
     for text, found in (("grid = [4]", "[4]"), ("grid = [4, 'a']", "[4, 'a']")):
         fpath.write_text(text)
         with pytest.raises(SystemExit, match="1"):
@@ -69,13 +75,25 @@ def test_lists_in_a_toml_file(tmp_path, capsys):
         assert f"grid is {found}; expected a list of 2, each a whole number." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["extract"], ["inspect"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["extract"], ["replay"], ["verify"], ["inspect"], ["demo"]])
 def test_help_names_every_flag_without_loading_torch(command):
     script = f"import sys; from saev_dist.cli import main\ntry: main({[*command, '--help']!r})\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    expected = {"extract": "--rank-by", "inspect": "PATH", "demo": "--seed"}.get("".join(command), "extract")
+    expected = {"extract": "--rank-by", "inspect": "PATH", "demo": "--seed"}.get(
+        "".join(command), "--features" if command else "extract"
+    )
     assert expected in done.stdout
+    assert [word for word in ("{None}", "None}", "default: None", "(default: )") if word in done.stdout] == []
+
+
+@pytest.mark.parametrize("command", ["extract", "inspect", "convert"])
+def test_help_begins_with_what_must_be_given(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    needed = {"extract": "--shards PATH", "inspect": "--shards PATH", "convert": "--force"}[command]
+    assert text.index(needed) < text.index("--sae-format")
 
 
 @pytest.mark.parametrize("argv", [[], ["extract"], ["inspect"]])

@@ -108,6 +108,14 @@ def test_a_toml_file_may_list_inputs_and_flags_override_them(tmp_path):
     assert cfg.sae.name == "three.pt"
 
 
+@pytest.mark.parametrize("value", ["[]", '["a.pt", 3]', "3"])
+def test_what_a_sweep_in_a_toml_file_may_be_is_said(tmp_path, value):
+    fpath = tmp_path / "sweep.toml"
+    fpath.write_text(f"sae = {value}")
+    with pytest.raises(ConfigError, match=r"sae is .*; expected a path in quotes, or a list of them\.$"):
+        configs(Extract, ["--config", str(fpath)])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

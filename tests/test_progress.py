@@ -29,3 +29,9 @@ def test_what_is_left_out_is_not_waited_for(capsys, at_the_end):
     assert shares(capsys) == ([] if at_the_end else [["100.0%", "80/80"]])
     progress.advance(0, 20)
     assert shares(capsys) == ([["100.0%", "80/80"]] if at_the_end else [])
+
+
+def test_a_share_of_which_nothing_can_be_read_is_done(capsys):
+    progress = make(100)
+    progress.advance(0, 100)
+    assert capsys.readouterr().err.split()[1:] == ["100.0%", "0/0", "tokens", "0", "tok/s", "read", "0", "MB/s", "ETA", "0:00:00"]

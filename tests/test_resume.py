@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -18,9 +19,10 @@ import scipy.sparse
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from saev_dist import partials, spill
+from saev_dist import partials, progress, spill
 from saev_dist.cli import main
-from saev_dist.errors import DamagedError, RunError
+from saev_dist.data import reader
+from saev_dist.errors import DamagedError, DataError, RunError
 from saev_dist.plan import Plan
 from saev_dist.spill import Spill, covered
 from saev_dist.store import Run
@@ -787,6 +789,26 @@ def test_a_shard_that_cannot_be_read_stops_the_run_or_is_left_out(tmp_path, serv
     codes, output = server.run(*args, tmp_path / "b")  # the disk has been mended
     assert codes == [0] and "done before" in output
     assert artifact_hashes(tmp_path / "b") == expected
+
+
+@pytest.mark.parametrize("bad", [{2}, {3}, {0, 1, 2, 3}], ids=["middle", "last", "all"])
+def test_progress_does_not_wait_for_what_cannot_be_read(tmp_path, whole, monkeypatch, capsys, bad):
+    args, read = whole[0], reader.read_batch
+
+    def fail(shards, batch, *rest, **settings):
+        if batch.shard_i in bad:
+            raise DataError("bad")
+        read(shards, batch, *rest, **settings)
+
+    monkeypatch.setattr(reader, "read_batch", fail)
+    monkeypatch.setattr(progress, "LOG_EVERY_S", 0)
+    with pytest.raises(SystemExit, match="1") if len(bad) == 4 else nullcontext():
+        main([*map(str, args), str(tmp_path / "run"), "--skip-bad-shards", "--progress"])
+    n_tokens = N_PATCHES * sum(7 if shard_i < 3 else 2 for shard_i in {0, 1, 2, 3} - bad)
+    lines = [line.split()[1:4] for line in capsys.readouterr().err.splitlines() if "tok/s" in line]
+    whole_line = ["100.0%", f"{n_tokens}/{n_tokens}", "tokens"]
+    # The stream's own last line, and one more once it has ended.
+    assert lines[-2:] == [whole_line] * (2 if n_tokens else 1)
 
 
 def test_a_shard_may_go_bad_or_be_mended_while_the_run_is_under_way(tmp_path, server, whole):
