@@ -34,4 +34,15 @@ def test_what_is_left_out_is_not_waited_for(capsys, at_the_end):
 def test_a_share_of_which_nothing_can_be_read_is_done(capsys):
     progress = make(100)
     progress.advance(0, 100)
-    assert capsys.readouterr().err.split()[1:] == ["100.0%", "0/0", "tokens", "0", "tok/s", "read", "0", "MB/s", "ETA", "0:00:00"]
+    assert capsys.readouterr().err.split()[1:] == [
+        "100.0%",
+        "0/0",
+        "tokens",
+        "0",
+        "tok/s",
+        "read",
+        "0",
+        "MB/s",
+        "ETA",
+        "0:00:00",
+    ]
