@@ -5,7 +5,8 @@ A TOML file named by `--config` holds the same fields (`top_k = 64`); flags over
 
 import math
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
@@ -217,6 +218,8 @@ class Replay:
 
     def __post_init__(self) -> None:
         _check_counts(self, "n_images", "read_ahead", "timeout_s")
+        if self.images is not None and not self.pictures:
+            raise ConfigError("--images names the pictures to draw on; it does not go with --no-pictures. Leave one out.")
         for name in ("patch_size", "workers"):
             if getattr(self, name) is not None:
                 _check_counts(self, name)
@@ -347,6 +350,21 @@ def from_json(command: type[T], content: dict[str, Any]) -> T:
         return command(**values)
     except TypeError as err:  # another version's
         raise ConfigError(f"these are no settings of this version's {command.__name__.lower()}: {err}.") from None
+
+
+def flags_of(cfg: Any, *, without: Collection[str]) -> list[str]:
+    """The flags that make a config what it is: those of its fields that differ from their defaults, paths absolute."""
+    flags: list[str] = []
+    for field in fields(cfg):
+        value, flag = getattr(cfg, field.name), field.name.replace("_", "-")
+        if field.name in without or value == field.default:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values = value if isinstance(value, tuple) else [value.absolute() if isinstance(value, Path) else value]
+            flags += [f"--{flag}", *map(str, values)]
+    return flags
 
 
 def _check_counts(config: object, *names: str) -> None:

@@ -38,7 +38,7 @@ from saev_dist.estimate import check_fits, estimate
 from saev_dist.partials import Keeper, Partial
 from saev_dist.plan import Batch, Intervals, Plan, complement, subtract
 from saev_dist.progress import Progress
-from saev_dist.report import describe_plan, summary
+from saev_dist.report import already_done, describe_plan, summary
 from saev_dist.sae import screen
 from saev_dist.sae.encoder import ActivationOverflow, Encoder, batch_threads, batches_ahead
 from saev_dist.sae.hub import is_hub_name
@@ -111,13 +111,13 @@ def run(cfg: Extract) -> None:
         if finished:
             if world.rank == 0:
                 store.tidy()
-                print(f"{cfg.out} holds this run, finished: nothing to do. (--force computes it again.)")
+                print(already_done(store))
             return
         need = estimate(cfg, job.shards, job.sae, job.plan, job.device)
         check_fits(need, cfg.out, world, job.device)
         if cfg.screen == "bf16" and world.rank == 0 and (rate := screen.speedup(job.sae.d_model)) < screen.PAYS:
             warn(
-                f"--screen bf16: this machine makes a product in bfloat16 {rate:.1f} times as fast as in fp32, which does not "
+                f"--screen bf16: this machine makes a product in bfloat16 {rate:.2g} times as fast as in fp32, which does not "
                 "pay. Leave it out here."
             )
         if cfg.dry_run:

@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saev_dist import partials
-from saev_dist.config import Inspect
+from saev_dist.config import Inspect, flags_of
 from saev_dist.data.reader import sample_images
 from saev_dist.data.shards import Shards, read_layers
 from saev_dist.errors import ConfigError, RunError
 from saev_dist.estimate import gb
-from saev_dist.report import describe_left_out, table
+from saev_dist.report import describe_kept, describe_left_out, table
 from saev_dist.sae.hub import is_hub_name
 from saev_dist.sae.load import Overrides, load_sae
 from saev_dist.sae.model import Sae, Threshold
@@ -31,9 +30,11 @@ def run(cfg: Inspect) -> None:
         SaevDistError: it is none of the three, or not sound; the message names what is wrong.
     """
     if os.path.exists(cfg.path / "metadata.json"):
+        _refuse_flags(cfg, "a directory of shards", without={"path", "layer"})
         print(table(dict(describe_shards(cfg.path, cfg.layer))))
         return
     if os.path.exists(cfg.path / "manifest.json") or os.path.exists(cfg.path / "partials"):
+        _refuse_flags(cfg, "a run", without={"path"})
         print(table(dict(describe_run(cfg.path))))
         return
     if not os.path.lexists(cfg.path) and not is_hub_name(cfg.path):
@@ -46,6 +47,11 @@ def run(cfg: Inspect) -> None:
         if not loaded.sae.reconstructs:
             raise ConfigError(f"{cfg.path} ({loaded.sae.source}) predicts another activation than its input: nothing to check.")
         print(examine(loaded.sae, shards, torch.device("cpu")))
+
+
+def _refuse_flags(cfg: Inspect, what: str, *, without: set[str]) -> None:
+    if given := flags_of(cfg, without=without):
+        raise ConfigError(f"{cfg.path} is {what}, of which {shlex.join(given)} says nothing. Leave it out.")
 
 
 def describe_shards(dpath: Path, only: int | None) -> list[tuple[str, str]]:
@@ -91,12 +97,11 @@ def describe_run(dpath: Path) -> list[tuple[str, str]]:
     store = Run(dpath)
     under_way, manifest = store.under_way(), store.manifest()
     if under_way is not None:
-        kept = partials.newest(store.partials_dpath)
-        n_kept = sum(segment.stop - segment.first for partial in kept for segment in partial.segments)
-        n_batches = under_way.positive("n_batches")
+        holder = store.holder()
+        state = f"under way: {holder}" if holder else "unfinished; run the same extract again to continue"
         return [
-            ("run", f"{dpath}: unfinished; run the same extract again to continue"),
-            ("kept", f"{n_kept:,} of {n_batches:,} batches ({n_kept / n_batches:.1%}), in {len(kept):,} partials"),
+            ("run", f"{dpath}: {state}"),
+            ("kept", describe_kept(store)),
         ]
     if manifest is None:
         raise RunError(f"{dpath} holds no manifest.json: it is not a run, or one that died before it began.")
@@ -118,10 +123,11 @@ def describe_run(dpath: Path) -> list[tuple[str, str]]:
         raise RunError(
             f"{dpath}: it should hold that {' and that '.join(broken)}, and does not. Run extract again with --force."
         )
-    n_dead = metrics.get("n_dead", int)
+    n_dead, n_tokens = metrics.get("n_dead", int), metrics.get("n_tokens", int)
+    of_all = f" of {n_imgs:,}" if n_tokens < n_imgs * n_patches else ""
     return [
         ("run", f"{dpath}: finished, slots are sound"),
-        ("tokens", f"{metrics.get('n_tokens', int):,} of {n_imgs:,} images × {n_patches:,} patches"),
+        ("tokens", f"{n_tokens:,}: {n_tokens // n_patches:,} images{of_all} × {n_patches:,} patches"),
         ("SAE", f"{sae.get('source', str)}, {shape[0]:,} features: {sae.get('path', str)}"),
         ("shards", f"layer {shards.get('layer', int)} of {shards.get('path', str)}"),
         ("slots", f"{int(filled.sum()):,} of {filled.numel():,} filled, top_k {top_k}"),
@@ -135,10 +141,22 @@ def describe_run(dpath: Path) -> list[tuple[str, str]]:
 def describe_gallery(dpath: Path) -> str:
     """Whether a run has been drawn, and how to look at it."""
     fpath = dpath / "visuals" / "index.html"
+    command = f"saev-dist replay --run {shlex.quote(str(dpath))}"
     if os.path.exists(fpath):
+        if not _is_current(dpath):
+            return f"{fpath} shows what was here before the last extract. Draw it again: {command}"
         return f"{fpath}: open it in a browser"
     partly = " (one is drawn in part)" if os.path.exists(dpath / "visuals.partial") else ""
-    return f"none{partly}: saev-dist replay --run {shlex.quote(str(dpath))}"
+    return f"none{partly}: {command}"
+
+
+def _is_current(dpath: Path) -> bool:
+    """Whether a run's gallery shows what the run holds now, and was not drawn before an `extract --force`."""
+    try:
+        drawn = json.loads((dpath / "visuals" / "replay.json").read_bytes())
+        return bool(drawn["manifest_sha256"] == Run(dpath).manifest_sha256())
+    except (OSError, ValueError, KeyError, TypeError):  # nobody can tell
+        return True
 
 
 def _moments(tensor: Tensor) -> str:

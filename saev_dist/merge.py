@@ -21,6 +21,7 @@ def run(cfg: Merge) -> None:
         store = Run(cfg.run)
         under_way = store.under_way()
         if under_way is None:
+            store.refuse_orphans()
             state = "is finished" if store.manifest() is not None else "is not a run"
             raise RunError(f"{cfg.run} {state}: there are no partials to merge.")
         try:

@@ -14,7 +14,6 @@ Run by `saev-dist replay`; see `config.Replay` for what a user can set.
 Names: `s` features, `m` features of one image, `p` patches, `n` slots.
 """
 
-import hashlib
 import json
 import math
 import multiprocessing
@@ -35,7 +34,7 @@ import torch
 
 from saev_dist import __version__, draw
 from saev_dist.choose import Slots, choose_features, choose_slots, deal
-from saev_dist.config import Replay
+from saev_dist.config import Replay, flags_of
 from saev_dist.data.images import Pictures, open_pictures
 from saev_dist.errors import RunError, warn
 from saev_dist.files import writing
@@ -49,6 +48,20 @@ from saev_dist.report import table
 from saev_dist.sae.encoder import Encoder, usable_precision
 from saev_dist.store import Run
 from saev_dist.world import World
+
+CONTENT = (
+    "replay.json",
+    "features",
+    "index.html",
+    "data.js",
+    "features.parquet",
+    "features.csv",
+    "images.parquet",
+    "density.png",
+    "distributions.png",
+)
+INERT = {"config", "device", "workers", "read_ahead", "timeout_s", "force", "progress"}
+"""Fields of the config that change nothing that is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,7 +115,7 @@ def run(cfg: Replay) -> None:
         # Two replays in one directory would mix their pictures, and an `extract --force` would change what is drawn.
         with Run(cfg.run).lock() if world.rank == 0 else nullcontext():
             if world.rank == 0:
-                if _manifest_sha256(cfg.run) != job.identity["manifest_sha256"]:
+                if Run(cfg.run).manifest_sha256() != job.identity["manifest_sha256"]:
                     raise RunError(f"{cfg.run} has changed: another process computed it again. Run again.")
                 _announce(job)
                 _begin(job, afresh=cfg.force and not world.restarted)
@@ -126,7 +139,7 @@ def run(cfg: Replay) -> None:
 
 def open_job(cfg: Replay) -> Job:
     """Open and check what the config names, and choose."""
-    manifest_sha256 = _manifest_sha256(cfg.run)
+    manifest_sha256 = Run(cfg.run).manifest_sha256()
     finished = FinishedRun.open(cfg.run, shards=cfg.shards, sae=cfg.sae)
     shards = finished.shards
     statistics = finished.statistics()
@@ -177,14 +190,6 @@ def open_job(cfg: Replay) -> Job:
     )
 
 
-def _manifest_sha256(run_dpath: Path) -> str:
-    """Empty where there is none, of which `FinishedRun.open` says more."""
-    try:
-        return hashlib.sha256(Run(run_dpath).manifest_fpath.read_bytes()).hexdigest()
-    except OSError:
-        return ""
-
-
 def _agree(world: World, job: Job) -> None:
     """Raise RunError unless rank 0 makes the same gallery: on another node the pictures may be others, or not there."""
     first = world.tell(job.identity)
@@ -224,6 +229,11 @@ def _begin(job: Job, *, afresh: bool) -> None:
     marker_fpath = job.partial_dpath / "replay.json"
     if os.path.lexists(job.visuals_dpath) and not job.visuals_dpath.is_dir():
         raise RunError(f"{job.visuals_dpath} is in the way: it is no directory. Move it elsewhere.")
+    if strangers := _strangers(job.visuals_dpath):
+        raise RunError(
+            f"{job.visuals_dpath} holds {strangers[0]}, which no replay made and which would go with the old gallery. "
+            "Move it elsewhere."
+        )
     with writing(job.partial_dpath):
         if job.partial_dpath.exists():
             same = marker_fpath.exists() and marker_fpath.read_bytes() == _json(job.identity)
@@ -235,6 +245,14 @@ def _begin(job: Job, *, afresh: bool) -> None:
         temporary = marker_fpath.with_suffix(".tmp")
         temporary.write_bytes(_json(job.identity))
         os.replace(temporary, marker_fpath)
+
+
+def _strangers(dpath: Path) -> list[str]:
+    """What is in a gallery's place and no part of one: all of it, where nothing says that it is one. Of a link only the
+    link will go."""
+    found = set(os.listdir(dpath)) if dpath.is_dir() and not dpath.is_symlink() else set()
+    ours = {name for name in found if name in CONTENT or name.startswith("records.")} if "replay.json" in found else set()
+    return sorted(found - ours)
 
 
 def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[str, Any]:
@@ -405,6 +423,8 @@ def _write_page(job: Job) -> None:
         percentile=statistics.percentile,
         precision=finished.precision,
         version=__version__,
+        features=job.cfg.features,
+        flags=tuple(flags_of(job.cfg, without={"run", "features", *INERT})),
     )
     features = gallery.FeatureTable(
         log10_freq_s=statistics.log10_freq_s,

@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from saev_dist import partials
 from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
 from saev_dist.estimate import Estimate, free_disk, gb
 from saev_dist.plan import Plan, complement
 from saev_dist.sae.model import Sae
+from saev_dist.store import Run
 
 
 def table(lines: Mapping[str, str]) -> str:
@@ -39,11 +41,32 @@ def summary(out_dpath: Path, manifest: dict[str, Any]) -> str:
     return table(lines)
 
 
+def already_done(store: Run) -> str:
+    """What a command prints whose run is finished already."""
+    manifest = store.manifest()
+    if manifest and (parts := manifest.get("left_out", list, [])):
+        return (
+            f"{store.dpath} holds this run, finished without {describe_left_out(parts)}. "
+            "Where they can be read now, --force computes it again."
+        )
+    return f"{store.dpath} holds this run, finished: nothing to do. (--force computes it again.)"
+
+
 def describe_left_out(parts: Sequence[Mapping[str, Any]]) -> str:
     """What `--skip-bad-shards` left out: `left_out` of a manifest."""
     shards = sorted({str(part["shard"]) for part in parts})
     listed = ", ".join(shards[:10]) + (f" and {len(shards) - 10:,} more (see manifest.json)" if len(shards) > 10 else "")
     return f"{sum(part['n_images'] for part in parts):,} images of {len(shards):,} bad shards: {listed}"
+
+
+def describe_kept(store: Run) -> str:
+    """How much of the run that is under way is done and on the disk; "" where none is."""
+    if (under_way := store.under_way()) is None:
+        return ""
+    kept = partials.newest(store.partials_dpath)
+    n_kept = sum(segment.stop - segment.first for partial in kept for segment in partial.segments)
+    n_batches = under_way.positive("n_batches")
+    return f"{n_kept:,} of {n_batches:,} batches ({n_kept / n_batches:.1%}), in {len(kept):,} partials"
 
 
 def describe_plan(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, need: Estimate, n_ranks: int) -> str:
@@ -59,6 +82,7 @@ def describe_plan(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, need: Esti
         "host memory": f"{gb(need.host_total)} per rank: " + ", ".join(f"{k} {gb(v)}" for k, v in need.host.items()),
         "device": ", ".join(f"{k} {gb(v)}" for k, v in need.device.items()) or "none: the encoder runs on the CPU",
         "snapshots": f"{gb(need.partial)} per rank, every {cfg.snapshot_every:g} s; twice that while one replaces another",
+        **({"kept": kept} if (kept := describe_kept(Run(cfg.out))) and not cfg.force else {}),
         "disk": f"{gb(need.artifacts)}, and img_acts.npz up to about {gb(need.img_acts)}; {gb(free_disk(cfg.out))} free",
     }
     return table(lines) + "\ndry run: nothing was computed or written."

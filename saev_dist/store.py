@@ -15,6 +15,7 @@ then partials/ goes, run.json first. So:
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import pickle
@@ -23,7 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import torch
 from torch import Tensor
@@ -45,6 +46,9 @@ ARTIFACT_PATTERNS = (
     "metrics.json",
 )
 
+GLANCE_S = 0.1
+"""Far longer than `holder` looks at a lock."""
+
 
 class Run:
     """One run directory.
@@ -61,6 +65,13 @@ class Run:
     def manifest(self) -> Fields | None:
         """The manifest of a finished run, or None."""
         return _read_json(self.manifest_fpath)
+
+    def manifest_sha256(self) -> str:
+        """Of the file; "" where it cannot be read."""
+        try:
+            return hashlib.sha256(self.manifest_fpath.read_bytes()).hexdigest()
+        except OSError:
+            return ""
 
     def artifacts(self) -> list[Path]:
         """Files here that carry an artifact's name."""
@@ -131,11 +142,14 @@ class Run:
             file = open(fpath, "a+")
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as err:
-                if err.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                is_ours = _try_lock(file, fcntl.LOCK_EX)
+                if not is_ours:  # it may be `holder` that looks
+                    time.sleep(GLANCE_S)
+                    is_ours = _try_lock(file, fcntl.LOCK_EX)
+                if not is_ours:
                     file.seek(0)
-                    raise self._in_use(file.read(200)) from None
+                    raise self._in_use(file.read(200))
+            except OSError as err:
                 warn(f"{fpath}: cannot lock ({err.strerror}); see to it that no other run uses {self.dpath}.")
             if not fpath.exists() or not os.path.samestat(os.stat(fpath), os.fstat(file.fileno())):
                 raise self._in_use("a run that is just ending")
@@ -153,6 +167,13 @@ class Run:
             with suppress(OSError):
                 self.partials_dpath.rmdir()
 
+    def holder(self) -> str:
+        """The process that works here now, as it calls itself; "" where none does, or nobody can tell. Changes nothing."""
+        with suppress(OSError), open(self.partials_dpath / "lock", encoding="utf-8", errors="replace") as file:
+            if not _try_lock(file, fcntl.LOCK_SH):
+                return file.read(200).strip() or "another process"
+        return ""
+
     def _in_use(self, holder: str) -> RunError:
         return RunError(f"{self.dpath} is in use by {holder.strip() or 'another process'}. Wait for it, or stop it.")
 
@@ -169,19 +190,33 @@ class Run:
             The identity that the run began with: it may know shards that cannot be read now.
 
         Raises:
-            RunError: another process has finished the run since `is_finished` looked; or the directory cannot be written.
+            RunError: another process has finished the run since `is_finished` looked; there is work of a run that nothing
+                tells of; or the directory cannot be written.
         """
         run_fpath = self.partials_dpath / "run.json"
         with writing(self.partials_dpath):
             if afresh or not run_fpath.exists():
                 if self.is_finished(identity, force=afresh):
                     raise RunError(f"{self.dpath} has just been finished by another process: nothing to do.")
+                if not afresh:
+                    self.refuse_orphans()
                 self._clear()
                 self.stage_json("run.json.new", {"identity": identity, "config": config, "n_batches": n_batches})
                 os.replace(self.partials_dpath / "run.json.new", run_fpath)
                 fsync_dir(self.partials_dpath)
         under_way = self.under_way()
         return identity if under_way is None else under_way.get("identity", dict)
+
+    def refuse_orphans(self) -> None:
+        """Raise RunError where there are partials and nothing that tells of what run: no run.json, and no manifest.json,
+        beside which they mean nothing."""
+        if self.under_way() or self.manifest():
+            return
+        if n_orphans := len(list(self.partials_dpath.glob("*.partial"))):
+            raise RunError(
+                f"{self.partials_dpath / 'run.json'} is missing, so nobody can tell what run the {n_orphans:,} files *.partial "
+                "beside it are of. Put it back, or start over with extract --force."
+            )
 
     @contextmanager
     def stage(self, name: str) -> Iterator[BinaryIO]:
@@ -277,6 +312,21 @@ class Run:
             raise RunError(f"{fpath} is damaged; run extract again with --force.") from None
 
 
+def _try_lock(file: TextIO, kind: int) -> bool:
+    """Whether the lock could be had.
+
+    Raises:
+        OSError: this file system has no locks.
+    """
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as err:
+        if err.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
 class _Sink:
     """A file for torch.save that remembers the OSError that torch would hide."""
 
@@ -297,11 +347,15 @@ class _Sink:
 
 def _read_json(fpath: Path) -> Fields | None:
     try:
-        return Fields.parse(retrying(fpath.read_bytes), str(fpath), RunError)
+        content = retrying(fpath.read_bytes)
     except FileNotFoundError:
         return None
     except OSError as err:
         raise RunError(f"{fpath}: {err.strerror}.") from None
+    try:
+        return Fields.parse(content, str(fpath), RunError)
+    except RunError as err:
+        raise RunError(f"{str(err).rstrip('.')}: damaged. Run extract again with --force, which starts over.") from None
 
 
 def _agree(mine: Any, theirs: Any) -> bool:

@@ -63,7 +63,8 @@ def run(cfg: Verify) -> None:
                         "largest difference": f"{max(largest):.1%} of the tolerance for {finished.precision} "
                         f"(2^{np.log2(TOLERANCE[finished.precision]):.0f} of the sum of a score's terms)",
                         "on the edge": f"{sum(on_edge):,} scores that rounding alone keeps in or out of their token's code",
-                        "verdict": "verified",
+                        "verdict": "verified: these slots are what the SAE gives"
+                        + ("" if cfg.all else " (--all checks those of every feature)"),
                     }
                     | ({"left out": f"{finished.n_left_out:,} images of bad shards"} if finished.n_left_out else {})
                 )

@@ -121,7 +121,7 @@ class Status:
     run: RunPaths
     """Run directories."""
     lines: int = 3
-    """How many of the last lines of the log to show."""
+    """How many of the last lines of the log to show, after what it warns of."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
     <run>/slurm/jobs.jsonl             one line per job launched for the run, the latest last
     <logs>/<job id>_<rank>_log.out     a rank's output, of all attempts; srun's own messages are in rank 0's
     <logs>/<job id>_<rank>_end.json    how the rank's latest attempt ended
+    <logs>/<job id>_cancelled          a local job was told to leave for good
 
 A rank removes its own end.json when it starts, and writes the number of its attempt into the new one: the end of an
 attempt before a requeue is never taken for that of the one under way.
@@ -75,6 +76,11 @@ class End:
             return None  # not there yet, or on its way through a network file system
 
 
+def cancelled_fpath(folder: Path, job_id: str) -> Path:
+    """Its being there tells the ranks of a local job not to come back."""
+    return folder / f"{job_id}_cancelled"
+
+
 def end_fpath(folder: Path, job_id: str, rank: int) -> Path:
     return folder / f"{job_id}_{rank}_end.json"
 
@@ -118,6 +124,15 @@ def latest(run: Path) -> list[Job]:
 
 def _job(fields: dict[str, Any]) -> Job:
     return Job(**fields | {"run": Path(fields["run"]), "folder": Path(fields["folder"])})
+
+
+def warnings(fpath: Path) -> list[str]:
+    """What a log warns of, each once."""
+    try:
+        with open(fpath, encoding="utf-8", errors="replace") as file:
+            return list(dict.fromkeys(line.rstrip() for line in file if line.startswith("saev-dist: warning: ")))
+    except OSError:
+        return []
 
 
 def tail(fpath: Path, n_lines: int) -> list[str]:

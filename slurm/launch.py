@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,10 +19,10 @@ from saev_dist.errors import ConfigError, SaevDistError, warn
 from saev_dist.files import writing
 from saev_dist.sae.hub import is_hub_name
 from slurm.config import Cancel, Launcher, Status
-from slurm.jobs import Job, latest, remember, tail
+from slurm.jobs import Job, latest, remember, tail, warnings
 from slurm.progress import describe
 from slurm.queue import ask, call
-from slurm.submit import run_here, sbatch_text, submit
+from slurm.submit import run_here, sbatch_text, submit, tell_to_leave
 from slurm.sweep import configs, is_finished, run_dpath
 from slurm.watch import describe_state, follow, verdict
 
@@ -40,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         print(
-            "slurm.launch: no longer waiting. A job on Slurm goes on (status, cancel); one on this machine keeps what is done, "
-            "and the same command continues it.",
+            "slurm.launch: no longer waiting. A job on Slurm goes on (status, cancel); one on this machine leaves and keeps "
+            "what is done, and the same command continues it.",
             file=sys.stderr,
         )
         sys.exit(130)
@@ -82,7 +83,9 @@ def split(argv: list[str]) -> tuple[list[str], str, list[str]]:
         if word in COMMANDS and not is_value:
             return argv[:i], word, argv[i + 1 :]
     if not {"-h", "--help"} & set(argv):
-        print(f"{PROG}: a command is missing: one of {', '.join(COMMANDS)}; --help explains.", file=sys.stderr)
+        meant = [near for word in argv for near in get_close_matches(word, COMMANDS, 1, cutoff=0.75)]
+        hint = f"did you mean {meant[0]!r}?" if meant else f"one of {', '.join(COMMANDS)}; --help explains."
+        print(f"{PROG}: a command is missing: {hint}", file=sys.stderr)
         sys.exit(2)
     return argv, "", []
 
@@ -98,7 +101,7 @@ def launch(launcher: Launcher, extracts: Sequence[Extract], replays: Sequence[Re
     later = [cfg for cfg in replays if cfg.run in to_wait_for]
     if launcher.dry_run or any(cfg.dry_run for cfg in extracts):  # extract's own flag cannot mean a job that only plans
         return show_plan(launcher, todo, at_once, later)
-    _check_inputs([*todo, *at_once])
+    _check_inputs([*todo, *at_once], later)
     for batch in (todo, at_once):
         _check_free(batch)
     if launcher.of_no_effect:
@@ -142,9 +145,23 @@ def _run_one_by_one(launcher: Launcher, first: Sequence[Extract | Replay], later
             if launcher.cluster == "debug":
                 run_here(part, _logs_dpath(launcher, [part]))
             else:
-                well = follow(_submitted(launcher, [part]))
+                well = _follow_here(_submitted(launcher, [part]))
         all_well &= well
     return all_well
+
+
+def _follow_here(jobs: Sequence[Job]) -> bool:
+    """`follow` jobs on this machine. An interrupt ends them; a second one leaves them to it."""
+    try:
+        return follow(jobs)
+    except KeyboardInterrupt:
+        for job in jobs:
+            print(
+                f"slurm.launch: {job.kind} {job.job_id} has been told to leave after a snapshot.", file=sys.stderr, flush=True
+            )
+            tell_to_leave(job)
+        follow(jobs)
+        raise
 
 
 def _logs_dpath(launcher: Launcher, cfgs: Sequence[Extract | Replay]) -> Path:
@@ -159,10 +176,15 @@ def _logs_dpath(launcher: Launcher, cfgs: Sequence[Extract | Replay]) -> Path:
     return dpath.absolute()
 
 
-def _check_inputs(cfgs: Sequence[Extract | Replay]) -> None:
-    """Refuse names of nothing before they wait in a queue. What is there the job looks into."""
-    for cfg in cfgs:
-        needed = [cfg.run] if isinstance(cfg, Replay) else [cfg.shards / "metadata.json"]
+def _check_inputs(cfgs: Sequence[Extract | Replay], later: Sequence[Replay]) -> None:
+    """Refuse names of nothing before they wait in a queue. What is there the job looks into. The runs of later replays
+    are not there yet."""
+    for cfg in [*cfgs, *later]:
+        if isinstance(cfg, Replay):
+            needed = [] if cfg in later else [cfg.run]
+            needed += [cfg.images] if cfg.images else []
+        else:
+            needed = [cfg.shards / "metadata.json"]
         if isinstance(cfg, Extract) and not is_hub_name(cfg.sae):
             needed.append(cfg.sae)
         if missing := [path for path in needed if not os.path.exists(path)]:
@@ -227,7 +249,9 @@ def status(cfg: Status) -> bool:
         print(f"{job.run}\n  {job.kind} {job.job_id}  {text}")
         for line in describe(job) if state.is_under_way else []:
             print(f"  {line}")
-        for line in tail(job.log_fpath(0), cfg.lines):
+        log_fpath = job.log_fpath(0)
+        last = tail(log_fpath, cfg.lines)
+        for line in [*(line for line in warnings(log_fpath) if line not in last), *last]:
             print(f"  | {line}")
     return True
 
@@ -240,13 +264,10 @@ def cancel(cfg: Cancel) -> bool:
         if not states[job.job_id].is_under_way:
             print(f"{job.kind} {job.job_id} has ended already: {job.run}")
             continue
-        if job.cluster == "slurm":
-            command = ["scancel", job.job_id]
-        else:  # with --setup a shell is between, which keeps signals to itself
-            child = call("pgrep", "--parent", job.job_id, "--full", "submitit.local._local").stdout.strip()
-            command = ["kill", "-INT", child or job.job_id]
-        if (done := call(*command)).returncode != 0:
-            raise ConfigError(f"{' '.join(command)}: {done.stderr.strip()}")
+        if job.cluster == "local":
+            tell_to_leave(job)
+        elif (done := call("scancel", job.job_id)).returncode != 0:
+            raise ConfigError(f"scancel {job.job_id}: {done.stderr.strip()}")
         print(f"{job.kind} {job.job_id} cancelled: {job.run}")
     return True
 

@@ -4,7 +4,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from functools import partial
 from importlib import import_module
 from io import StringIO
@@ -18,7 +18,8 @@ from submitit.core.utils import FailedJobError
 from saev_dist.config import Extract, Replay
 from saev_dist.errors import ConfigError
 from slurm.config import Launcher
-from slurm.jobs import Job
+from slurm.jobs import Job, cancelled_fpath
+from slurm.queue import call
 from slurm.sweep import run_dpath
 from slurm.task import Task
 
@@ -74,7 +75,7 @@ def submit(launcher: Launcher, cfgs: Sequence[Extract | Replay], logs: Path, dep
                 setup=list(launcher.setup),
                 stderr_to_stdout=True,
             )
-            with _interruptible():
+            with _beyond_ctrl_c():
                 submitted = local.submit_array(tasks)
         else:
             try:
@@ -100,6 +101,15 @@ def submit(launcher: Launcher, cfgs: Sequence[Extract | Replay], logs: Path, dep
         )
         for job, cfg in zip(submitted, cfgs, strict=True)
     ]
+
+
+def tell_to_leave(job: Job) -> None:
+    """End a job on this machine for good: its ranks keep what they have done."""
+    cancelled_fpath(job.folder, job.job_id).touch()
+    # With --setup a shell is between, which keeps signals to itself.
+    found = call("pgrep", "--parent", job.job_id, "--full", "submitit.local._local").stdout.split()
+    with suppress(ProcessLookupError):  # it has just ended
+        os.kill(int(found[0] if found else job.job_id), signal.SIGTERM)
 
 
 def _visible_gpus(n_wanted: int) -> tuple[int, ...]:
@@ -172,9 +182,9 @@ def _clean_environment(signal_name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Processes started in it have SIGINT, which cancels them, also where a script's `launch … &` had it ignored."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+def _beyond_ctrl_c() -> Iterator[None]:
+    """Processes started in it ignore the terminal's SIGINT: the launcher ends them in order."""
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
@@ -23,7 +24,8 @@ FOUND_OUT = ("layer", "device")
 def configs(command: type[C], flags: list[str]) -> list[C]:
     """The config of each run that `flags` and their TOML file describe; every input of one crossed with every other.
 
-    With several inputs `--out` is the directory that holds the runs, each named by what tells its inputs apart.
+    With several inputs `--out` is the directory that holds the runs, each named by what tells its inputs apart. A run that is
+    there already keeps its name, whatever other inputs there are now.
 
     Raises:
         ConfigError: two inputs are the same, or the TOML file is wrong.
@@ -46,7 +48,12 @@ def configs(command: type[C], flags: list[str]) -> list[C]:
     if command is Replay:
         return [_absolute(replace(first, **paths)) for paths in combinations]
     labels = {name: dict(zip(map(Path, values), _labels(values), strict=True)) for name, values in inputs.items()}
-    names = ["-".join(labels[name][path] for name, path in paths.items() if len(inputs[name]) > 1) for paths in combinations]
+    there = _runs_in(first.out)
+    names = []
+    for paths in combinations:
+        name = "-".join(labels[axis][path] for axis, path in paths.items() if len(inputs[axis]) > 1)
+        same = [former for former, record in there.items() if _is_of(_absolute(replace(first, **paths)), record)]
+        names.append(name if name in there or not same else same[0])
     if len(set(names)) < len(names):
         raise ConfigError(f"these inputs would share a run directory: {', '.join(names)}. Launch them one by one.")
     return [_absolute(replace(first, out=first.out / name, **paths)) for name, paths in zip(names, combinations, strict=True)]
@@ -73,13 +80,8 @@ def is_finished(cfg: Extract | Replay) -> bool:
         inputs += [cfg.input_mean] if cfg.input_mean else []
         if any(fpath.stat().st_mtime > wrote for fpath in inputs):
             return False
-        identity = manifest["identity"]
-        settings = json.loads(json.dumps(asdict(cfg), default=str))
-        same = all(settings[name] == identity[name] for name in identity.keys() & settings.keys() - set(FOUND_OUT))
-        rules = [field.name for field in fields(SaeRules)]  # as they were asked for; the identity has what came of them
-        asked = settings["layer"] in (None, identity["layer"]) and all(settings[n] == manifest["config"][n] for n in rules)
-        return same and asked and [manifest["sae"]["path"], manifest["shards"]["path"]] == [str(cfg.sae), str(cfg.shards)]
-    except (OSError, ValueError, KeyError, TypeError):
+        return _is_of(cfg, manifest)
+    except (OSError, ValueError):
         return False
 
 
@@ -102,6 +104,30 @@ def _take(flags: Sequence[str], names: tuple[str, ...]) -> tuple[list[str], list
     return values, rest
 
 
+def _runs_in(dpath: Path) -> dict[str, Any]:
+    """What the runs in a directory, finished or not, say of themselves, by name."""
+    found: dict[str, Any] = {}
+    for fpath in sorted([*dpath.glob("*/manifest.json"), *dpath.glob("*/partials/run.json")]):
+        with suppress(OSError, ValueError):  # the job itself will say what is wrong there
+            found[fpath.relative_to(dpath).parts[0]] = json.loads(fpath.read_bytes())
+    return found
+
+
+def _is_of(cfg: Extract, record: Any) -> bool:
+    """Whether a manifest.json or run.json is of this config, as far as can be told without opening its inputs."""
+    try:
+        identity, made_with = record["identity"], record["config"]
+        settings = json.loads(json.dumps(asdict(cfg), default=str))
+        same = all(settings[name] == identity[name] for name in identity.keys() & settings.keys() - set(FOUND_OUT))
+        # The rules as they were asked for; the identity has what came of them.
+        asked = all(
+            settings[name] == made_with[name] for name in ("sae", "shards", *(field.name for field in fields(SaeRules)))
+        )
+        return same and asked and settings["layer"] in (None, identity["layer"])
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
 def _labels(values: list[str]) -> list[str]:
     """What tells paths apart: their parts without those that all begin or end with."""
     parts = [list(Path(value.removesuffix(".pt")).absolute().parts) for value in values]
@@ -115,5 +141,8 @@ def _labels(values: list[str]) -> list[str]:
 def _absolute(cfg: Any) -> Any:
     """The config with paths that hold wherever the job starts; hf://owner/repo is none."""
     values = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
-    paths = {name: path for name, path in values.items() if isinstance(path, Path) and not is_hub_name(path)}
-    return replace(cfg, **{name: path.absolute() for name, path in paths.items()})
+    return replace(cfg, **{name: _absolute_path(path) for name, path in values.items() if isinstance(path, Path)})
+
+
+def _absolute_path(path: Path) -> Path:
+    return path if is_hub_name(path) else path.absolute()

@@ -22,9 +22,9 @@ from submitit.core.job_environment import JobEnvironment
 
 from saev_dist.config import Extract, Replay
 from saev_dist.errors import PeerError, Preempted, SaevDistError
-from slurm.jobs import End, end_fpath
+from slurm.jobs import End, cancelled_fpath, end_fpath
 
-TELLING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+TELLING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Told(BaseException):
@@ -56,7 +56,7 @@ class Task:
             stale.unlink(missing_ok=True)  # of the attempt before
         end = self._run(End(rank=here.global_rank, attempt=attempt, outcome="done"))
         end.write(fpath)
-        if end.outcome == "left" and end.rank == 0 and self._may_requeue(here, attempt):
+        if end.outcome == "left" and end.rank == 0 and self._may_requeue(here, attempt, by=end.error.split()[0]):
             assert callable(requeue)
             requeue(here._usr_sig(), None)  # exits
         if end.outcome != "done":
@@ -97,8 +97,10 @@ class Task:
         _be_deaf()
         return end
 
-    def _may_requeue(self, here: JobEnvironment, attempt: int) -> bool:
-        """Whether this job is to put itself back into the queue."""
+    def _may_requeue(self, here: JobEnvironment, attempt: int, *, by: str) -> bool:
+        """Whether this job is to put itself back into the queue, told to leave by that signal."""
+        if here.cluster == "local" and (by == "SIGINT" or cancelled_fpath(here.paths.folder, here.job_id).exists()):
+            return False
         if attempt >= self.max_requeues:
             _say(f"requeued {attempt} times already (--max-requeues): launch it again to go on")
             return False

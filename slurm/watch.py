@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from slurm.jobs import Job, tail
+from slurm.jobs import Job, tail, warnings
 from slurm.progress import describe
 from slurm.queue import State, ask
 
@@ -105,12 +105,14 @@ def verdict(job: Job, state: State) -> tuple[bool, str]:
 
 
 def result(job: Job) -> list[str]:
-    """What the job said at its end: the last lines of rank 0 that are neither progress nor submitit's."""
+    """What rank 0 warned of, and its last lines that are neither progress nor submitit's."""
     lines = tail(job.log_fpath(0), 20)
     while lines and lines[-1].startswith("submitit "):
         lines.pop()
     noise = [i for i, line in enumerate(lines) if re.match(r"submitit |\[rank |(extract|replay) +[\d.]+%", line)]
-    return lines[noise[-1] + 1 :] if noise else lines
+    said = lines[noise[-1] + 1 :] if noise else lines
+    warned = warnings(job.log_fpath(0))
+    return [*warned, *(line for line in said if line not in warned)]
 
 
 def describe_state(job: Job, state: State) -> str:

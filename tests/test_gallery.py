@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,12 +107,13 @@ def test_no_text_can_end_a_script_and_every_text_comes_back(text):
     view = view_of(top_image(np.ones(2, np.float32), label=text, path=text))
     one = np.ones(1)
     table = FeatureTable(log10_freq_s=one, log10_mean_s=one, max_s=one, percentile_s=one, n_active_s=one)
-    facts = SimpleNamespace(d_sae=1, n_tokens=1)
+    facts = SimpleNamespace(d_sae=1, n_tokens=1, features=(), flags=("--images", text))
     scripts = feature_js(view), data_js(facts, table, [card(5, view.images)])
     assert all(script.isascii() and not set("<>&") & set(script) for script in scripts)
     image = payload(scripts[0])["images"][0]
     # Two lone surrogates in a row make one character in JSON, as they do in JavaScript.
     assert image["label"] == image["path"] == payload(scripts[1])["cards"][0][2][0] == json.loads(json.dumps(text))
+    assert payload(scripts[1])["flags"] == json.loads(json.dumps(shlex.join(facts.flags)))
 
 
 def test_columns_hold_every_feature(small: Gallery):
@@ -516,7 +518,9 @@ def test_a_dead_feature_is_shown_as_such_without_pictures(visit: Open, small: Ga
 def test_a_feature_without_pictures_has_its_numbers_and_the_command_that_renders_it(visit: Open, small: Gallery):
     page = visit(small, "#show=all&feature=33")
     assert f"{small.table.n_active_s[33]:,} of" in page.locator("#f-active").inner_text()
-    expect(page.locator("#f-note code")).to_have_text(f"saev-dist replay --run '{small.dpath.parent}' --features 33")
+    expect(page.locator("#f-note code")).to_have_text(
+        f"saev-dist replay --run '{small.dpath.parent}' --images '/data/my images' --no-pictures --features 5 0 33"
+    )
     expect(page.locator("#next")).to_be_enabled()
 
 
@@ -525,7 +529,9 @@ def test_a_gallery_in_a_folder_whose_name_is_no_text_still_shows_its_notes(visit
     gallery = write_gallery(dpath / "visuals", d_sae=4, shown=(0,))
     page = visit(SimpleNamespace(dpath=tmp_path, url=f"{tmp_path.as_uri()}/%FF/visuals/index.html"), "#feature=3")
     assert gallery.fires(3)
-    expect(page.locator("#f-note code")).to_have_text("saev-dist replay --run RUN --features 3")
+    expect(page.locator("#f-note code")).to_contain_text(
+        re.compile("^saev-dist replay --run RUN --images .* --features 5 0 3$")
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """`inspect` describes what is sound and refuses what is not."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -17,9 +19,9 @@ def inputs(tmp_path):
     return tmp_path
 
 
-def refused(capsys, path) -> str:
+def refused(capsys, path, *flags: str) -> str:
     with pytest.raises(SystemExit, match="1"):
-        main(["inspect", str(path)])
+        main(["inspect", str(path), *flags])
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     return err
@@ -46,6 +48,28 @@ def test_what_is_sound_is_described(inputs, capsys):
     main(["replay", "--run", str(run), "--no-pictures", "--n-features", "2", "--no-progress"])
     main(["inspect", str(run)])
     assert f"{run}/visuals/index.html: open it in a browser" in capsys.readouterr().out
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"wall_s": {}}))  # as another `extract --force` would have it
+    main(["inspect", str(run)])
+    assert (
+        f"shows what was here before the last extract. Draw it again: saev-dist replay --run {run}" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "what"),
+    [
+        ("run", ["--shards", "s"], "a run, of which --shards"),
+        ("run", ["--layer", "4"], "a run, of which --layer 4 says nothing"),
+        (
+            "shards",
+            ["--activation", "topk:3", "--no-pre-bias"],
+            "a directory of shards, of which --no-pre-bias --activation topk:3",
+        ),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(inputs, capsys, name, flags, what):
+    assert what in refused(capsys, inputs / name, *flags)
 
 
 def test_nan_in_a_sampled_image_is_named(inputs, capsys):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +73,9 @@ def test_a_missing_command_is_wrong_usage(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--nodes", "2"])
     assert "a command is missing: one of extract, replay" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["--cluster", "local", "extrct", "--shards", "s"])
+    assert "a command is missing: did you mean 'extract'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["extract"], ["status"]])
@@ -106,6 +110,25 @@ def test_a_toml_file_may_list_inputs_and_flags_override_them(tmp_path):
     assert [(cfg.out.name, cfg.top_k) for cfg in found] == [("one", 9), ("two", 9)]
     (cfg,) = configs(Extract, ["--config", str(fpath), "--sae=three.pt"])
     assert cfg.sae.name == "three.pt"
+
+
+def test_a_run_keeps_its_name_where_inputs_come_and_go(tmp_path, args):
+    out, saes = tmp_path / "out", [tmp_path / name for name in ("p/one.pt", "p/two.pt", "q/one.pt")]
+    for sae in saes:
+        sae.parent.mkdir(exist_ok=True)
+        shutil.copy(args[3], sae)
+    flags = [*args[:2], *args[4:], "--out", str(out), "--sae", *map(str, saes[:2])]
+    first, second = configs(Extract, flags)
+    assert [first.out.name, second.out.name] == ["one", "two"]
+    assert run_ranks("extract", *args, "--sae", saes[0], "--out", first.out).returncode == 0
+    record = json.loads((first.out / "manifest.json").read_text())
+    record["config"]["sae"] = str(saes[1])
+    (second.out / "partials").mkdir(parents=True)
+    (second.out / "partials/run.json").write_text(json.dumps(record))  # under way
+    found = configs(Extract, [*flags, str(saes[2])])
+    assert [cfg.out.name for cfg in found] == ["one", "two", "q-one"] and is_finished(found[0])
+    others = configs(Extract, [*flags, str(saes[2]), "--top-k", "5"])
+    assert [cfg.out.name for cfg in others] == ["p-one", "p-two", "q-one"], "other settings are another run"
 
 
 @pytest.mark.parametrize("value", ["[]", '["a.pt", 3]', "3"])
@@ -277,16 +300,72 @@ def test_a_local_job_has_the_gpus_of_its_shell_and_can_be_cancelled_behind_anoth
             time.sleep(0.02)
         assert run(["cancel", "--run", str(out)])
         done = waiting.result()
-    assert done.returncode == 1 and re.search(
-        r"^extract \d+ (stopped: SIGINT.*, after 0 of|failed: ranks? [01])", done.stderr, re.M
-    )
+    assert done.returncode == 1 and re.search(r"^extract \d+ stopped: SIGTERM on rank [01].*, after 0 of", done.stderr, re.M)
     assert not (out / "manifest.json").exists() and (tmp_path / "gpus").read_text() == "5,7\n"
+
+
+@pytest.mark.parametrize("whom", ["launcher", "all"])
+def test_an_interrupted_launcher_ends_its_local_job_in_order(tmp_path, whom):
+    shards, sae = make_shards(tmp_path / "shards", make_acts(6000), imgs_per_shard=1000), make_sae(tmp_path / "sae.pt")
+    args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 600, "--out"]
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "slurm.launch",
+        "--cluster",
+        "local",
+        "--gpus-per-node",
+        0,
+        "--tasks-per-node",
+        2,
+        *args,
+        out,
+    ]
+    process = subprocess.Popen(
+        [*map(str, command)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while len(list(out.glob("partials/*.bin"))) < 2:  # at work, and far from a snapshot
+        assert process.poll() is None
+        time.sleep(0.02)
+    if whom == "all":  # as a terminal does
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert re.search(r"told to leave after a snapshot.*stopped: SIG(TERM|INT) on rank .*no longer waiting", said, re.S), said
+    (job,) = launched(out)
+    assert list(out.glob("partials/*.partial"))
+    deadline = time.monotonic() + 30  # its ranks have ended; the process that started them follows
+    while os.path.exists(f"/proc/{job.job_id}"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert run_ranks(*args, out).returncode == 0
 
 
 def test_more_gpus_than_the_shell_leaves_are_refused(tmp_path, args, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with pytest.raises(ConfigError, match="--gpus-per-node 2, but CUDA_VISIBLE_DEVICES=3 leaves 1"):
         run(["--cluster", "local", "--gpus-per-node", "2", "extract", *args, "--out", str(tmp_path / "run")])
+
+
+def test_pictures_that_are_not_there_are_missed_before_the_extract(tmp_path, args):
+    with pytest.raises(ConfigError, match="nowhere is not there, so nothing was launched"):
+        run(
+            [
+                "--cluster",
+                "debug",
+                "pipeline",
+                *args,
+                "--out",
+                str(tmp_path / "run"),
+                "--",
+                "--images",
+                str(tmp_path / "nowhere"),
+            ]
+        )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("flag", ["--shards", "--sae", "--run"])

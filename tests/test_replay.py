@@ -147,7 +147,7 @@ def test_a_replay_that_died_draws_only_what_is_missing(tmp_path, monkeypatch):
     said: list[dict] = []
     summary = replay._summary
     monkeypatch.setattr(replay, "_summary", lambda job, reports: said.extend(reports) or summary(job, reports))
-    (run / "visuals/replay.json").unlink()
+    (run / "visuals/replay.json").write_text("{}")
     replay.run(cfg)
     assert tree(run / "visuals") == whole
     assert 0 < sum(drawn) < n_pictures and said[0]["n_pictures"] == n_pictures - sum(drawn)
@@ -199,6 +199,7 @@ def test_a_kill_at_any_step_of_the_swap_loses_nothing(tmp_path, monkeypatch, for
         if former:
             (run / "visuals").mkdir()
             (run / "visuals/index.html").write_text("of other features")
+            (run / "visuals/replay.json").write_text("{}")
         try:
             with monkeypatch.context() as dying:
                 die_in("_publish", step, dying)
@@ -351,6 +352,19 @@ def test_a_file_in_the_gallerys_place_is_refused_before_anything_is_drawn(tmp_pa
     (run / "visuals").write_text("mine")
     assert "visuals is in the way" in fails(capsys, "replay", "--run", run, "--all", "--no-progress")
     assert (run / "visuals").read_text() == "mine" and not (run / "visuals.partial").exists()
+
+
+def test_what_no_replay_made_is_not_thrown_away(tmp_path, capsys):
+    run = make_run(tmp_path)
+    (run / "visuals").mkdir()
+    (run / "visuals/index.html").write_text("mine")
+    assert "visuals holds index.html, which no replay made" in fails(capsys, "replay", "--run", run, "--no-progress")
+    (run / "visuals/index.html").unlink()
+    replay.run(make_replay(run, all=False, n_features=2))
+    (run / "visuals/notes.txt").write_text("mine")
+    before = tree(run / "visuals")
+    assert "visuals holds notes.txt, which no" in fails(capsys, "replay", "--run", run, "--force", "--all", "--no-progress")
+    assert tree(run / "visuals") == before and not (run / "visuals.partial").exists()
 
 
 @pytest.mark.parametrize("fault", ["lost", "twice"])

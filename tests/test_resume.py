@@ -305,9 +305,11 @@ def test_a_second_run_on_one_directory_is_refused(tmp_path, server, long_run):
         assert f"{out} is in use by process {first.pids[0]} on " in output
     codes, output = server.run("merge", "--run", out)
     assert codes == [1] and "is in use by" in output
+    assert f"under way: process {first.pids[0]} on " in server.run("inspect", out)[1]
     server.kill(first)
     server.wait(first)
     assert (out / "partials/lock").exists(), "the file stays, the lock does not"
+    assert "unfinished; run the same extract again" in server.run("inspect", out)[1]
     assert server.run(*long_run, out)[0] == [0]
     assert not (out / "partials").exists()
 
@@ -335,6 +337,8 @@ def test_merge_makes_the_artifacts_when_all_is_done(tmp_path, server, whole, fla
     killed(server, args, out, at=6, n_ranks=2)
     codes, output = server.run("inspect", out)
     assert codes == [0] and re.search(r"kept +[1-9]\d* of 13 batches \(.*%\), in [12] partials", output), output
+    codes, output = server.run(*args, out, "--dry-run")
+    assert codes == [0] and re.search(r"kept +[1-9]\d* of 13 batches", output), output
     codes, output = server.run("merge", "--run", out)
     assert codes == [1] and re.search(r"batches \d+ to \d+(, \d+ to \d+)* of 13 are not done. Run extract again.", output)
     n_renames = 1 + N_BATCHES  # run.json, a partial after each batch
@@ -348,6 +352,13 @@ def test_merge_makes_the_artifacts_when_all_is_done(tmp_path, server, whole, fla
     assert codes == [1] and "is finished: there are no partials to merge" in output
     run_fpath = out / "partials/run.json"
     content = json.loads(run_fpath.read_bytes())
+    aside = run_fpath.rename(tmp_path / "run.json")
+    for command in (["merge", "--run", out], [*args, out]):
+        codes, output = server.run(*command)
+        assert codes == [1] and "run.json is missing, so nobody can tell what run the" in output, output
+    run_fpath.write_bytes(aside.read_bytes()[:100])
+    codes, output = server.run(*args, out)
+    assert codes == [1] and re.search(r"run.json is not JSON.*: damaged. Run extract again with --force", output), output
     run_fpath.write_text(json.dumps(content | {"config": content["config"] | {"of_the_future": 1}}))
     codes, output = server.run("merge", "--run", out)
     assert codes == [1] and re.search(
@@ -765,8 +776,11 @@ def test_bad_shards_are_left_out_counted_and_listed(tmp_path, server, with_bad_s
     assert np.isnan(samples[:, 7:21]).all() and np.array_equal(samples[:, kept], codes_eps[kept].transpose(2, 0, 1))
     assert json.loads((out / "metrics.json").read_text())["n_tokens"] == 45
 
+    main([*args, str(out), "--skip-bad-shards"])
+    assert "finished without 14 images of 2 bad shards: acts000001.bin, acts000002.bin. Where" in capsys.readouterr().out
     main(["inspect", str(out)])
-    assert "14 images of 2 bad shards" in capsys.readouterr().out
+    inspected = capsys.readouterr().out
+    assert "45: 9 images of 23 × 5 patches" in inspected and "14 images of 2 bad shards" in inspected
     main(["verify", "--run", str(out), "--no-progress"])
     assert "14 images of bad shards" in capsys.readouterr().out
     main(["replay", "--run", str(out), "--no-progress", "--no-pictures", "--n-features", "3"])

@@ -15,6 +15,7 @@ Names: `s` features, `p` patches, `h` bins.
 import base64
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -61,6 +62,10 @@ class Facts:
     percentile: float
     precision: str
     version: str
+    features: tuple[int, ...]
+    """That were asked for by number."""
+    flags: tuple[str, ...]
+    """Of the `replay` that makes this gallery, but --run and --features."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -189,6 +194,8 @@ def data_js(facts: Facts, table: FeatureTable, cards: Sequence[Card]) -> str:
     content = {
         "d_sae": facts.d_sae,
         "n_tokens": facts.n_tokens,
+        "features": facts.features,
+        "flags": shlex.join(facts.flags),
         "columns": columns,
         "cards": [[c.feature, c.heatmaps, c.labels, c.close_ups] for c in cards],
     }

@@ -456,6 +456,12 @@ function runFolder() {
   return /^[\w@%+=:,./-]+$/.test(path) ? path : `'${path.replaceAll("'", "'\\''")}'`;
 }
 
+/** What draws this gallery with these features besides those that were asked for. */
+function replayCommand(...more) {
+  const features = [...new Set([...data.features, ...more])];
+  return ["saev-dist replay --run", runFolder(), data.flags, features.length ? "--features" : "", ...features].filter((word) => word !== "").join(" ");
+}
+
 function renderFeature(s) {
   const at = chosen.indexOf(s);
   document.title = `Feature ${s}`;
@@ -472,10 +478,10 @@ function renderFeature(s) {
   $("histogram").hidden = $("f-pictures").hidden = $("f-note").hidden = true;
   $("images").replaceChildren();
   if (!fires(s)) return note(`This feature never fired on any of the ${count(data.n_tokens)} patches, so there is nothing to show.`);
-  if (!cards.has(s)) return note("No pictures were rendered for this feature. This renders them:", `saev-dist replay --run ${runFolder()} --features ${s}`);
+  if (!cards.has(s)) return note("No pictures were rendered for this feature. This renders the gallery again, with them:", replayCommand(s));
   load(s, (view) => {
     if (state.feature !== s) return; // the reader went on
-    if (!view) return note(`features/${s}/data.js is missing beside this page. This renders it again:`, `saev-dist replay --run ${runFolder()} --features ${s}`);
+    if (!view) return note(`features/${s}/data.js is missing beside this page. This renders the gallery again:`, `${replayCommand()} --force`);
     drawHistogram(view.histogram);
     drawImages(view);
   });
