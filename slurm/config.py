@@ -22,7 +22,7 @@ class Launcher:
       extract FLAGS               as `saev-dist extract FLAGS`; several values after --sae or --shards make a job array
       replay FLAGS                as `saev-dist replay FLAGS`; several values after --run make a job array
       pipeline FLAGS [-- FLAGS]   extract, then replay once it is done; replay's flags after the --
-      status --run DIR …          the job that works on a run: state, progress of each rank, last lines of its log
+      status --run DIR …          the job that works on a run, or those on all runs in DIR: state, progress, end of the log
       cancel --run DIR …          end it
     """
 
@@ -119,7 +119,7 @@ class Status:
     """Tell what the last job launched for each run directory is doing."""
 
     run: RunPaths
-    """Run directories."""
+    """Run directories, or those that hold the runs of a sweep."""
     lines: int = 3
     """How many of the last lines of the log to show, after what it warns of."""
 
@@ -129,4 +129,4 @@ class Cancel:
     """End the job that works on each run directory. What it has done stays: launched again it goes on."""
 
     run: RunPaths
-    """Run directories."""
+    """Run directories, or those that hold the runs of a sweep."""

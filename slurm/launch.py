@@ -275,7 +275,8 @@ def cancel(cfg: Cancel) -> bool:
 def _latest(runs: Sequence[Path]) -> list[Job]:
     jobs: list[Job] = []
     for run_path in runs:
-        if not (found := latest(run_path.absolute())):
+        below = sorted(fpath.parent.parent for fpath in run_path.absolute().glob("*/slurm/jobs.jsonl"))  # of a sweep
+        if not (found := latest(run_path.absolute()) or [job for dpath in below for job in latest(dpath)]):
             raise ConfigError(f"{run_path}: no job was launched for it ({run_path}/slurm/jobs.jsonl is missing).")
         jobs += found
     return jobs

@@ -250,6 +250,7 @@ def test_search_finds_ids_whatever_the_filters_and_says_what_it_did_not_understa
     wait_for_cards(page, [3])
     expect(page.locator("#ids-note")).to_contain_text("No feature 60, cat: ids are 0 to 59")
     expect(search).to_have_attribute("aria-invalid", "true")
+    expect(visit(small, "#feature=60").locator("#ids-note")).to_contain_text("No feature 60: ids are 0 to 59")
     search.fill("999")
     expect(page.locator("#none")).to_be_visible()
     page.locator("#none").get_by_role("button").click()

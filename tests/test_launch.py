@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import slurm.launch
 import slurm.progress
 import slurm.watch
 from saev_dist.config import Extract, Replay
@@ -578,6 +579,16 @@ def test_a_run_that_nobody_launched_is_said(tmp_path, capsys):
         with pytest.raises(SystemExit, match="1"):
             main([command, "--run", str(tmp_path)])
         assert "no job was launched for it" in capsys.readouterr().err
+
+
+def test_the_directory_of_a_sweep_stands_for_its_runs(job, monkeypatch, capsys):
+    runs = [job.run.parent / "sweep" / name for name in ("a", "b")]
+    for run_path in runs:
+        remember(replace(job, run=run_path))
+    monkeypatch.setattr(slurm.launch, "ask", lambda jobs: {job.job_id: State(name="COMPLETED") for job in jobs})
+    assert run(["status", "--run", str(runs[0].parent)])
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if not line.startswith(" ")] == list(map(str, runs)), said
 
 
 def test_away_from_the_cluster_status_and_cancel_say_so(job, monkeypatch, capsys):

@@ -56,7 +56,9 @@ function parse(hash) {
   const given = new URLSearchParams(hash.slice(1)), state = { ids: given.get("ids") ?? "", feature: null };
   for (const [key, choices] of Object.entries(CHOICES)) state[key] = choices.includes(given.get(key)) ? given.get(key) : choices[0];
   for (const key of RANGES) state[key] = (given.get(key) ?? "").split("..").concat("").slice(0, 2).map((text) => (text.trim() && isFinite(text) ? Number(text) : null));
-  if (/^\d+$/.test(given.get("feature") ?? "") && Number(given.get("feature")) < N) state.feature = Number(given.get("feature"));
+  const feature = given.get("feature") ?? "";
+  if (/^\d+$/.test(feature) && Number(feature) < N) state.feature = Number(feature);
+  else state.ids ||= feature; // the search says what is wrong with it
   return state;
 }
 
