@@ -123,7 +123,9 @@ def file_names(place: int, img_i: int, format: Format) -> tuple[str, str]:
 def _encoded(picture_hwc: NDArray[np.uint8], drawing: Drawing) -> bytes:
     buffer = io.BytesIO()
     if drawing.format == "webp":
-        Image.fromarray(picture_hwc).save(buffer, "WEBP", quality=drawing.quality, method=2)
+        # Flat colours are smaller without loss, written seven times as fast, and have no halo.
+        is_flat = drawing.root is None
+        Image.fromarray(picture_hwc).save(buffer, "WEBP", quality=drawing.quality, method=2, lossless=is_flat)
     else:
         Image.fromarray(picture_hwc).save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()

@@ -354,6 +354,15 @@ def test_a_file_in_the_gallerys_place_is_refused_before_anything_is_drawn(tmp_pa
     assert (run / "visuals").read_text() == "mine" and not (run / "visuals.partial").exists()
 
 
+def test_heatmaps_on_a_plain_ground_lose_nothing(tmp_path):
+    run, pixels = make_run(tmp_path), []
+    for image_format in ("webp", "png"):
+        replay.run(make_replay(run, all=False, n_features=2, image_format=image_format))
+        fpaths = sorted((run / "visuals/features").rglob(f"*-heatmap.{image_format}"))
+        pixels.append([np.asarray(Image.open(fpath).convert("RGB")) for fpath in fpaths])
+    assert len(pixels[0]) > 2 and all(np.array_equal(*pair) for pair in zip(*pixels, strict=True))
+
+
 def test_what_no_replay_made_is_not_thrown_away(tmp_path, capsys):
     run = make_run(tmp_path)
     (run / "visuals").mkdir()
