@@ -324,7 +324,13 @@ def test_an_interrupted_launcher_ends_its_local_job_in_order(tmp_path, whom):
         out,
     ]
     process = subprocess.Popen(
-        [*map(str, command)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*map(str, command)],
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in a terminal, wherever the tests run
     )
     while len(list(out.glob("partials/*.bin"))) < 2:  # at work, and far from a snapshot
         assert process.poll() is None
