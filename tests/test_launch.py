@@ -301,7 +301,7 @@ def test_a_local_job_has_the_gpus_of_its_shell_and_can_be_cancelled_behind_anoth
             time.sleep(0.02)
         assert run(["cancel", "--run", str(out)])
         done = waiting.result()
-    assert done.returncode == 1 and re.search(r"^extract \d+ stopped: SIGTERM on rank [01].*, after 0 of", done.stderr, re.M)
+    assert done.returncode == 1 and re.search(r"^extract \d+ stopped: SIGTERM.*, after 0 of", done.stderr, re.M)
     assert not (out / "manifest.json").exists() and (tmp_path / "gpus").read_text() == "5,7\n"
 
 
@@ -341,7 +341,7 @@ def test_an_interrupted_launcher_ends_its_local_job_in_order(tmp_path, whom):
         process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=100)
     assert process.returncode == 130 and "Traceback" not in said, said
-    assert re.search(r"told to leave after a snapshot.*stopped: SIG(TERM|INT) on rank .*no longer waiting", said, re.S), said
+    assert re.search(r"told to leave after a snapshot.*stopped: SIG(TERM|INT).*no longer waiting", said, re.S), said
     (job,) = launched(out)
     assert list(out.glob("partials/*.partial"))
     deadline = time.monotonic() + 30  # its ranks have ended; the process that started them follows
