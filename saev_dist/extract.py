@@ -3,7 +3,8 @@
     plan, less what partials cover -> each rank's share: read -> encode -> accumulate, spill rows, snapshot
                                    -> exchange and merge -> rank 0 writes
 
-Run by `saev-dist extract`; see `config.Extract` for what a user can set, and `partials` for why it may die at any time.
+Run by `saev-dist extract`; see `config.Extract` for what a user can set, `job` for what is opened before the stream,
+`artifacts` for what is written after it, and `partials` for why it may die at any time.
 """
 
 import platform
@@ -11,85 +12,39 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saev_dist import __version__, partials
+from saev_dist import artifacts, partials
 from saev_dist.accumulators import rows
 from saev_dist.accumulators.base import Codes, DeviceCodes, to_cpu
 from saev_dist.accumulators.bundle import Bundle
-from saev_dist.accumulators.histogram import Histogram
-from saev_dist.accumulators.moments import Moments
-from saev_dist.accumulators.reconstruction import Reconstruction
 from saev_dist.accumulators.saev_percentile import SaevPercentile
-from saev_dist.accumulators.topk import TopK
-from saev_dist.config import Extract, SaeRules
-from saev_dist.csr import write_csr
+from saev_dist.config import Extract
 from saev_dist.data.reader import Reader, find_bad_value
 from saev_dist.data.shards import Shards
-from saev_dist.errors import ConfigError, DataError, RunError, SaevDistError, warn
+from saev_dist.errors import ConfigError, RunError, SaevDistError, warn
 from saev_dist.estimate import check_fits, estimate
+from saev_dist.job import Job, as_json, make_bundle, open_job
 from saev_dist.partials import Keeper, Partial
-from saev_dist.plan import Batch, Intervals, Plan, complement, subtract
+from saev_dist.plan import Batch, Intervals, complement, subtract
 from saev_dist.progress import Progress
 from saev_dist.report import already_done, describe_plan, summary
 from saev_dist.sae import screen
 from saev_dist.sae.encoder import ActivationOverflow, Encoder, batch_threads, batches_ahead
-from saev_dist.sae.hub import is_hub_name
-from saev_dist.sae.load import Loaded, Overrides, load_sae
-from saev_dist.sae.model import Sae
-from saev_dist.selfcheck import Report, check
-from saev_dist.spill import Rows, Segment, Spill, covered, read_columns
+from saev_dist.selfcheck import check
+from saev_dist.spill import Segment, Spill, covered
 from saev_dist.store import Run
 from saev_dist.world import World
-
-# Fields of the config that change no byte of any artifact, or that stand in the identity in another form.
-INERT = {
-    "shards",
-    "sae",
-    "out",
-    "config",
-    "layer",
-    "device",
-    "read_ahead",
-    "timeout_s",
-    "snapshot_every",
-    "skip_bad_shards",
-    "dry_run",
-    "force",
-    "self_check",
-    "progress",
-} | {field.name for field in fields(SaeRules)}
 
 PARTS_FOR_GPU = 3
 """Parts of a batch that are read side by side: one thread is slower than a GPU."""
 SAEV_PERCENTILE = "saev_percentile.estimate_s"
 """Name of that estimate in a partial."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a run works on: the config with everything that it names opened and checked."""
-
-    cfg: Extract
-    shards: Shards
-    loaded: Loaded
-    overrides: Overrides
-    plan: Plan
-    device: torch.device
-    identity: dict[str, Any]
-    """What the bytes of the artifacts depend on; JSON."""
-    self_check: Report | None = None
-
-    @property
-    def sae(self) -> Sae:
-        return self.loaded.sae
 
 
 def run(cfg: Extract) -> None:
@@ -130,7 +85,7 @@ def run(cfg: Extract) -> None:
             job = replace(job, self_check=check(job.sae, job.shards, job.device, cfg.self_check, skip_bad=cfg.skip_bad_shards))
         with store.lock() if world.rank == 0 else nullcontext():
             if world.rank == 0:
-                identity = store.begin(job.identity, _as_json(cfg), job.plan.n_batches, afresh=force)
+                identity = store.begin(job.identity, as_json(cfg), job.plan.n_batches, afresh=force)
                 job = replace(job, identity=identity)
             work(job, store, world)
 
@@ -146,35 +101,6 @@ def work(job: Job, store: Run, world: World, *, encode: bool = True) -> None:
     except (MemoryError, torch.OutOfMemoryError) as err:
         why = (str(err).splitlines() or [type(err).__name__])[0]
         raise ConfigError(f"out of memory on {job.device} ({why}); lower --batch-tokens or --top-k.") from None
-
-
-def open_job(cfg: Extract, world: World) -> Job:
-    """Open and check what the config names."""
-    shards = Shards.open(cfg.shards, cfg.layer)
-    overrides = Overrides.of(cfg)
-    loaded = load_sae(cfg.sae, overrides)
-    sae = loaded.sae
-    loaded.check_width(shards)
-    if cfg.metrics and not sae.reconstructs:
-        raise ConfigError(
-            f"--metrics measures how well an SAE gives its input back; {cfg.sae} ({sae.source}) predicts another one."
-        )
-    device = world.device(cfg.device)
-    if cfg.percentile_estimator == "saev" and world.size > 1:
-        raise ConfigError(
-            f"--percentile-estimator saev depends on the order of all tokens, so it runs in one process; "
-            f"there are {world.size}. Use the histogram, which merges."
-        )
-    settings = {name: value for name, value in asdict(cfg).items() if name not in INERT}
-    identity = settings | loaded.identity()
-    identity |= {
-        "layer": shards.layer,
-        "device": device.type,
-        "shards_sha256": shards.fingerprint(),
-        "shards_probes": shards.probes(skip_bad=cfg.skip_bad_shards),
-    }
-    plan = Plan(shards.examples, min(max(1, cfg.batch_tokens // shards.n_patches), max(shards.examples)))
-    return Job(cfg=cfg, shards=shards, loaded=loaded, overrides=overrides, plan=plan, device=device, identity=identity)
 
 
 def _extract(job: Job, store: Run, world: World, *, encode: bool) -> None:
@@ -195,9 +121,9 @@ def _extract(job: Job, store: Run, world: World, *, encode: bool) -> None:
         with clock("write"):
             segments = [Segment.from_json(obj) for report in reports for obj in report.pop("segments")]
             why = {int(batch_i): reason for report in reports for batch_i, reason in report.pop("left_out").items()}
-            left_out = _left_out(job, segments, why)
-            names, metrics = _write(job, store, world, segments, whole, saev_percentile)
-        manifest = _manifest(job, world, reports, clock.seconds, metrics, left_out)
+            left_out = artifacts.find_left_out(job, segments, why)
+            names, metrics = artifacts.write(job, store, world, segments, whole, saev_percentile)
+        manifest = artifacts.make_manifest(job, world, reports, clock.seconds, metrics, left_out)
         store.publish(names, manifest)
         print(summary(cfg.out, manifest))
     world.finish()
@@ -384,21 +310,6 @@ def _encoded(
         yield finish(*under_way.popleft())
 
 
-def make_bundle(job: Job) -> Bundle:
-    """The empty state of all of a run's accumulators."""
-    cfg, d_sae = job.cfg, job.sae.d_sae
-    bundle = Bundle(
-        {
-            "topk": TopK(d_sae, cfg.top_k, job.shards.n_patches, cfg.rank_by),
-            "moments": Moments(d_sae),
-            "histogram": Histogram(d_sae, cfg.percentile),
-        }
-    )
-    if cfg.metrics:
-        bundle.parts["reconstruction"] = Reconstruction(*job.sae.decoder(), job.sae.undo_norm())
-    return bundle
-
-
 def _row_kinds(cfg: Extract) -> list[str]:
     names = ["img_acts_counts", "img_acts_indices", "img_acts_data"] if cfg.img_acts else []
     return names + (["distributions"] if cfg.n_distributions else [])
@@ -426,123 +337,6 @@ def _merge(bundle: Bundle, world: World) -> Bundle:
     return bundle.like(world.gather(merged.state_dict(), n_rows))
 
 
-def _left_out(job: Job, segments: list[Segment], why: Mapping[int, str]) -> list[dict[str, Any]]:
-    """The runs of images that no batch covers, and why; JSON.
-
-    Raises:
-        DataError: nothing is left.
-    """
-    plan = job.plan
-    found: list[dict[str, Any]] = []
-    for first, stop in complement(covered(segments), plan.n_batches):
-        for batch in (plan[index] for index in range(first, stop)):
-            reason, shard = why[batch.index], job.shards.names[batch.shard_i]
-            if found and found[-1]["shard"] == shard and found[-1]["img_i"] + found[-1]["n_images"] == batch.img_i:
-                found[-1]["n_images"] += batch.n_examples
-            else:
-                found.append({"shard": shard, "img_i": batch.img_i, "n_images": batch.n_examples, "reason": reason})
-    if sum(part["n_images"] for part in found) == plan.n_examples:
-        raise DataError(f"{job.cfg.shards}: no shard can be read; the first: {found[0]['reason']}")
-    return found
-
-
-def _write(
-    job: Job, store: Run, world: World, segments: list[Segment], whole: Bundle, saev_percentile: SaevPercentile | None
-) -> tuple[list[str], dict[str, Any]]:
-    """Stage all artifacts; return their names and the metrics. It may take long, so it looks for signals."""
-    cfg, shards, plan, d_sae = job.cfg, job.shards, job.plan, job.sae.d_sae
-    artifacts = whole.finalize(plan.n_examples_in(covered(segments)) * shards.n_patches)
-    metrics = artifacts.pop("metrics")
-    if saev_percentile is not None:
-        artifacts[f"percentiles_p{cfg.percentile:.10g}"] = saev_percentile.estimate_s
-    for stem, content in artifacts.items():
-        world.check()
-        store.stage_tensors(f"{stem}.pt", content)
-    names = [f"{stem}.pt" for stem in artifacts]
-
-    def spilled(kind: str, dtype: type[np.generic], n_columns: int, n_filler: Callable[[Batch], int], filler: float) -> Rows:
-        """All ranks' rows; a batch that was left out has `n_filler` rows of `filler`."""
-        return Rows(
-            store.partials_dpath,
-            kind,
-            segments,
-            plan.n_batches,
-            dtype,
-            n_columns=n_columns,
-            filler=lambda batch_i: np.full(n_filler(plan[batch_i]) * n_columns, filler, dtype),
-            check=world.check,
-        )
-
-    n_features = min(cfg.n_distributions, d_sae)
-    n_samples = rows.n_samples(shards.n_tokens, cfg.max_distribution_samples)
-    stride = rows.sample_stride(shards.n_tokens, cfg.max_distribution_samples)
-
-    def n_sampled(batch: Batch) -> int:
-        return rows.n_sampled(batch.img_i * shards.n_patches, batch.n_examples * shards.n_patches, stride)
-
-    samples = spilled("distributions", np.float32, n_features, n_sampled, np.nan) if n_features else None
-    store.stage_tensors("distributions.pt", torch.from_numpy(read_columns(samples, n_features, n_samples)))
-    names.append("distributions.pt")
-    if cfg.img_acts:
-        with store.stage("img_acts.npz") as file:
-            counts = spilled("img_acts_counts", np.int64, 1, lambda batch: batch.n_examples, 0)
-            indices = spilled("img_acts_indices", np.int32, 1, lambda batch: 0, 0)
-            data = spilled("img_acts_data", np.float32, 1, lambda batch: 0, 0)
-            write_csr(file, (shards.n_examples, d_sae), counts, indices, data)
-        names.append("img_acts.npz")
-    store.stage_json("metrics.json", metrics)
-    return [*names, "metrics.json"], metrics
-
-
-def _manifest(
-    job: Job,
-    world: World,
-    reports: list[dict[str, Any]],
-    seconds: dict[str, float],
-    metrics: dict[str, Any],
-    left_out: list[dict[str, Any]],
-) -> dict[str, Any]:
-    cfg, shards, sae = job.cfg, job.shards, job.sae
-    gpu = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else None
-    return {
-        "identity": job.identity,
-        "config": _as_json(cfg),
-        "job_id": world.job_id,
-        "left_out": left_out,
-        "shards": {
-            "path": str(cfg.shards.absolute()),
-            "family": shards.family,
-            "ckpt": shards.ckpt,
-            "layer": shards.layer,
-            "n_examples": shards.n_examples,
-            "n_patches": shards.n_patches,
-            "d_model": shards.d_model,
-            "dataset": shards.dataset,
-        },
-        "sae": {
-            "path": str(job.loaded.path.absolute()),
-            "format": job.loaded.sae_format,
-            "source": sae.source,
-            "d_sae": sae.d_sae,
-            "rules": sae.rules(),
-            "overrides": job.overrides.to_json(),
-        },
-        "plan": {"n_batches": job.plan.n_batches, "images_per_batch": job.plan.examples_per_batch},
-        "self_check": job.self_check.to_json() if job.self_check else None,
-        "metrics": metrics,
-        "versions": {
-            "saev_dist": __version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": {"device": job.device.type, "gpu": gpu, "n_threads": torch.get_num_threads()},
-        "world_size": world.size,
-        "wall_s": seconds,
-        "ranks": reports,
-    }
-
-
 class Clock:
     """Seconds spent, by stage."""
 
@@ -554,12 +348,3 @@ class Clock:
         began = time.perf_counter()
         yield
         self.seconds[stage] += time.perf_counter() - began
-
-
-def _as_json(cfg: Extract) -> dict[str, Any]:
-    """All settings; paths absolute, so that they mean the same from elsewhere."""
-
-    def absolute(path: Path) -> Path:
-        return path if is_hub_name(path) else path.absolute()
-
-    return {name: str(absolute(value)) if isinstance(value, Path) else value for name, value in asdict(cfg).items()}

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from saev_dist.config import Extract, Merge, from_json
 from saev_dist.errors import ConfigError, RunError
-from saev_dist.extract import open_job, work
+from saev_dist.extract import work
+from saev_dist.job import open_job
 from saev_dist.store import Run
 from saev_dist.world import World
 

@@ -227,7 +227,7 @@ def plan_text(cfg: Extract, launcher: Launcher) -> str:
     import torch
 
     from saev_dist.estimate import estimate
-    from saev_dist.extract import open_job
+    from saev_dist.job import open_job
     from saev_dist.report import describe_plan
     from saev_dist.world import World
 

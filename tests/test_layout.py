@@ -11,6 +11,8 @@ LEVELS = [
     {"demo", "merge"},
     {"extract", "replay", "verify", "inspect", "convert"},
     {
+        "job",
+        "artifacts",
         "finished",
         "reencode",
         "records",

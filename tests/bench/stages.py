@@ -20,7 +20,8 @@ import torch
 
 from saev_dist.accumulators.base import Codes
 from saev_dist.config import Extract
-from saev_dist.extract import _rows, make_bundle, open_job
+from saev_dist.extract import _rows
+from saev_dist.job import make_bundle, open_job
 from saev_dist.sae.encoder import Encoder
 from saev_dist.sae.model import Sae, TopK
 from saev_dist.world import World

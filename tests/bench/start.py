@@ -19,6 +19,7 @@ import torch
 
 from saev_dist import extract, partials
 from saev_dist.config import Extract
+from saev_dist.job import make_bundle, open_job
 from saev_dist.plan import Intervals, Plan, complement, union
 from saev_dist.spill import Segment
 from saev_dist.store import Run
@@ -95,10 +96,10 @@ def make_many(dpath: Path) -> tuple[Path, Path]:
 
 def write_partials(cfg: Extract) -> Intervals:
     """A partial of each of 1,024 ranks that did the first half of its share; return what is left."""
-    job, store = extract.open_job(cfg, World(timeout_s=10)), Run(cfg.out)
+    job, store = open_job(cfg, World(timeout_s=10)), Run(cfg.out)
     fields = store.under_way()
     assert fields is not None
-    state = extract.make_bundle(job).state_dict()
+    state = make_bundle(job).state_dict()
     tensors = {name: (str(tensor.numpy().dtype), tuple(tensor.shape)) for name, tensor in state.items()}
     done = []
     for rank, ((first, stop),) in enumerate(job.plan.deal(complement((), job.plan.n_batches), MANY)):
