@@ -5,8 +5,7 @@ A TOML file named by `--config` holds the same fields (`top_k = 64`); flags over
 
 import math
 import tomllib
-from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
@@ -350,21 +349,6 @@ def from_json(command: type[T], content: dict[str, Any]) -> T:
         return command(**values)
     except TypeError as err:  # another version's
         raise ConfigError(f"these are no settings of this version's {command.__name__.lower()}: {err}.") from None
-
-
-def flags_of(cfg: Any, *, without: Collection[str]) -> list[str]:
-    """The flags that make a config what it is: those of its fields that differ from their defaults, paths absolute."""
-    flags: list[str] = []
-    for field in fields(cfg):
-        value, flag = getattr(cfg, field.name), field.name.replace("_", "-")
-        if field.name in without or value == field.default:
-            continue
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            values = value if isinstance(value, tuple) else [value.absolute() if isinstance(value, Path) else value]
-            flags += [f"--{flag}", *map(str, values)]
-    return flags
 
 
 def _check_counts(config: object, *names: str) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saev_dist.config import Inspect, flags_of
+from saev_dist.config import Inspect
 from saev_dist.data.reader import sample_images
 from saev_dist.data.shards import Shards, read_layers
 from saev_dist.errors import ConfigError, RunError
 from saev_dist.estimate import gb
-from saev_dist.report import describe_kept, describe_left_out, table
+from saev_dist.report import describe_kept, describe_left_out, flags_of, table
 from saev_dist.sae.hub import is_hub_name
 from saev_dist.sae.load import Overrides, load_sae
 from saev_dist.sae.model import Sae, Threshold
@@ -39,6 +39,8 @@ def run(cfg: Inspect) -> None:
         return
     if not os.path.lexists(cfg.path) and not is_hub_name(cfg.path):
         raise ConfigError(f"{cfg.path} is not there; inspect takes a directory of shards, an SAE, or a run.")
+    if cfg.layer is not None and cfg.shards is None:
+        raise ConfigError(f"--layer {cfg.layer} is of shards, and {cfg.path} is an SAE: name some with --shards.")
     loaded = load_sae(cfg.path, Overrides.of(cfg))
     print(table(dict(describe_sae(cfg.path, loaded.sae))))
     if cfg.shards is not None:

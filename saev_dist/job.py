@@ -15,7 +15,7 @@ from saev_dist.config import Extract, SaeRules
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError
 from saev_dist.plan import Plan
-from saev_dist.sae.hub import is_hub_name
+from saev_dist.sae.hub import absolute
 from saev_dist.sae.load import Loaded, Overrides, load_sae
 from saev_dist.sae.model import Sae
 from saev_dist.selfcheck import Report
@@ -105,8 +105,4 @@ def make_bundle(job: Job) -> Bundle:
 
 def as_json(cfg: Extract) -> dict[str, Any]:
     """All settings; paths absolute, so that they mean the same from elsewhere."""
-
-    def absolute(path: Path) -> Path:
-        return path if is_hub_name(path) else path.absolute()
-
     return {name: str(absolute(value)) if isinstance(value, Path) else value for name, value in asdict(cfg).items()}

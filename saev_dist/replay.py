@@ -34,7 +34,7 @@ import torch
 
 from saev_dist import __version__, draw
 from saev_dist.choose import Slots, choose_features, choose_slots, deal
-from saev_dist.config import Replay, flags_of
+from saev_dist.config import Replay
 from saev_dist.data.images import Pictures, open_pictures
 from saev_dist.errors import RunError, warn
 from saev_dist.files import writing
@@ -44,7 +44,7 @@ from saev_dist.records import Records
 from saev_dist.reencode import Check, Image, describe_encoded, reencode
 from saev_dist.render import gallery, plots, tables
 from saev_dist.render.geometry import Geometry, default_fit
-from saev_dist.report import table
+from saev_dist.report import flags_of, table
 from saev_dist.sae.encoder import Encoder, usable_precision
 from saev_dist.store import Run
 from saev_dist.world import World
@@ -60,6 +60,8 @@ CONTENT = (
     "density.png",
     "distributions.png",
 )
+NOBODYS = {".DS_Store", "Thumbs.db"}
+"""Files that file managers leave."""
 INERT = {"config", "device", "workers", "read_ahead", "timeout_s", "force", "progress"}
 """Fields of the config that change nothing that is drawn."""
 
@@ -77,7 +79,7 @@ class Job:
     slots: Slots
     """The slots to draw, of all ranks."""
     identity: dict[str, Any]
-    """What the gallery's bytes depend on; JSON."""
+    """What is drawn; JSON. Not part of it are the places of the inputs and the flags, which the page names."""
 
     @property
     def visuals_dpath(self) -> Path:
@@ -117,8 +119,8 @@ def run(cfg: Replay) -> None:
             if world.rank == 0:
                 if Run(cfg.run).manifest_sha256() != job.identity["manifest_sha256"]:
                     raise RunError(f"{cfg.run} has changed: another process computed it again. Run again.")
-                _announce(job)
                 _begin(job, afresh=cfg.force and not world.restarted)
+                _announce(job)
             world.wait()
             for fpath in job.records.fpaths()[world.rank :: world.size]:
                 job.records.keep_sound(fpath)
@@ -229,7 +231,9 @@ def _begin(job: Job, *, afresh: bool) -> None:
     marker_fpath = job.partial_dpath / "replay.json"
     if os.path.lexists(job.visuals_dpath) and not job.visuals_dpath.is_dir():
         raise RunError(f"{job.visuals_dpath} is in the way: it is no directory. Move it elsewhere.")
-    if strangers := _strangers(job.visuals_dpath):
+    with writing(job.visuals_dpath):
+        strangers = _strangers(job.visuals_dpath)
+    if strangers:
         raise RunError(
             f"{job.visuals_dpath} holds {strangers[0]}, which no replay made and which would go with the old gallery. "
             "Move it elsewhere."
@@ -250,9 +254,15 @@ def _begin(job: Job, *, afresh: bool) -> None:
 def _strangers(dpath: Path) -> list[str]:
     """What is in a gallery's place and no part of one: all of it, where nothing says that it is one. Of a link only the
     link will go."""
-    found = set(os.listdir(dpath)) if dpath.is_dir() and not dpath.is_symlink() else set()
-    ours = {name for name in found if name in CONTENT or name.startswith("records.")} if "replay.json" in found else set()
-    return sorted(found - ours)
+    if dpath.is_symlink() or not dpath.is_dir():
+        return []
+    found = set(os.listdir(dpath)) - NOBODYS
+    if "replay.json" not in found:
+        return sorted(found)
+    strangers = {name for name in found - set(CONTENT) if not name.startswith(("records.", ".nfs"))}
+    if "features" in found:
+        strangers |= {f"features/{name}" for name in os.listdir(dpath / "features") if not name.isdecimal()}
+    return sorted(strangers - {f"features/{name}" for name in NOBODYS})
 
 
 def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[str, Any]:
@@ -423,7 +433,7 @@ def _write_page(job: Job) -> None:
         percentile=statistics.percentile,
         precision=finished.precision,
         version=__version__,
-        features=job.cfg.features,
+        features=tuple(sorted(set(job.cfg.features))),
         flags=tuple(flags_of(job.cfg, without={"run", "features", *INERT})),
     )
     features = gallery.FeatureTable(

@@ -1,6 +1,7 @@
-"""What a job tells people: aligned tables of facts."""
+"""What a job tells people: aligned tables of facts, and commands to type."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
 from saev_dist.estimate import Estimate, free_disk, gb
 from saev_dist.plan import Plan, complement
+from saev_dist.sae.hub import absolute
 from saev_dist.sae.model import Sae
 from saev_dist.store import Run
 
@@ -17,6 +19,21 @@ def table(lines: Mapping[str, str]) -> str:
     """Two aligned columns."""
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def flags_of(cfg: Any, *, without: Collection[str]) -> list[str]:
+    """The flags that make a config what it is: those of its fields that differ from their defaults, paths absolute."""
+    flags: list[str] = []
+    for field in fields(cfg):
+        value, flag = getattr(cfg, field.name), field.name.replace("_", "-")
+        if field.name in without or value == field.default:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values = value if isinstance(value, tuple) else [absolute(value) if isinstance(value, Path) else value]
+            flags += [f"--{flag}", *map(str, values)]
+    return flags
 
 
 def summary(out_dpath: Path, manifest: dict[str, Any]) -> str:
@@ -82,7 +99,7 @@ def describe_plan(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, need: Esti
         "host memory": f"{gb(need.host_total)} per rank: " + ", ".join(f"{k} {gb(v)}" for k, v in need.host.items()),
         "device": ", ".join(f"{k} {gb(v)}" for k, v in need.device.items()) or "none: the encoder runs on the CPU",
         "snapshots": f"{gb(need.partial)} per rank, every {cfg.snapshot_every:g} s; twice that while one replaces another",
-        **({"kept": kept} if (kept := describe_kept(Run(cfg.out))) and not cfg.force else {}),
+        **({"kept": kept} if not cfg.force and (kept := describe_kept(Run(cfg.out))) else {}),
         "disk": f"{gb(need.artifacts)}, and img_acts.npz up to about {gb(need.img_acts)}; {gb(free_disk(cfg.out))} free",
     }
     return table(lines) + "\ndry run: nothing was computed or written."

@@ -22,7 +22,7 @@ import pickle
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -140,32 +140,41 @@ class Run:
         with writing(fpath):
             self.partials_dpath.mkdir(parents=True, exist_ok=True)
             file = open(fpath, "a+")
-        with file:
+        with ExitStack() as stack:
+            stack.callback(self._drop_partials)
+            stack.enter_context(file)
+            is_ours = True
             try:
-                is_ours = _try_lock(file, fcntl.LOCK_EX)
-                if not is_ours:  # it may be `holder` that looks
+                if not _try_lock(file, fcntl.LOCK_EX):  # it may be `holder` that looks
                     time.sleep(GLANCE_S)
                     is_ours = _try_lock(file, fcntl.LOCK_EX)
-                if not is_ours:
-                    file.seek(0)
-                    raise self._in_use(file.read(200))
             except OSError as err:
                 warn(f"{fpath}: cannot lock ({err.strerror}); see to it that no other run uses {self.dpath}.")
+            if not is_ours:
+                holder = ""
+                with suppress(OSError):  # there are locks that keep others from reading
+                    file.seek(0)
+                    holder = file.read(200)
+                raise self._in_use(holder)
             if not fpath.exists() or not os.path.samestat(os.stat(fpath), os.fstat(file.fileno())):
                 raise self._in_use("a run that is just ending")
             with writing(fpath):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
                 file.flush()
-            try:
-                yield
-            finally:
-                if finished := not (self.partials_dpath / "run.json").exists():
-                    with suppress(OSError):
-                        fpath.unlink()  # while it is held: who has opened it meanwhile sees that it is gone
-        if finished:
+            stack.callback(self._drop_lock, fpath)
+            yield
+
+    def _drop_lock(self, fpath: Path) -> None:
+        """Remove a lock that is held, unless a run is under way: who has opened it meanwhile sees that it is gone."""
+        if not (self.partials_dpath / "run.json").exists():
             with suppress(OSError):
-                self.partials_dpath.rmdir()
+                fpath.unlink()
+
+    def _drop_partials(self) -> None:
+        """Remove `partials/` where nothing is left in it: on NFS not before the lock is closed."""
+        with suppress(OSError):
+            self.partials_dpath.rmdir()
 
     def holder(self) -> str:
         """The process that works here now, as it calls itself; "" where none does, or nobody can tell. Changes nothing."""
@@ -215,7 +224,7 @@ class Run:
         if n_orphans := len(list(self.partials_dpath.glob("*.partial"))):
             raise RunError(
                 f"{self.partials_dpath / 'run.json'} is missing, so nobody can tell what run the {n_orphans:,} files *.partial "
-                "beside it are of. Put it back, or start over with extract --force."
+                "beside it are of (a --force may have been interrupted). Put it back, or start over with extract --force."
             )
 
     @contextmanager

@@ -41,6 +41,11 @@ class Job:
     def log_fpath(self, rank: int) -> Path:
         return self.folder / f"{self.job_id}_{rank}_log.out"
 
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether it is a job on this machine that was told to leave for good."""
+        return self.cluster == "local" and cancelled_fpath(self.folder, self.job_id).exists()
+
     def ends(self) -> list["End"]:
         """The ends that ranks have written, by rank."""
         found = [End.read(end_fpath(self.folder, self.job_id, rank)) for rank in range(self.n_ranks)]

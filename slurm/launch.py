@@ -145,21 +145,21 @@ def _run_one_by_one(launcher: Launcher, first: Sequence[Extract | Replay], later
             if launcher.cluster == "debug":
                 run_here(part, _logs_dpath(launcher, [part]))
             else:
-                well = _follow_here(_submitted(launcher, [part]))
+                well = _launch_here(launcher, part)
         all_well &= well
     return all_well
 
 
-def _follow_here(jobs: Sequence[Job]) -> bool:
-    """`follow` jobs on this machine. An interrupt ends them; a second one leaves them to it."""
+def _launch_here(launcher: Launcher, cfg: Extract | Replay) -> bool:
+    """Submit a job to this machine and follow it. An interrupt tells it to leave; a second one no longer waits for that."""
+    jobs: list[Job] = []
     try:
+        jobs = _submitted(launcher, [cfg])
         return follow(jobs)
     except KeyboardInterrupt:
         for job in jobs:
-            print(
-                f"slurm.launch: {job.kind} {job.job_id} has been told to leave after a snapshot.", file=sys.stderr, flush=True
-            )
             tell_to_leave(job)
+            print(f"slurm.launch: {job.kind} {job.job_id} has been told to keep what is done and leave.", file=sys.stderr)
         follow(jobs)
         raise
 

@@ -4,7 +4,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from importlib import import_module
 from io import StringIO
@@ -17,6 +17,7 @@ from submitit.core.utils import FailedJobError
 
 from saev_dist.config import Extract, Replay
 from saev_dist.errors import ConfigError
+from saev_dist.files import writing
 from slurm.config import Launcher
 from slurm.jobs import Job, cancelled_fpath
 from slurm.queue import call
@@ -77,6 +78,8 @@ def submit(launcher: Launcher, cfgs: Sequence[Extract | Replay], logs: Path, dep
             )
             with _beyond_ctrl_c():
                 submitted = local.submit_array(tasks)
+            for job in submitted:  # its number is a process's, and may have been an earlier job's
+                cancelled_fpath(job.paths.folder, job.job_id).unlink(missing_ok=True)
         else:
             try:
                 executor = submitit.SlurmExecutor(logs, max_num_timeout=NO_LIMIT)
@@ -104,12 +107,22 @@ def submit(launcher: Launcher, cfgs: Sequence[Extract | Replay], logs: Path, dep
 
 
 def tell_to_leave(job: Job) -> None:
-    """End a job on this machine for good: its ranks keep what they have done."""
-    cancelled_fpath(job.folder, job.job_id).touch()
+    """End a job on this machine for good: its ranks keep what they have done.
+
+    Raises:
+        ConfigError: it is another user's.
+    """
+    marker_fpath = cancelled_fpath(job.folder, job.job_id)
+    with writing(marker_fpath):
+        marker_fpath.touch()  # first: a rank that the signal does not reach, for it is only starting, sees it
     # With --setup a shell is between, which keeps signals to itself.
     found = call("pgrep", "--parent", job.job_id, "--full", "submitit.local._local").stdout.split()
-    with suppress(ProcessLookupError):  # it has just ended
+    try:
         os.kill(int(found[0] if found else job.job_id), signal.SIGTERM)
+    except ProcessLookupError:
+        pass  # it has just ended
+    except PermissionError:
+        raise ConfigError(f"{job.run}: {job.kind} {job.job_id} is another user's process.") from None
 
 
 def _visible_gpus(n_wanted: int) -> tuple[int, ...]:
@@ -183,7 +196,7 @@ def _clean_environment(signal_name: str) -> Iterator[None]:
 
 @contextmanager
 def _beyond_ctrl_c() -> Iterator[None]:
-    """Processes started in it ignore the terminal's SIGINT: the launcher ends them in order."""
+    """Processes started in it ignore the terminal's SIGINT until they are at work: the launcher ends them in order."""
     former = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 from saev_dist.cli import parse_flags, with_toml
 from saev_dist.config import Extract, Replay, SaeRules
 from saev_dist.errors import ConfigError
-from saev_dist.sae.hub import is_hub_name
+from saev_dist.sae.hub import absolute
 
 C = TypeVar("C", Extract, Replay)
 AXES: dict[type, tuple[str, ...]] = {Extract: ("shards", "sae"), Replay: ("run",)}
@@ -52,8 +53,9 @@ def configs(command: type[C], flags: list[str]) -> list[C]:
     names = []
     for paths in combinations:
         name = "-".join(labels[axis][path] for axis, path in paths.items() if len(inputs[axis]) > 1)
-        same = [former for former, record in there.items() if _is_of(_absolute(replace(first, **paths)), record)]
-        names.append(name if name in there or not same else same[0])
+        cfg = _absolute(replace(first, **paths))
+        same = [former for former, record in there[str(cfg.sae), str(cfg.shards)] if _is_of(cfg, record)]
+        names.append(name if name in same or not same else same[0])
     if len(set(names)) < len(names):
         raise ConfigError(f"these inputs would share a run directory: {', '.join(names)}. Launch them one by one.")
     return [_absolute(replace(first, out=first.out / name, **paths)) for name, paths in zip(names, combinations, strict=True)]
@@ -104,12 +106,14 @@ def _take(flags: Sequence[str], names: tuple[str, ...]) -> tuple[list[str], list
     return values, rest
 
 
-def _runs_in(dpath: Path) -> dict[str, Any]:
-    """What the runs in a directory, finished or not, say of themselves, by name."""
-    found: dict[str, Any] = {}
+def _runs_in(dpath: Path) -> dict[tuple[str, str], list[tuple[str, Any]]]:
+    """The runs in a directory, finished or not, by SAE and shards: the name of each, and what it says of itself."""
+    found: dict[tuple[str, str], list[tuple[str, Any]]] = defaultdict(list)
     for fpath in sorted([*dpath.glob("*/manifest.json"), *dpath.glob("*/partials/run.json")]):
-        with suppress(OSError, ValueError):  # the job itself will say what is wrong there
-            found[fpath.relative_to(dpath).parts[0]] = json.loads(fpath.read_bytes())
+        with suppress(OSError, ValueError, KeyError, TypeError):  # the job itself will say what is wrong there
+            record = json.loads(fpath.read_bytes())
+            made_with = record["config"]
+            found[made_with["sae"], made_with["shards"]].append((fpath.relative_to(dpath).parts[0], record))
     return found
 
 
@@ -141,8 +145,4 @@ def _labels(values: list[str]) -> list[str]:
 def _absolute(cfg: Any) -> Any:
     """The config with paths that hold wherever the job starts; hf://owner/repo is none."""
     values = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
-    return replace(cfg, **{name: _absolute_path(path) for name, path in values.items() if isinstance(path, Path)})
-
-
-def _absolute_path(path: Path) -> Path:
-    return path if is_hub_name(path) else path.absolute()
+    return replace(cfg, **{name: absolute(path) for name, path in values.items() if isinstance(path, Path)})

@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
+from threading import Thread
 from types import FrameType
-from typing import NoReturn
 
 import submitit
 from submitit.core.job_environment import JobEnvironment
@@ -24,7 +26,12 @@ from saev_dist.config import Extract, Replay
 from saev_dist.errors import PeerError, Preempted, SaevDistError
 from slurm.jobs import End, cancelled_fpath, end_fpath
 
-TELLING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+TELLING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STUCK_S = 10.0
+"""So long after a local job was cancelled a rank leaves that cannot even take notice: it waits for one that is gone."""
+
+
+Handler = Callable[[int, FrameType | None], None]
 
 
 class Told(BaseException):
@@ -54,9 +61,10 @@ class Task:
         fpath = end_fpath(paths.folder, here.job_id, here.global_rank)
         for stale in (fpath, paths.result_pickle, paths.result_pickle.with_suffix(".pkl.save_tmp")):
             stale.unlink(missing_ok=True)  # of the attempt before
-        end = self._run(End(rank=here.global_rank, attempt=attempt, outcome="done"))
+        cancelled = cancelled_fpath(paths.folder, here.job_id) if here.cluster == "local" else None
+        end = self._run(End(rank=here.global_rank, attempt=attempt, outcome="done"), cancelled)
         end.write(fpath)
-        if end.outcome == "left" and end.rank == 0 and self._may_requeue(here, attempt, by=end.error.split()[0]):
+        if end.outcome == "left" and end.rank == 0 and self._may_requeue(here, attempt, cancelled):
             assert callable(requeue)
             requeue(here._usr_sig(), None)  # exits
         if end.outcome != "done":
@@ -66,19 +74,34 @@ class Task:
         """What submitit is to run after a requeue."""
         return submitit.helpers.DelayedSubmission(replace(self, n_requeues=self.n_requeues + 1))
 
-    def _run(self, end: End) -> End:
-        """Do the job; return `end` with what became of it. From then on this rank is deaf to signals."""
-        told: list[str] = []
+    def _run(self, end: End, cancelled: Path | None) -> End:
+        """Do the job; return `end` with what became of it. From then on this rank is deaf to signals.
 
-        def leave(number: int, frame: FrameType | None) -> NoReturn:
-            _be_deaf()
+        Args:
+            end: of this rank.
+            cancelled: of a local job: the file whose being there tells it to leave for good.
+        """
+        told: list[str] = []
+        is_ready = False
+
+        def leave(number: int, frame: FrameType | None) -> None:
             told.append(signal.Signals(number).name)
-            raise Told
+            if is_ready:  # an exception amid the import of torch would end in its C++
+                _be_deaf()
+                raise Told
 
         for number in TELLING:
             signal.signal(number, leave)
         try:
-            import_module(f"saev_dist.{type(self.cfg).__name__.lower()}").run(self.cfg)
+            job = import_module(f"saev_dist.{type(self.cfg).__name__.lower()}")
+            is_ready = True
+            if cancelled is not None:
+                if cancelled.exists():  # a signal may have come before this process could be told by one
+                    told.append("cancelled")
+                Thread(target=_leave_if_stuck, args=(cancelled, leave), daemon=True).start()
+            if told:
+                raise Told
+            job.run(self.cfg)
         except BaseException as err:  # noqa: BLE001  # whatever it is, the launcher is to hear of it
             _be_deaf()
             if told:  # whatever came of it on the way out
@@ -97,9 +120,9 @@ class Task:
         _be_deaf()
         return end
 
-    def _may_requeue(self, here: JobEnvironment, attempt: int, *, by: str) -> bool:
-        """Whether this job is to put itself back into the queue, told to leave by that signal."""
-        if here.cluster == "local" and (by == "SIGINT" or cancelled_fpath(here.paths.folder, here.job_id).exists()):
+    def _may_requeue(self, here: JobEnvironment, attempt: int, cancelled: Path | None) -> bool:
+        """Whether this job is to put itself back into the queue."""
+        if cancelled is not None and cancelled.exists():
             return False
         if attempt >= self.max_requeues:
             _say(f"requeued {attempt} times already (--max-requeues): launch it again to go on")
@@ -117,6 +140,18 @@ def _join(here: JobEnvironment, attempt: int) -> None:
     if here.cluster == "local":
         os.environ["MASTER_ADDR"] = "127.0.0.1"  # a laptop's own name need not resolve
         os.environ["SLURM_RESTART_COUNT"] = str(attempt)
+
+
+def _leave_if_stuck(cancelled: Path, leave: Handler) -> None:
+    """End this process after its job was cancelled if its main thread does not get to run `leave`.
+
+    It then waits, in C++, for a rank that the same signal ended before it could join. At work other handlers are in place.
+    """
+    while not cancelled.exists():
+        time.sleep(1)
+    time.sleep(STUCK_S)
+    if signal.getsignal(signal.SIGTERM) is leave:
+        os._exit(os.EX_TEMPFAIL)
 
 
 def _be_deaf() -> None:

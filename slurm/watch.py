@@ -91,6 +91,8 @@ def verdict(job: Job, state: State) -> tuple[bool, str]:
         if silent:
             text += f" ({_ranks(silent)} left no word: killed, perhaps for want of memory.)"
         return False, f"{text} Log: {job.log_fpath(first.rank)}"
+    if job.is_cancelled:
+        return False, f"cancelled. {go_on}{log}"
     if left := [end for end in ends.values() if end.outcome == "left"]:
         times = max(end.attempt for end in left)
         why = left[0].error.split(":")[0]  # "SIGUSR2 on rank 1: stopped, and what is done is kept in …"

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from saev_dist.cli import main, parse
-from saev_dist.config import Demo, Extract
+from saev_dist.config import Demo, Extract, Replay
+from saev_dist.report import flags_of
 
 ROOT = Path(__file__).parent.parent
 NEEDED = ["--shards", "s", "--sae", "a.pt", "--out", "o"]
@@ -101,6 +103,22 @@ def test_flags_that_are_missing_altogether_are_wrong_usage(argv):
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        Replay(run=Path("/r")),
+        Replay(
+            run=Path("/r"), sae=Path("hf://owner/repo/path@v1"), images=Path("/my pictures"), features=(3, 5), sort="max",
+            log_freq_range=(-3.5, 0.0), grid=(4, 3), patch_size=14, img_scale=2.0, all=True, progress=False,
+        ),
+        Replay(run=Path("/r"), pictures=False, workers=2),
+    ],
+)  # fmt: skip
+def test_the_flags_of_a_config_make_it_again(cfg):
+    assert parse(["replay", *flags_of(cfg, without=())]) == cfg
+    assert flags_of(replace(cfg, progress=False), without={"progress"}) == flags_of(replace(cfg, progress=True), without={})
 
 
 def test_the_demo_needs_no_flags():

@@ -60,6 +60,7 @@ def test_what_is_sound_is_described(inputs, capsys):
     ("name", "flags", "what"),
     [
         ("run", ["--shards", "s"], "a run, of which --shards"),
+        ("sae.pt", ["--layer", "4"], "--layer 4 is of shards, and"),
         ("run", ["--layer", "4"], "a run, of which --layer 4 says nothing"),
         (
             "shards",

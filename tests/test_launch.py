@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import submitit
 
 import slurm.launch
 import slurm.progress
@@ -23,12 +25,13 @@ from saev_dist.config import Extract, Replay
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, RunError, SaevDistError
 from slurm.config import Launcher
-from slurm.jobs import End, Job, end_fpath, latest, launched, remember, tail
+from slurm.jobs import End, Job, cancelled_fpath, end_fpath, latest, launched, remember, tail
 from slurm.launch import main, run, split
 from slurm.progress import Kept, describe
 from slurm.queue import State, ask
+from slurm.submit import submit
 from slurm.sweep import configs, is_finished
-from slurm.watch import describe_state, follow, verdict
+from slurm.watch import describe_state, follow, result, verdict
 from tests.ranks import ENV, artifact_hashes, run_ranks
 from tests.synthetic import make_acts, make_sae, make_shards
 
@@ -128,6 +131,12 @@ def test_a_run_keeps_its_name_where_inputs_come_and_go(tmp_path, args):
     (second.out / "partials/run.json").write_text(json.dumps(record))  # under way
     found = configs(Extract, [*flags, str(saes[2])])
     assert [cfg.out.name for cfg in found] == ["one", "two", "q-one"] and is_finished(found[0])
+    record["config"]["sae"] = str(saes[2])
+    found[2].out.mkdir()
+    (found[2].out / "manifest.json").write_text(json.dumps(record))
+    sibling = shutil.copy(args[3], tmp_path / "q/two.pt")
+    alone = configs(Extract, [*args[:2], *args[4:], "--out", str(out), "--sae", str(saes[2]), str(sibling)])
+    assert alone[0].out.name == "q-one", "one is another SAE's"
     others = configs(Extract, [*flags, str(saes[2]), "--top-k", "5"])
     assert [cfg.out.name for cfg in others] == ["p-one", "p-two", "q-one"], "other settings are another run"
 
@@ -301,7 +310,7 @@ def test_a_local_job_has_the_gpus_of_its_shell_and_can_be_cancelled_behind_anoth
             time.sleep(0.02)
         assert run(["cancel", "--run", str(out)])
         done = waiting.result()
-    assert done.returncode == 1 and re.search(r"^extract \d+ stopped: SIGTERM.*, after 0 of", done.stderr, re.M)
+    assert done.returncode == 1 and re.search(r"^extract \d+ cancelled\. Launch it again", done.stderr, re.M)
     assert not (out / "manifest.json").exists() and (tmp_path / "gpus").read_text() == "5,7\n"
 
 
@@ -341,7 +350,7 @@ def test_an_interrupted_launcher_ends_its_local_job_in_order(tmp_path, whom):
         process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=100)
     assert process.returncode == 130 and "Traceback" not in said, said
-    assert re.search(r"told to leave after a snapshot.*stopped: SIG(TERM|INT).*no longer waiting", said, re.S), said
+    assert re.search(r"told to keep what is done and leave.*cancelled\. Launch it again.*no longer waiting", said, re.S), said
     (job,) = launched(out)
     assert list(out.glob("partials/*.partial"))
     deadline = time.monotonic() + 30  # its ranks have ended; the process that started them follows
@@ -349,6 +358,32 @@ def test_an_interrupted_launcher_ends_its_local_job_in_order(tmp_path, whom):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert run_ranks(*args, out).returncode == 0
+
+
+@pytest.mark.parametrize("setup", [[], ["--setup", "sleep 1"]], ids=["", "setup"])
+def test_a_local_job_can_be_cancelled_before_it_is_at_work(tmp_path, args, setup):
+    out = tmp_path / "run"
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(
+            launch, "--cluster", "local", "--gpus-per-node", 0, "--tasks-per-node", 2, *setup, "extract", *args, "--out", out
+        )
+        while not (out / "slurm/jobs.jsonl").exists():
+            assert not waiting.done(), waiting.result()
+            time.sleep(0.01)
+        while not launched(out):
+            time.sleep(0.01)
+        run(["cancel", "--run", str(out)])
+        done = waiting.result()
+    assert done.returncode == 1 and re.search(r"^extract \d+ cancelled\. Launch it again", done.stderr, re.M), done.stderr
+
+
+def test_the_mark_of_an_earlier_job_of_that_number_is_forgotten(tmp_path, monkeypatch):
+    cfg = Extract(shards=tmp_path, sae=tmp_path, out=tmp_path)
+    job = SimpleNamespace(job_id="123", paths=SimpleNamespace(folder=tmp_path))
+    monkeypatch.setattr(submitit.LocalExecutor, "submit_array", lambda *_: [job])
+    cancelled_fpath(tmp_path, "123").touch()
+    (submitted,) = submit(Launcher(cluster="local", gpus_per_node=0), [cfg], tmp_path)
+    assert not submitted.is_cancelled
 
 
 def test_more_gpus_than_the_shell_leaves_are_refused(tmp_path, args, monkeypatch):
@@ -403,6 +438,15 @@ def test_debug_runs_here(tmp_path, args):
 
 
 # ---- what became of a job
+
+
+def test_the_result_holds_what_was_warned_of_once(job):
+    job.folder.mkdir(parents=True, exist_ok=True)
+    warning = "saev-dist: warning: on 512 tokens"
+    bar = "extract  50.0%  1/2 tokens"
+    lines = ["submitit INFO", warning, *[bar] * 3000, warning, bar, "tokens  2", "L0      1"]
+    job.log_fpath(0).write_text("\n".join(lines))
+    assert result(job) == [warning, "tokens  2", "L0      1"]
 
 
 @pytest.fixture

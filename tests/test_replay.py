@@ -368,12 +368,19 @@ def test_what_no_replay_made_is_not_thrown_away(tmp_path, capsys):
     (run / "visuals").mkdir()
     (run / "visuals/index.html").write_text("mine")
     assert "visuals holds index.html, which no replay made" in fails(capsys, "replay", "--run", run, "--no-progress")
+    assert not (run / "partials").exists(), "a finished run looks finished"
     (run / "visuals/index.html").unlink()
     replay.run(make_replay(run, all=False, n_features=2))
     (run / "visuals/notes.txt").write_text("mine")
+    (run / "visuals/.DS_Store").write_text("nobody's")
     before = tree(run / "visuals")
     assert "visuals holds notes.txt, which no" in fails(capsys, "replay", "--run", run, "--force", "--all", "--no-progress")
     assert tree(run / "visuals") == before and not (run / "visuals.partial").exists()
+    (run / "visuals/notes.txt").rename(run / "visuals/features/notes.txt")
+    assert "visuals holds features/notes.txt, which no" in fails(capsys, "replay", "--run", run, "--force", "--no-progress")
+    (run / "visuals/features/notes.txt").unlink()
+    replay.run(make_replay(run, all=False, n_features=3))
+    assert not (run / "visuals/.DS_Store").exists()
 
 
 @pytest.mark.parametrize("fault", ["lost", "twice"])

@@ -1,6 +1,7 @@
 """Killed, stopped, damaged, refused by the disk: what a run does then, and what the next attempt makes of it."""
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -295,6 +296,17 @@ def wait_for(condition) -> None:
 # ---- two runs at once
 
 
+def test_a_look_at_the_lock_keeps_nobody_out(tmp_path):
+    (tmp_path / "partials").mkdir()
+    with open(tmp_path / "partials/lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        looks = threading.Timer(0.02, lambda: fcntl.flock(file, fcntl.LOCK_UN))
+        looks.start()
+        with Run(tmp_path).lock():
+            looks.join()
+    assert not (tmp_path / "partials").exists()
+
+
 def test_a_second_run_on_one_directory_is_refused(tmp_path, server, long_run):
     out = tmp_path / "run"
     first = server.start(*long_run, out, before=SLOW)
@@ -359,6 +371,7 @@ def test_merge_makes_the_artifacts_when_all_is_done(tmp_path, server, whole, fla
     run_fpath.write_bytes(aside.read_bytes()[:100])
     codes, output = server.run(*args, out)
     assert codes == [1] and re.search(r"run.json is not JSON.*: damaged. Run extract again with --force", output), output
+    assert server.run(*args, out, "--dry-run", "--force")[0] == [0]
     run_fpath.write_text(json.dumps(content | {"config": content["config"] | {"of_the_future": 1}}))
     codes, output = server.run("merge", "--run", out)
     assert codes == [1] and re.search(

@@ -15,6 +15,11 @@ def is_hub_name(name: Path) -> bool:
     return name.parts[:1] == (SCHEME,)
 
 
+def absolute(path: Path) -> Path:
+    """A path that means the same from elsewhere; a repository's name does already."""
+    return path if is_hub_name(path) else path.absolute()
+
+
 def fetch(name: Path, file_names: Collection[str]) -> Path:
     """Download what the cache lacks; return the file or directory there.
 
