@@ -162,7 +162,7 @@ class Replay:
     sae: OptionalPath = None
     """Where the run's SAE is now, if it has moved."""
     images: OptionalPath = None
-    """Pictures: class folders as torchvision's ImageFolder reads them, a flat folder (sorted by name), or a Hugging Face data set saved to disk. Default: the dataset path in the shards' metadata, if it exists."""
+    """Pictures: class folders as torchvision's ImageFolder reads them, a flat folder (sorted by name), or a Hugging Face data set saved to disk; matched to the shards by their order alone. Default: the dataset path in the shards' metadata, if it exists."""
     pictures: bool = True
     """Draw on the pictures. --no-pictures draws heatmaps on a plain ground."""
     config: OptionalPath = None

@@ -501,7 +501,7 @@ def _summary(job: Job, reports: list[dict[str, Any]]) -> str:
     seconds = max(report["seconds"] for report in reports)
     n_fired = sum(math.isfinite(job.statistics.log10_freq_s[feature]) for feature in job.features)
     ground = (
-        f"{job.pictures.root} ({job.pictures.kind})"
+        f"{job.pictures.root} ({job.pictures.kind}), matched by order"
         if job.pictures
         else f"none{' found (name them with --images)' if job.cfg.pictures else ''}: heatmaps on a plain ground"
     )
