@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import time
 import zlib
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ import torch
 from PIL import Image
 
 from saev_dist import draw, extract, replay
+from saev_dist.cli import parse
 from saev_dist.config import Extract, Replay
 from saev_dist.data.images import load_picture
 from saev_dist.errors import DataError, RunError
@@ -361,6 +364,16 @@ def test_heatmaps_on_a_plain_ground_lose_nothing(tmp_path):
         fpaths = sorted((run / "visuals/features").rglob(f"*-heatmap.{image_format}"))
         pixels.append([np.asarray(Image.open(fpath).convert("RGB")) for fpath in fpaths])
     assert len(pixels[0]) > 2 and all(np.array_equal(*pair) for pair in zip(*pixels, strict=True))
+
+
+def test_the_page_knows_the_command_that_draws_it(tmp_path):
+    run = make_run(tmp_path)
+    cfg = make_replay(run, all=False, features=(5, 3), n_features=2, seed=1, log_freq_range=(-5.0, 0.5))
+    replay.run(cfg)
+    content = json.loads((run / "visuals/data.js").read_text().removeprefix("window.gallery = ").removesuffix(";\n"))
+    assert content["features"] == [3, 5]
+    again = parse(["replay", "--run", str(run), *shlex.split(content["flags"]), "--features", "3", "5"])
+    assert again == replace(cfg, features=(3, 5), workers=None, progress=True)
 
 
 def test_what_no_replay_made_is_not_thrown_away(tmp_path, capsys):
