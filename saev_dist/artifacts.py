@@ -140,7 +140,7 @@ def make_manifest(
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
-        "machine": {"device": job.device.type, "gpu": gpu, "n_threads": torch.get_num_threads()},
+        "machine": {"device": job.device.type, "gpu": gpu, "n_threads": job.n_threads},
         "world_size": world.size,
         "wall_s": seconds,
         "ranks": reports,

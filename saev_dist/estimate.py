@@ -11,10 +11,12 @@ from saev_dist.accumulators.histogram import N_BINS
 from saev_dist.accumulators.rows import GROUPS_ON_DEVICE, n_samples
 from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
-from saev_dist.errors import ConfigError
+from saev_dist.errors import ConfigError, warn
+from saev_dist.machine import available_memory
 from saev_dist.plan import Plan
-from saev_dist.sae.encoder import LANES, batch_threads, batches_ahead, block_shape, piece_images
+from saev_dist.sae.encoder import batch_threads
 from saev_dist.sae.model import ConstantNorm, GroupMax, LayerNorm, Sae, TopK
+from saev_dist.sae.pieces import batches_ahead, block_shape, count_pieces, piece_images
 from saev_dist.spill import MAX_WAITING
 from saev_dist.world import World
 
@@ -41,6 +43,8 @@ ASSUMED_DENSITY = 0.02
 class Estimate:
     """Bytes. Host and device per rank; disk in all."""
 
+    n_threads: int
+    """That encode side by side: host memory grows with them."""
     host: dict[str, int]
     device: dict[str, int]
     partial: int
@@ -59,13 +63,15 @@ class Estimate:
         return sum(self.device.values())
 
 
-def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device) -> Estimate:
-    """What `cfg` needs on this rank and on the disk."""
+def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device, n_threads: int) -> Estimate:
+    """What `cfg` needs on this rank and on the disk, where at most `n_threads` encode; no more than there are pieces do."""
     batch_tokens = plan.examples_per_batch * shards.n_patches
     per_token = sae.activation.k if isinstance(sae.activation, TopK | GroupMax) else round(ASSUMED_DENSITY * sae.d_sae) + 1
     weights = 4 * (2 * sae.d_model * sae.d_sae + sae.d_sae + sae.d_model)
-    shapes = plan.examples_per_batch, shards.n_patches, sae.activation, sae.d_sae, device
-    piece, n_threads, n_ahead = piece_images(*shapes) * shards.n_patches, batch_threads(device), batches_ahead(*shapes)
+    shapes = shards.n_patches, sae.activation, sae.d_sae, device
+    n_threads = min(n_threads, max(1, count_pieces(plan.sizes(), *shapes)))
+    n_ahead = batches_ahead(plan.sizes(), *shapes, n_threads)
+    piece = piece_images(plan.examples_per_batch, *shapes) * shards.n_patches
     block_tokens, block_features, _ = block_shape(piece, sae.activation, sae.d_sae, device)
     block = block_tokens * n_threads
     entry = 2 if "bf16" in (cfg.precision, cfg.screen) else 4
@@ -79,14 +85,15 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     samples = 4 * min(cfg.n_distributions, sae.d_sae) * n_sampled
     host = {
         "weights": weights,
-        "read buffers": (cfg.read_ahead + n_ahead + 1) * batch_tokens * sae.d_model * 4,
+        "read buffers": min(cfg.read_ahead + n_ahead + 1, plan.n_batches) * batch_tokens * sae.d_model * 4,
         # the exchange and the last sort of the slots each hold the state a second and a third time
         "accumulators and their merge": 3 * state,
-        "codes of batches under way": (n_ahead + 1) * batch_tokens * per_token * CODE_BYTES,
         "distributions, when written": samples,
         "rows to be written": (MAX_WAITING + 1) * plan.examples_per_batch * row,
     }
+    codes = batch_tokens * per_token * CODE_BYTES
     if device.type == "cpu":
+        host["codes of batches under way"] = min(n_ahead + 1, plan.n_batches) * codes
         host["dense codes"] = dense
         on_device = {}
     else:
@@ -96,17 +103,20 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
             merging += min(plan.examples_per_batch * sae.d_sae, max(GROUPS_ON_DEVICE, sae.d_sae)) * DEVICE_GROUP_BYTES
         on_device = {
             "weights": weights if cfg.metrics or cfg.self_check != "off" else weights // 2,
-            "batches": (LANES + (6 if cfg.metrics else 1)) * batch,
+            "batches": (n_threads + (6 if cfg.metrics else 1)) * batch,
             "dense codes": dense,
             "codes": batch_tokens * per_token * DEVICE_CODE_BYTES,
             "statistics": sae.d_sae * (8 * N_BINS + 44) + slots + merging,
         }
         on_device["allocator"] = round(ALLOCATOR_SHARE * sum(on_device.values()))
         on_device["libraries"] = LIBRARY_BYTES
+        if cfg.percentile_estimator == "saev":
+            host["codes"] = codes
     if cfg.screen == "bf16":
         host["weights to screen by"] = (4 + 2) * sae.d_model * sae.d_sae
         host["candidates"] = block * CANDIDATES_PER_CODE * per_token * CANDIDATE_BYTES
     return Estimate(
+        n_threads=n_threads,
         host=host,
         device=on_device,
         partial=state,
@@ -115,17 +125,25 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     )
 
 
-def check_fits(need: Estimate, out_dpath: Path, world: World, device: torch.device) -> None:
-    """Refuse what cannot fit.
+def fit(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device, world: World) -> Estimate:
+    """What `cfg` needs on this rank, with as many threads as host memory has room for. Refuse what cannot fit.
 
     Raises:
         ConfigError: host memory of this machine's ranks, device memory, or the disk is too small.
     """
-    available = _available_host_bytes()
+    available = available_memory()
+    wanted = need = estimate(cfg, shards, sae, plan, device, batch_threads(device))
+    while need.host_total * world.local_size > available and need.n_threads > 1:
+        need = estimate(cfg, shards, sae, plan, device, need.n_threads - 1)
     if need.host_total * world.local_size > available:
         raise ConfigError(
             f"this run needs about {gb(need.host_total)} of host memory for each of {world.local_size} ranks here; "
             f"{gb(available)} are available. Lower --batch-tokens, --top-k or --read-ahead, or start fewer ranks."
+        )
+    if need.n_threads < wanted.n_threads and world.local_rank == 0:
+        warn(
+            f"{need.n_threads} of {wanted.n_threads} threads encode: with all of them each of {world.local_size} ranks here "
+            f"would need about {gb(wanted.host_total)} of host memory, and {gb(available)} are available."
         )
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -134,13 +152,14 @@ def check_fits(need: Estimate, out_dpath: Path, world: World, device: torch.devi
                 f"this run needs about {gb(need.device_total)} of device memory; {gb(free)} are free on {device}. "
                 "Lower --batch-tokens."
             )
-    free = free_disk(out_dpath)
+    free = free_disk(cfg.out)
     partials = 2 * need.partial * world.size
     if need.artifacts + partials > free:
         raise ConfigError(
             f"the artifacts need {gb(need.artifacts)} of disk, and snapshots {gb(partials)}; {gb(free)} are free at "
-            f"{out_dpath}. Choose another --out, or lower --top-k or --max-distribution-samples."
+            f"{cfg.out}. Choose another --out, or lower --top-k or --max-distribution-samples."
         )
+    return need
 
 
 def free_disk(dpath: Path) -> int:
@@ -149,23 +168,6 @@ def free_disk(dpath: Path) -> int:
     while not os.path.exists(dpath):  # unlike Path.exists, False also where one may not look
         dpath = dpath.parent
     return shutil.disk_usage(dpath).free
-
-
-def _available_host_bytes() -> int:
-    """What the machine, or the container's limit, has left."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-            break
-    else:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        # The page cache counts as used there, but goes when memory is asked for.
-        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        cached = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
-        available = min(available, int(text) - int(used.read_text()) + cached)
-    return available
 
 
 def gb(n_bytes: float) -> str:

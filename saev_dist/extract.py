@@ -10,9 +10,11 @@ Run by `saev-dist extract`; see `config.Extract` for what a user can set, `job` 
 import platform
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,15 +29,16 @@ from saev_dist.accumulators.saev_percentile import SaevPercentile
 from saev_dist.config import Extract
 from saev_dist.data.reader import Reader, find_bad_value
 from saev_dist.data.shards import Shards
-from saev_dist.errors import ConfigError, RunError, SaevDistError, warn
-from saev_dist.estimate import check_fits, estimate
+from saev_dist.errors import ConfigError, DataError, RunError, SaevDistError, warn
+from saev_dist.estimate import fit
 from saev_dist.job import Job, as_json, make_bundle, open_job
 from saev_dist.partials import Keeper, Partial
 from saev_dist.plan import Batch, Intervals, complement, subtract
 from saev_dist.progress import Progress
 from saev_dist.report import already_done, describe_plan, summary
 from saev_dist.sae import screen
-from saev_dist.sae.encoder import ActivationOverflow, Encoder, batch_threads, batches_ahead
+from saev_dist.sae.encoder import ActivationOverflow, Encoder
+from saev_dist.sae.pieces import batches_ahead
 from saev_dist.selfcheck import check
 from saev_dist.spill import Segment, Spill, covered
 from saev_dist.store import Run
@@ -68,8 +71,8 @@ def run(cfg: Extract) -> None:
                 store.tidy()
                 print(already_done(store))
             return
-        need = estimate(cfg, job.shards, job.sae, job.plan, job.device)
-        check_fits(need, cfg.out, world, job.device)
+        need = fit(cfg, job.shards, job.sae, job.plan, job.device, world)
+        job = replace(job, n_threads=need.n_threads)
         if cfg.screen == "bf16" and world.rank == 0 and (rate := screen.speedup(job.sae.d_model)) < screen.PAYS:
             warn(
                 f"--screen bf16: this machine makes a product in bfloat16 {rate:.2g} times as fast as in fp32, which does not "
@@ -225,9 +228,10 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
         spill = stack.enter_context(Spill(store.partials_dpath, partials.new_owner(world.rank), _row_kinds(cfg)))
         keeper = stack.enter_context(Keeper(spill, share.fingerprint, share.absorbed, cfg.snapshot_every))
         stack.callback(progress.close)
-        n_ahead = batches_ahead(job.plan.examples_per_batch, shards.n_patches, sae.activation, sae.d_sae, job.device)
+        shapes = shards.n_patches, sae.activation, sae.d_sae, job.device
+        n_ahead = batches_ahead(job.plan.sizes(), *shapes, job.n_threads)
         screened = cfg.screen == "bf16" and bool(share.todo)
-        encoder = stack.enter_context(Encoder(sae, job.device, cfg.precision, batch_threads(job.device), screen=screened))
+        encoder = stack.enter_context(Encoder(sae, job.device, cfg.precision, job.n_threads, screen=screened))
         reader = Reader(
             shards,
             job.plan,
@@ -292,22 +296,48 @@ Pieces = list[Codes] | list[DeviceCodes]
 def _encoded(
     reader: Reader, encoder: Encoder, shards: Shards, n_ahead: int, clock: "Clock"
 ) -> Generator[tuple[Batch, Pieces], None, None]:
-    """Each batch with the codes of its pieces. `n_ahead` after it are being encoded while the caller works on them."""
+    """Each batch with the codes of its pieces. While the caller works on them each thread has a piece of a later one.
 
-    def finish(batch: Batch, acts_bd: Tensor, pieces: list[Callable[[], Any]]) -> tuple[Batch, Pieces]:
+    A batch that cannot be read is told of when those before it have been handed over, and one that is encoded does not wait
+    for a slow disk.
+
+    Args:
+        n_ahead: most batches that are under way beside the one that the caller works on.
+    """
+
+    def finish(batch: Batch, acts_bd: Tensor, pieces: list[Future[Any]]) -> tuple[Batch, Pieces]:
         with clock("encode"):
             try:
-                return batch, [codes() for codes in pieces]
+                return batch, [codes.result() for codes in pieces]
             except ActivationOverflow as err:
                 raise find_bad_value(acts_bd, batch, shards, err.limit) from None
 
-    under_way: deque[tuple[Batch, Tensor, list[Callable[[], Any]]]] = deque()
-    for batch, acts_bd in reader:
-        under_way.append((batch, acts_bd, encoder.submit_batch(acts_bd, img_i=batch.img_i, n_patches=shards.n_patches)))
-        if len(under_way) > n_ahead:
-            yield finish(*under_way.popleft())
-    while under_way:
-        yield finish(*under_way.popleft())
+    def is_short() -> bool:
+        """Whether another batch should be begun before the first one is handed over."""
+        n_behind = sum(len(pieces) for _, _, pieces in islice(under_way, 1, None))
+        if n_behind >= encoder.n_threads or len(under_way) > n_ahead:
+            return False
+        return not under_way or reader.is_ready or not all(codes.done() for codes in under_way[0][2])
+
+    under_way: deque[tuple[Batch, Tensor, list[Future[Any]]]] = deque()
+    bad: DataError | None = None
+    with closing(iter(reader)) as batches:
+        is_last = False
+        while under_way or not is_last:
+            if is_last or not is_short():
+                yield finish(*under_way.popleft())
+                continue
+            try:
+                batch, acts_bd = next(batches)
+            except StopIteration:
+                is_last = True
+            except DataError as err:
+                is_last, bad = True, err
+            else:
+                pieces = encoder.submit_batch(acts_bd, img_i=batch.img_i, n_patches=shards.n_patches)
+                under_way.append((batch, acts_bd, list(pieces)))
+    if bad:
+        raise bad
 
 
 def _row_kinds(cfg: Extract) -> list[str]:

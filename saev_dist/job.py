@@ -15,6 +15,7 @@ from saev_dist.config import Extract, SaeRules
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError
 from saev_dist.plan import Plan
+from saev_dist.sae.encoder import batch_threads
 from saev_dist.sae.hub import absolute
 from saev_dist.sae.load import Loaded, Overrides, load_sae
 from saev_dist.sae.model import Sae
@@ -50,6 +51,8 @@ class Job:
     overrides: Overrides
     plan: Plan
     device: torch.device
+    n_threads: int
+    """That encode side by side."""
     identity: dict[str, Any]
     """What the bytes of the artifacts depend on; JSON."""
     self_check: Report | None = None
@@ -85,7 +88,16 @@ def open_job(cfg: Extract, world: World) -> Job:
         "shards_probes": shards.probes(skip_bad=cfg.skip_bad_shards),
     }
     plan = Plan(shards.examples, min(max(1, cfg.batch_tokens // shards.n_patches), max(shards.examples)))
-    return Job(cfg=cfg, shards=shards, loaded=loaded, overrides=overrides, plan=plan, device=device, identity=identity)
+    return Job(
+        cfg=cfg,
+        shards=shards,
+        loaded=loaded,
+        overrides=overrides,
+        plan=plan,
+        device=device,
+        n_threads=batch_threads(device),
+        identity=identity,
+    )
 
 
 def make_bundle(job: Job) -> Bundle:

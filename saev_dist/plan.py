@@ -51,6 +51,13 @@ class Plan:
     def __len__(self) -> int:
         return self.n_batches
 
+    def sizes(self) -> dict[int, int]:
+        """How many batches there are of each number of examples."""
+        full, rest = np.divmod(np.diff(self._examples), self.examples_per_batch)
+        rests, n_rests = np.unique(rest[rest > 0], return_counts=True)
+        sizes = {self.examples_per_batch: int(full.sum())} | dict(zip(rests.tolist(), n_rests.tolist(), strict=True))
+        return {n_examples: n for n_examples, n in sizes.items() if n}
+
     def __getitem__(self, index: int) -> Batch:
         """The batch at `index`; IndexError outside 0 … n_batches-1."""
         if not 0 <= index < self.n_batches:

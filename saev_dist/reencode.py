@@ -7,7 +7,8 @@ Names: `n` slots, `m` features of an image, `p` patches, `d` model width.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import chain
 
@@ -76,7 +77,7 @@ def reencode(run: FinishedRun, slots: Slots, encoder: Encoder, check: Check, *, 
     by_image = Plan(run.shards.examples, 1)
     ahead = 2 * encoder.n_threads
     reader = Reader(run.shards, by_image, _intervals(img_i), depth=read_ahead, hold=ahead, pin=encoder.device.type == "cuda")
-    waiting: deque[tuple[Slots, NDArray[np.int64], Tensor, Callable[[], Codes]]] = deque()
+    waiting: deque[tuple[Slots, NDArray[np.int64], Tensor, Future[Codes]]] = deque()
     for batch, acts_pd in chain(reader, [(None, None)] * ahead):
         if batch is not None and acts_pd is not None:
             slots_n = next(groups)
@@ -97,11 +98,11 @@ def _checked(
     slots_n: Slots,
     feature_m: NDArray[np.int64],
     acts_pd: Tensor,
-    codes: Callable[[], Codes],
+    codes: Future[Codes],
 ) -> Image:
     img_i = int(slots_n["img_i"][0])
     try:
-        values_mp = _dense(codes(), feature_m)
+        values_mp = _dense(codes.result(), feature_m)
     except ActivationOverflow as err:
         raise find_bad_value(acts_pd, Plan(run.shards.examples, 1)[img_i], run.shards, err.limit) from None
     row_n = np.searchsorted(feature_m, slots_n["feature"])

@@ -39,6 +39,7 @@ from saev_dist.data.images import Pictures, open_pictures
 from saev_dist.errors import RunError, warn
 from saev_dist.files import writing
 from saev_dist.finished import FinishedRun, Statistics
+from saev_dist.machine import cpu_threads
 from saev_dist.progress import Progress
 from saev_dist.records import Records
 from saev_dist.reencode import Check, Image, describe_encoded, reencode
@@ -269,7 +270,7 @@ def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[st
     """Encode and draw this rank's images; return its report."""
     cfg, shards = job.cfg, job.finished.shards
     check = Check()
-    n_threads = torch.get_num_threads() if device.type == "cpu" else 1
+    n_threads = cpu_threads() if device.type == "cpu" else 1
     n_cores = len(os.sched_getaffinity(0)) // world.local_size  # of those that Slurm or a container leaves to this process
     n_workers = cfg.workers or max(1, n_cores // 2)
     n_images, n_pictures = len(np.unique(slots["img_i"])), 0

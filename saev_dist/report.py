@@ -96,7 +96,8 @@ def describe_plan(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, need: Esti
         "SAE": f"{sae.source}; {sae.d_model:,} -> {sae.d_sae:,}",
         "batches": f"{plan.n_batches:,} of up to {plan.examples_per_batch:,} images ({batch_tokens:,} tokens)",
         "per rank": f"{_span(min(shares), max(shares))} batches on {n_ranks} rank(s)",
-        "host memory": f"{gb(need.host_total)} per rank: " + ", ".join(f"{k} {gb(v)}" for k, v in need.host.items()),
+        "host memory": f"{gb(need.host_total)} per rank, {need.n_threads} thread(s): "
+        + ", ".join(f"{k} {gb(v)}" for k, v in need.host.items()),
         "device": ", ".join(f"{k} {gb(v)}" for k, v in need.device.items()) or "none: the encoder runs on the CPU",
         "snapshots": f"{gb(need.partial)} per rank, every {cfg.snapshot_every:g} s; twice that while one replaces another",
         **({"kept": kept} if not cfg.force and (kept := describe_kept(Run(cfg.out))) else {}),

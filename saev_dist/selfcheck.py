@@ -14,7 +14,8 @@ Names: `b` tokens, `d` model width, `s` features.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -192,13 +193,13 @@ def _measure(sae: Sae, x_bd: Tensor, device: torch.device, name: str, flags: str
 
 
 def _encoded(encoder: Encoder, x_bd: Tensor) -> Iterator[Codes | DeviceCodes]:
-    under_way: deque[Callable[[], Codes | DeviceCodes]] = deque()
+    under_way: deque[Future[Codes] | Future[DeviceCodes]] = deque()
     for chunk_bd in x_bd.split(max(1, CHUNK_CODES // encoder.sae.d_sae)):
         under_way.extend(encoder.submit_batch(chunk_bd, img_i=0, n_patches=1))
         while len(under_way) > encoder.n_threads:
-            yield under_way.popleft()()
+            yield under_way.popleft().result()
     while under_way:
-        yield under_way.popleft()()
+        yield under_way.popleft().result()
 
 
 def _finding(own: Figures, others: list[Figures], n_tokens: int) -> str | None:

@@ -1,11 +1,11 @@
 """`saev-dist verify`: encode winning images again and compare every stored score of a sample of features."""
 
 import numpy as np
-import torch
 
 from saev_dist.choose import choose_features, choose_slots, deal
 from saev_dist.config import Verify
 from saev_dist.finished import FinishedRun
+from saev_dist.machine import cpu_threads
 from saev_dist.progress import Progress
 from saev_dist.reencode import TOLERANCE, Check, describe_encoded, reencode
 from saev_dist.report import table
@@ -43,7 +43,7 @@ def run(cfg: Verify) -> None:
         progress = Progress(
             "verify", n_images * n_patches, finished.shards.d_model * 4, rank=world.rank, size=world.size, enabled=cfg.progress
         )
-        n_threads = torch.get_num_threads() if device.type == "cpu" else 1
+        n_threads = cpu_threads() if device.type == "cpu" else 1
         precision = usable_precision(finished.precision, device)
         with Encoder(finished.sae, device, precision, n_threads) as encoder:
             for _ in reencode(finished, own, encoder, check, read_ahead=cfg.read_ahead):

@@ -229,13 +229,15 @@ def plan_text(cfg: Extract, launcher: Launcher) -> str:
     from saev_dist.estimate import estimate
     from saev_dist.job import open_job
     from saev_dist.report import describe_plan
+    from saev_dist.sae.encoder import batch_threads
     from saev_dist.world import World
 
     world = World(cfg.timeout_s)
     world.size = launcher.n_ranks
     job = open_job(replace(cfg, device="cpu"), world)
     device = torch.device("cuda" if launcher.gpus_per_node and cfg.device != "cpu" else "cpu")
-    need = estimate(cfg, job.shards, job.sae, job.plan, device)
+    n_threads = batch_threads(device) if device.type == "cuda" else launcher.cpus_per_gpu
+    need = estimate(cfg, job.shards, job.sae, job.plan, device, n_threads)
     return describe_plan(cfg, job.shards, job.sae, job.plan, need, launcher.n_ranks)
 
 

@@ -25,6 +25,7 @@ LEVELS = [
         "spill",
         "csr",
         "files",
+        "machine",
         "signals",
         "estimate",
         "selfcheck",

@@ -47,8 +47,10 @@ def peaks(tmp_path_factory) -> dict[int, int]:
             for _ in range(n_imgs // 20):
                 writer.write(torch.randn(20, 1, N_PATCHES, D_MODEL, generator=random).numpy())
         command = [sys.executable, "-c", SCRIPT, dpath / f"shards{n_imgs}", dpath / "sae.pt", dpath / f"run{n_imgs}"]
-        # glibc keeps freed blocks per thread; fewer arenas make the peak a property of the program
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MALLOC_ARENA_MAX": "2"})
+        # glibc keeps freed blocks per thread; fewer arenas make the peak a property of the program. So do fixed threads.
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "2"}
+        )
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout.splitlines()[-1])
         found[n_imgs] = report["after"] - report["before"]

@@ -19,8 +19,8 @@ from saev_dist.cli import main
 from saev_dist.config import Extract
 from saev_dist.errors import DataError, MergeError
 from saev_dist.extract import run
-from saev_dist.sae import encoder
-from saev_dist.sae.encoder import Encoder, batch_threads, batches_ahead
+from saev_dist.sae import encoder, pieces
+from saev_dist.sae.encoder import Encoder, batch_threads
 from saev_dist.sae.model import Gated, GroupMax, LayerNorm, Relu, Sae, Threshold, TopK
 from saev_dist.world import World
 from tests.laws import D_SAE, EXACT, KINDS, batches, fold, make_codes, on_device, same
@@ -35,7 +35,8 @@ every_device = pytest.mark.parametrize("device", DEVICES, ids=str)
 def device(request, monkeypatch):
     """Encoders on it leave codes there."""
     if request.param.type == "cpu":
-        monkeypatch.setattr(encoder, "encodes_at_once", lambda device: True)
+        for module in (encoder, pieces):
+            monkeypatch.setattr(module, "encodes_at_once", lambda device: True)
     return request.param
 
 
@@ -174,15 +175,16 @@ def test_codes_are_those_of_the_cpu(monkeypatch, device, kind, norm, lane_codes)
     sae = Sae(**make_weights(), activation=kind, pre_bias=True, input_norm=norm, source="integers")
     acts_bd = torch.from_numpy(make_acts(11)).view(-1, sae.d_model)
     with monkeypatch.context() as patch:
-        patch.setattr(encoder, "encodes_at_once", lambda device: False)
+        for module in (encoder, pieces):
+            patch.setattr(module, "encodes_at_once", lambda device: False)
         with Encoder(sae, torch.device("cpu"), "fp32", 1) as plain:
             expected = plain.encode(acts_bd, img_i=3, n_patches=5)
             lifted = plain.encode(acts_bd, img_i=3, n_patches=5, lift_s=torch.arange(sae.d_sae) % 5 * 0.5)
-    monkeypatch.setattr(encoder, "LANE_CODES", lane_codes)
-    assert batches_ahead(11, 5, kind, sae.d_sae, device) == batch_threads(device) == 2
+    monkeypatch.setattr(pieces, "LANE_CODES", lane_codes)
+    assert pieces.batches_ahead({11: 9}, 5, kind, sae.d_sae, device, batch_threads(device)) == 2
     with Encoder(sae, device, "fp32", 2) as lanes, lanes.beside():
         waits = [lanes.submit_batch(acts_bd, img_i=3, n_patches=5)[0] for _ in range(4)]
-        many = [wait() for wait in waits]
+        many = [codes.result() for codes in waits]
         one = lanes.encode(acts_bd, img_i=3, n_patches=5)
         for codes in (*(codes.cpu() for codes in many), one):
             assert (codes.img_i, codes.n_imgs, codes.n_patches) == (3, 11, 5)
@@ -196,7 +198,7 @@ def test_codes_are_those_of_the_cpu(monkeypatch, device, kind, norm, lane_codes)
                 expected_bs[expected.token_n, expected.feature_n] = expected.value_n
                 torch.testing.assert_close(dense_bs, expected_bs)
         only, lift_s = torch.tensor([1, 3, 8], device=device), torch.arange(sae.d_sae) % 5 * 0.5
-        found = lanes.submit(acts_bd, img_i=3, n_patches=5, only=only)()
+        found = lanes.submit(acts_bd, img_i=3, n_patches=5, only=only).result()
         wanted_n = torch.isin(one.feature_n, only.cpu())
         assert torch.equal(found.feature_n, one.feature_n[wanted_n])
         assert torch.equal(found.value_n, one.value_n[wanted_n])
@@ -222,7 +224,8 @@ def test_bf16_has_the_same_codes_on_both(monkeypatch, device, threshold):
     expected_bs = h_bs * (h_bs > bars)
     assert ((h_bs == 1.5) & (expected_bs > 0)).any() == bool((bars < 1.5).any())
     for at_once in (True, False) if device.type == "cpu" else (True,):
-        monkeypatch.setattr(encoder, "encodes_at_once", lambda device, at_once=at_once: at_once)
+        for module in (encoder, pieces):
+            monkeypatch.setattr(module, "encodes_at_once", lambda device, at_once=at_once: at_once)
         with Encoder(sae, device, "bf16", 1) as one:
             codes = one.encode(acts_bd, img_i=0, n_patches=5)
         dense_bs = torch.zeros_like(h_bs)
@@ -245,7 +248,7 @@ def test_lanes_wait_for_what_is_slow(monkeypatch):
                 under_way.append((acts_bd, lanes.submit_batch(acts_bd, img_i=0, n_patches=5)[0]))
             if len(under_way) > 2 or acts_bd is None:
                 former_bd, wait = under_way.popleft()
-                codes = wait()
+                codes = wait.result()
                 former_bd.fill_(1000)
                 torch.cuda._sleep(40_000_000)
                 acc.add(codes)
@@ -273,7 +276,8 @@ def test_a_run_of_integers_is_the_one_of_the_cpu(tmp_path, monkeypatch, device, 
         return artifact_hashes(tmp_path / out)
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoder, "encodes_at_once", lambda device: device.type != "cpu")
+        for module in (encoder, pieces):
+            patch.setattr(module, "encodes_at_once", lambda device: device.type != "cpu")
         expected = extract("cpu", "cpu")
     assert extract("device", device.type) == expected
     main(["verify", "--run", str(tmp_path / "device"), "--all", "--no-progress", "--device", device.type])

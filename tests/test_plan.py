@@ -1,5 +1,6 @@
 """Plans and intervals: every batch once, in order, whoever computes it."""
 
+from collections import Counter
 from itertools import pairwise
 
 import hypothesis.strategies as st
@@ -18,6 +19,7 @@ def test_batches_cover_every_example_once_in_order(per_shard, per_batch):
     assert seen == [(shard, i) for shard, n in enumerate(per_shard) for i in range(n)]
     assert [b.img_i + i for b in plan for i in range(b.n_examples)] == list(range(sum(per_shard)))
     assert all(1 <= b.n_examples <= per_batch for b in plan)
+    assert plan.sizes() == Counter(b.n_examples for b in plan)
 
 
 @st.composite

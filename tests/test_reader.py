@@ -73,6 +73,26 @@ def test_all_before_a_bad_shard_is_delivered_then_the_error(tmp_path):
         next(stream)
 
 
+def test_it_says_whether_the_next_batch_is_there(tmp_path, monkeypatch):
+    go_on, read_batch = threading.Event(), reader.read_batch
+
+    def read(shards, batch, buffer, *, patient):
+        if batch.img_i == 1:
+            go_on.wait(30)
+        read_batch(shards, batch, buffer, patient=patient)
+
+    monkeypatch.setattr(reader, "read_batch", read)
+    shards = write(tmp_path, 20)
+    source = Reader(shards, Plan(shards.examples, 1), ((0, 3),), depth=1)
+    stream = iter(source)
+    next(stream)
+    assert not source.is_ready
+    go_on.set()
+    next(stream)
+    next(stream)
+    assert source.is_ready, "there is none left to wait for"
+
+
 def test_stopping_early_leaves_no_thread(tmp_path):
     shards = write(tmp_path, 3)
     stream = iter(Reader(shards, Plan(shards.examples, 2), ((0, 10),), depth=3))

@@ -16,7 +16,7 @@ from saev_dist.cli import main
 from saev_dist.config import Extract
 from saev_dist.errors import ConfigError, RunError
 from saev_dist.extract import run
-from saev_dist.sae import encoder, screen
+from saev_dist.sae import pieces, screen
 from saev_dist.sae import sieve as sieve_module
 from saev_dist.sae.encoder import ActivationOverflow, Encoder
 from saev_dist.sae.model import Gated, Given, GroupMax, LayerNorm, Relu, Sae, Threshold, TopK
@@ -195,7 +195,7 @@ KINDS = [
 @pytest.mark.parametrize("block_features", [16, 768])
 @pytest.mark.parametrize("often", [False, True])
 def test_codes_are_those_of_fp32_to_the_bit_where_all_but_tie(monkeypatch, kind, block_features, often):
-    monkeypatch.setattr(encoder, "BLOCK_FEATURES", block_features)
+    monkeypatch.setattr(pieces, "BLOCK_FEATURES", block_features)
     if often:
         monkeypatch.setattr(sieve_module, "MAX_FEATURES_UNSEEN", 1)
         monkeypatch.setattr(sieve_module, "CROWD", 0)
@@ -229,11 +229,11 @@ def test_bits_do_not_depend_on_blocks_pieces_and_threads(monkeypatch, kind, norm
     acts_bd = torch.randn(55, 48, generator=random)
     dense = []
     for block_tokens, block_features, n_threads in ((2048, 768, 1), (7, 32, 2), (64, 1, 3)):
-        monkeypatch.setattr(encoder, "BLOCK_TOKENS", block_tokens)
-        monkeypatch.setattr(encoder, "BLOCK_FEATURES", block_features)
+        monkeypatch.setattr(pieces, "BLOCK_TOKENS", block_tokens)
+        monkeypatch.setattr(pieces, "BLOCK_FEATURES", block_features)
         dense_bs = torch.zeros(55, D_SAE)
         with Encoder(sae, CPU, "fp32", n_threads, screen=True) as one:
-            for codes in [wait() for wait in one.submit_batch(acts_bd, img_i=0, n_patches=5)]:
+            for codes in [codes.result() for codes in one.submit_batch(acts_bd, img_i=0, n_patches=5)]:
                 dense_bs[codes.token_n + codes.img_i * 5, codes.feature_n] = codes.value_n
         dense.append(dense_bs)
     assert torch.equal(dense[0], dense[1])

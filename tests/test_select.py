@@ -10,9 +10,9 @@ from hypothesis.extra import numpy as arrays
 from saev_dist.accumulators import topk
 from saev_dist.accumulators.base import stable_order
 from saev_dist.accumulators.topk import TopK as Slots
-from saev_dist.sae import encoder, select
+from saev_dist.sae import pieces, select
 from saev_dist.sae import sieve as sieve_module
-from saev_dist.sae.encoder import Encoder, block_shape, piece_images
+from saev_dist.sae.encoder import Encoder
 from saev_dist.sae.model import Activation, GroupMax, Relu, Sae, Threshold, TopK
 from saev_dist.sae.sieve import CROWD, Candidates, Margin, Sieve, keep
 from tests.laws import D_SAE, N_PATCHES, batches, fold, same
@@ -189,15 +189,15 @@ def test_codes_do_not_depend_on_pieces_and_blocks(monkeypatch, kind, piece_codes
     acts_bd = torch.from_numpy(make_acts(11)).view(-1, sae.d_model)
     with Encoder(sae, CPU, "fp32", 1) as whole:
         expected = whole.encode(acts_bd, img_i=3, n_patches=5)
-    monkeypatch.setattr(encoder, "PIECE_CODES", piece_codes)
-    monkeypatch.setattr(encoder, "BLOCK_TOKENS", block_tokens)
-    monkeypatch.setattr(encoder, "BLOCK_FEATURES", block_features)
+    monkeypatch.setattr(pieces, "PIECE_CODES", piece_codes)
+    monkeypatch.setattr(pieces, "BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(pieces, "BLOCK_FEATURES", block_features)
     with Encoder(sae, CPU, "fp32", 2) as cut:
-        pieces = [codes() for codes in cut.submit_batch(acts_bd, img_i=3, n_patches=5)]
-    assert (len(pieces) == 1) == (piece_codes == 10**6 and block_tokens >= 55)
+        parts = [codes.result() for codes in cut.submit_batch(acts_bd, img_i=3, n_patches=5)]
+    assert (len(parts) == 1) == (piece_codes == 10**6 and block_tokens >= 55)
     dense_bs, expected_bs = torch.zeros(55, sae.d_sae), torch.zeros(55, sae.d_sae)
     expected_bs[expected.token_n, expected.feature_n] = expected.value_n
-    for codes in pieces:
+    for codes in parts:
         dense_bs[codes.token_n + (codes.img_i - 3) * 5, codes.feature_n] = codes.value_n
         assert (codes.feature_n * 55 + codes.token_n).diff().gt(0).all(), "by feature, then by token"
     assert torch.equal(dense_bs, expected_bs)
@@ -207,16 +207,16 @@ def test_codes_do_not_depend_on_pieces_and_blocks(monkeypatch, kind, piece_codes
 def test_pieces_are_whole_images_and_blocks_are_bounded(n_imgs, n_patches, d_sae, k):
     d_sae = -(-d_sae // k) * k if k else d_sae
     kind = GroupMax(k) if k else TopK(n_patches) if n_imgs % 2 else Relu()
-    images = piece_images(n_imgs, n_patches, kind, d_sae, CPU)
+    images = pieces.piece_images(n_imgs, n_patches, kind, d_sae, CPU)
     assert 1 <= images <= n_imgs
-    assert images == 1 or images * n_patches <= encoder.BLOCK_TOKENS
+    assert images == 1 or images * n_patches <= pieces.BLOCK_TOKENS
     per_token = d_sae if isinstance(kind, Relu) else min(kind.k, d_sae)
-    assert images == 1 or images * n_patches * per_token <= encoder.PIECE_CODES
-    tokens, first, features = block_shape(images * n_patches, kind, d_sae, CPU)
-    assert first == (min(d_sae, encoder.FIRST_BLOCKS * features) if isinstance(kind, TopK) else features)
+    assert images == 1 or images * n_patches * per_token <= pieces.PIECE_CODES
+    tokens, first, features = pieces.block_shape(images * n_patches, kind, d_sae, CPU)
+    assert first == (min(d_sae, pieces.FIRST_BLOCKS * features) if isinstance(kind, TopK) else features)
     assert 1 <= tokens <= images * n_patches
     assert 1 <= features <= d_sae
-    assert tokens * features <= max(encoder.BLOCK_TOKENS * encoder.BLOCK_FEATURES, features)
+    assert tokens * features <= max(pieces.BLOCK_TOKENS * pieces.BLOCK_FEATURES, features)
     assert features == d_sae or features % (d_sae // k if k else 16) == 0
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -229,9 +230,8 @@ def test_bad_shards_are_passed_over_where_the_run_does_so(tmp_path, trained):
 
 
 def test_a_device_too_small_for_it_is_said(tmp_path, trained, monkeypatch, capsys):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
+    full = Future()
+    full.set_exception(torch.OutOfMemoryError("CUDA out of memory."))
     shards = Shards.open(make_shards(tmp_path / "shards", trained.acts_epd[:4].numpy()))
     monkeypatch.setattr(selfcheck.Encoder, "submit_batch", lambda *_, **__: [full])
     assert check(trained.sae, shards, CPU, "warn") is None

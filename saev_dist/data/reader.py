@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -72,15 +72,21 @@ class Reader:
         """Content bytes delivered so far."""
         self.wait_s = 0.0
         """Time for which the consumer waited."""
+        self._pending: deque[tuple[Batch, Tensor, list[Future[None]]]] = deque()
 
-    def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
+    @property
+    def is_ready(self) -> bool:
+        """Whether the next step of the iteration does not wait for the disk."""
+        return not self._pending or all(part.done() for part in self._pending[0][2])
+
+    def __iter__(self) -> Generator[tuple[Batch, Tensor], None, None]:
         per_example = self.shards.n_patches * self.shards.d_model
         n_floats = self.plan.examples_per_batch * per_example
         n_batches = sum(stop - first for first, stop in self.todo)
         free = [torch.empty(n_floats, pin_memory=self.pin) for _ in range(min(self.depth + self.hold + 1, n_batches))]
         held: deque[Tensor] = deque()
         bad_shards: set[int] = set()
-        pending: deque[tuple[Batch, Tensor, list[Future[None]]]] = deque()
+        pending = self._pending
         queue = (self.plan[index] for first, stop in self.todo for index in range(first, stop))
         pool = ThreadPoolExecutor(min(self.depth * self.n_parts, MAX_THREADS), thread_name_prefix="reader")
 

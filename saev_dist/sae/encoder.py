@@ -15,8 +15,8 @@ Names: `b` tokens of a piece or block, `c` columns of a block, `d` model width, 
 
 import math
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
@@ -29,17 +29,13 @@ from torch import Tensor
 
 from saev_dist.accumulators.base import Codes, DeviceCodes, stable_order
 from saev_dist.fused import kernels_on
-from saev_dist.sae.model import Activation, ConstantNorm, Gated, Given, GroupMax, LayerNorm, Precision, Sae, Threshold, TopK
+from saev_dist.machine import cpu_threads
+from saev_dist.sae.model import ConstantNorm, Gated, Given, GroupMax, LayerNorm, Precision, Sae, Threshold, TopK
+from saev_dist.sae.pieces import LANES, block_shape, encodes_at_once, piece_images
 from saev_dist.sae.screen import Screen
 from saev_dist.sae.select import select_at_once
 from saev_dist.sae.sieve import Bound, Sieve, keep
 
-PIECE_CODES = 2**25  # most codes that a piece may have: they are held until it is done
-BLOCK_TOKENS = 2048
-BLOCK_FEATURES = 768  # 6 MB: of the multiples of 256 the fastest, by 7 % at d_model 768 and 14 % at 1,024
-FIRST_BLOCKS = 4  # of features that a TopK sees first, together: a high bar from the start halves the candidates
-LANES = 2  # batches that a GPU works on at a time
-LANE_CODES = 2**29  # entries of a GPU's product at a time, 2 GB in fp32
 FP32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -56,7 +52,7 @@ class ActivationOverflow(Exception):
 
 
 class Encoder:
-    """An SAE's encoder on one device. A context manager: its threads end with it.
+    """An SAE's encoder on one device. A context manager: its threads end with it, at once.
 
     Inside, torch uses one thread for each operation of this process: the threads work on pieces side by side.
 
@@ -115,6 +111,7 @@ class Encoder:
             with _one_thread():
                 self._screen = Screen(self._w_ds, self._b_s, self._threshold)
         self._own = _Own()
+        self._is_closing = False
 
     def __enter__(self) -> Self:
         index = None
@@ -129,11 +126,12 @@ class Encoder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
+        self._is_closing = True
         self._stack.close()
 
     def encode(self, acts_bd: Tensor, *, img_i: int, n_patches: int, lift_s: Tensor | None = None) -> Codes:
         """The nonzero codes of whole examples: `submit` and wait."""
-        return self.submit(acts_bd, img_i=img_i, n_patches=n_patches, lift_s=lift_s)()
+        return self.submit(acts_bd, img_i=img_i, n_patches=n_patches, lift_s=lift_s).result()
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -149,15 +147,10 @@ class Encoder:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
-    def submit_batch(
-        self, acts_bd: Tensor, *, img_i: int, n_patches: int
-    ) -> list[Callable[[], Codes]] | list[Callable[[], DeviceCodes]]:
+    def submit_batch(self, acts_bd: Tensor, *, img_i: int, n_patches: int) -> list[Future[Codes]] | list[Future[DeviceCodes]]:
         """Begin to encode a batch, in pieces, and leave the codes where they are made; see `submit`."""
         if encodes_at_once(self.device):
-            whole: Callable[[], DeviceCodes] = self._pool.submit(
-                self._encode_at_once, acts_bd, img_i, n_patches, None, None
-            ).result
-            return [whole]
+            return [self._pool.submit(self._encode_at_once, acts_bd, img_i, n_patches, None, None)]
         n_imgs = len(acts_bd) // n_patches
         step = piece_images(n_imgs, n_patches, self.sae.activation, self.sae.d_sae, self.device)
         return [
@@ -167,7 +160,7 @@ class Encoder:
 
     def submit(
         self, acts_bd: Tensor, *, img_i: int, n_patches: int, only: Tensor | None = None, lift_s: Tensor | None = None
-    ) -> Callable[[], Codes]:
+    ) -> Future[Codes]:
         """Begin to encode whole examples, as one piece, and bring the codes to the CPU.
 
         Args:
@@ -181,11 +174,11 @@ class Encoder:
                 `screen`.
 
         Returns:
-            A function that waits for the codes. It raises ActivationOverflow where a value is NaN, infinite, or too
-            large for a float32 product.
+            The codes, once they are made. They raise ActivationOverflow where a value is NaN, infinite, or too large for a
+            float32 product.
         """
         assert lift_s is None or self._screen is None
-        return self._pool.submit(self._encode, acts_bd, img_i, n_patches, lift_s, only).result
+        return self._pool.submit(self._encode, acts_bd, img_i, n_patches, lift_s, only)
 
     @property
     def recomputed_per_token(self) -> float | None:
@@ -303,6 +296,8 @@ class Encoder:
         block_cw = self._block(n_first * width, dtype).view(n_first, width)
         cuts = [0, *range(n_first, d_sae, step), d_sae]
         for first, stop in pairwise(cuts):
+            if self._is_closing:  # nobody waits for this any more
+                raise CancelledError
             margin = None
             h_cw = block_cw[: stop - first]
             out_cb = h_cw[:, :n_tokens]
@@ -376,44 +371,11 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def encodes_at_once(device: torch.device) -> bool:
-    """Whether all features of a token are looked at together, and the codes stay on the device: not on the CPU."""
-    return device.type != "cpu"
-
-
-def piece_images(n_imgs: int, n_patches: int, activation: Activation, d_sae: int, device: torch.device) -> int:
-    """Images of a batch that are one piece: a function of the shapes and the kind of device, not of rank or threads."""
-    if encodes_at_once(device):
-        return n_imgs
-    per_token = min(activation.k, d_sae) if isinstance(activation, TopK | GroupMax) else d_sae
-    most = max(1, min(PIECE_CODES // per_token, BLOCK_TOKENS) // n_patches)
-    n_pieces = -(-n_imgs // most)
-    return -(-n_imgs // n_pieces)
-
-
-def block_shape(n_tokens: int, activation: Activation, d_sae: int, device: torch.device) -> tuple[int, int, int]:
-    """Of the blocks of a piece of `n_tokens`: tokens, features of the first, features of the others. A function of the same."""
-    if encodes_at_once(device):
-        return min(n_tokens, max(1, LANE_CODES // d_sae)), d_sae, d_sae
-    unit = d_sae // activation.k if isinstance(activation, GroupMax) else 16  # whole groups, or whole cache lines
-    n_blocks = -(-d_sae // max(BLOCK_FEATURES, unit))
-    n_features = min(d_sae, -(-d_sae // (n_blocks * unit)) * unit)
-    n_parts = -(-n_tokens // max(1, BLOCK_TOKENS * BLOCK_FEATURES // max(n_features, BLOCK_FEATURES)))
-    n_first = min(d_sae, FIRST_BLOCKS * n_features) if isinstance(activation, TopK) else n_features
-    return -(-n_tokens // n_parts), n_first, n_features
-
-
 def usable_precision(wanted: Precision, device: torch.device) -> Precision:
     """The precision that a run had, or fp32 where this device lacks it."""
     return "fp32" if wanted == "tf32" and device.type != "cuda" else wanted
 
 
 def batch_threads(device: torch.device) -> int:
-    """Threads that encode batches: torch's own number on the CPU, 2 on a GPU."""
-    return LANES if encodes_at_once(device) else torch.get_num_threads()
-
-
-def batches_ahead(n_imgs: int, n_patches: int, activation: Activation, d_sae: int, device: torch.device) -> int:
-    """Batches to have under way beside the one whose codes are being worked on: with a piece for each of `batch_threads`."""
-    n_pieces = -(-n_imgs // piece_images(n_imgs, n_patches, activation, d_sae, device))
-    return -(-batch_threads(device) // n_pieces)
+    """Most threads that encode batches side by side: pieces of them on the CPU, whole ones on a GPU."""
+    return LANES if encodes_at_once(device) else cpu_threads()

@@ -72,7 +72,7 @@ def measure(case: Case, rounds: int, **settings: object) -> None:
             for index, acts_bd in enumerate(batches):
                 img_i = index * case.batch_tokens // case.n_patches
                 began = time.process_time()
-                pieces = [codes() for codes in encoder.submit_batch(acts_bd, img_i=img_i, n_patches=case.n_patches)]
+                pieces = [codes.result() for codes in encoder.submit_batch(acts_bd, img_i=img_i, n_patches=case.n_patches)]
                 encoded = time.process_time()
                 for codes in pieces:
                     bundle.update(codes)

@@ -1,0 +1,55 @@
+"""PURE. How batches are cut into pieces for threads, pieces into blocks for caches, and how many are under way."""
+
+from collections.abc import Mapping
+
+import torch
+
+from saev_dist.sae.model import Activation, GroupMax, TopK
+
+PIECE_CODES = 2**25  # most codes that a piece may have: they are held until it is done
+BLOCK_TOKENS = 2048
+BLOCK_FEATURES = 768  # 6 MB: of the multiples of 256 the fastest, by 7 % at d_model 768 and 14 % at 1,024
+FIRST_BLOCKS = 4  # of features that a TopK sees first, together: a high bar from the start halves the candidates
+LANES = 2  # batches that a GPU works on at a time
+LANE_CODES = 2**29  # entries of a GPU's product at a time, 2 GB in fp32
+
+
+def encodes_at_once(device: torch.device) -> bool:
+    """Whether all features of a token are looked at together, and the codes stay on the device: not on the CPU."""
+    return device.type != "cpu"
+
+
+def piece_images(n_imgs: int, n_patches: int, activation: Activation, d_sae: int, device: torch.device) -> int:
+    """Images of a batch that are one piece: a function of the shapes and the kind of device, not of rank or threads."""
+    if encodes_at_once(device):
+        return n_imgs
+    per_token = min(activation.k, d_sae) if isinstance(activation, TopK | GroupMax) else d_sae
+    most = max(1, min(PIECE_CODES // per_token, BLOCK_TOKENS) // n_patches)
+    n_pieces = -(-n_imgs // most)
+    return -(-n_imgs // n_pieces)
+
+
+def block_shape(n_tokens: int, activation: Activation, d_sae: int, device: torch.device) -> tuple[int, int, int]:
+    """Of the blocks of a piece of `n_tokens`: tokens, features of the first, features of the others. A function of the same."""
+    if encodes_at_once(device):
+        return min(n_tokens, max(1, LANE_CODES // d_sae)), d_sae, d_sae
+    unit = d_sae // activation.k if isinstance(activation, GroupMax) else 16  # whole groups, or whole cache lines
+    n_blocks = -(-d_sae // max(BLOCK_FEATURES, unit))
+    n_features = min(d_sae, -(-d_sae // (n_blocks * unit)) * unit)
+    n_parts = -(-n_tokens // max(1, BLOCK_TOKENS * BLOCK_FEATURES // max(n_features, BLOCK_FEATURES)))
+    n_first = min(d_sae, FIRST_BLOCKS * n_features) if isinstance(activation, TopK) else n_features
+    return -(-n_tokens // n_parts), n_first, n_features
+
+
+def count_pieces(sizes: Mapping[int, int], n_patches: int, activation: Activation, d_sae: int, device: torch.device) -> int:
+    """Pieces of all batches: `sizes` has the number of batches of each number of images."""
+    return sum(n * -(-n_imgs // piece_images(n_imgs, n_patches, activation, d_sae, device)) for n_imgs, n in sizes.items())
+
+
+def batches_ahead(
+    sizes: Mapping[int, int], n_patches: int, activation: Activation, d_sae: int, device: torch.device, n_threads: int
+) -> int:
+    """Most batches under way beside the one whose codes are being worked on: on average they have a piece for each thread."""
+    n_batches = sum(sizes.values())
+    n_pieces = max(1, count_pieces(sizes, n_patches, activation, d_sae, device))
+    return min(-(-n_threads * n_batches // n_pieces) + (len(sizes) > 1), max(1, n_batches - 1))

@@ -1,0 +1,96 @@
+"""CPUs and memory of a machine, as control groups of both versions leave them; see cgroups(7)."""
+
+import pytest
+import torch
+
+from saev_dist import machine
+
+GB = 10**9
+FREE_KB = 8 * GB // 1024
+
+
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    """Write files of control groups; this process is in /job/step."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    for name in ("CGROUPS", "OWN_CGROUPS", "MEMINFO"):
+        monkeypatch.setattr(machine, name, tmp_path / name)
+    (tmp_path / "MEMINFO").write_text(f"MemTotal: 99 kB\nMemAvailable:   {FREE_KB} kB\n")
+
+    def write(own: str, files: dict[str, str]) -> None:
+        (tmp_path / "OWN_CGROUPS").write_text(own)
+        for name, text in files.items():
+            fpath = tmp_path / "CGROUPS" / name
+            fpath.parent.mkdir(parents=True, exist_ok=True)
+            fpath.write_text(text + "\n")
+
+    return write
+
+
+V2, V1 = "0::/job/step\n", "5:memory:/job/step\n3:cpu,cpuacct:/job/step\n1:name=systemd:/elsewhere\n0::/\n"
+PERIOD = {"cpu/job/step/cpu.cfs_period_us": "100000", "cpu/job/cpu.cfs_period_us": "50000"}
+QUOTAS = {
+    "none": ("", {}, 8),
+    "2: no limit": (V2, {"job/step/cpu.max": "max 100000"}, 8),
+    "2: own": (V2, {"job/step/cpu.max": "200000 100000", "job/cpu.max": "max 100000"}, 2),
+    "2: of a group above": (V2, {"job/step/cpu.max": "700000 100000", "job/cpu.max": "150000 50000"}, 3),
+    "2: of the root, as in a container": (V2, {"cpu.max": "250000 100000"}, 3),
+    "2: less than one": (V2, {"job/step/cpu.max": "5000 100000"}, 1),
+    "1: no limit": (V1, {"cpu/job/step/cpu.cfs_quota_us": "-1"} | PERIOD, 8),
+    "1: own": (V1, {"cpu/job/step/cpu.cfs_quota_us": "400000"} | PERIOD, 4),
+    "1: of a group above": (V1, {"cpu/job/cpu.cfs_quota_us": "100000"} | PERIOD, 2),
+    "1: of another process": (V1, {"cpu/other/cpu.cfs_quota_us": "100000", "cpu/other/cpu.cfs_period_us": "100000"}, 8),
+    "2: more than there are": (V2, {"job/cpu.max": "9900000 100000"}, 8),
+}
+
+
+@pytest.mark.parametrize(("own", "files", "n_threads"), QUOTAS.values(), ids=QUOTAS)
+def test_no_more_threads_than_a_quota_feeds(groups, monkeypatch, own, files, n_threads):
+    groups(own, files)
+    assert machine.cpu_threads() == n_threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert machine.cpu_threads() == 8, "what the user asks for"
+
+
+STAT1 = "cache 77\ninactive_file 1\nactive_file 1\ntotal_inactive_file 1000\ntotal_active_file 500"
+LIMITS = {
+    "none": ("", {}, FREE_KB * 1024),
+    "2: no limit": (V2, {"job/step/memory.max": "max", "job/step/memory.current": "5"}, FREE_KB * 1024),
+    "2: own, page cache counts as free": (
+        V2,
+        {
+            "job/step/memory.max": "5000000",
+            "job/step/memory.current": "3000000",
+            "job/step/memory.stat": "anon 7\ninactive_file 1000\nactive_file 500",
+        },
+        2_001_500,
+    ),
+    "2: of a group above": (V2, {"job/memory.max": "5000000", "job/memory.current": "1000000"}, 4_000_000),
+    "2: used up": (V2, {"job/memory.max": "5000000", "job/memory.current": "5000009"}, 0),
+    "1: own": (
+        V1,
+        {
+            "memory/job/step/memory.limit_in_bytes": "5000000",
+            "memory/job/step/memory.usage_in_bytes": "3000000",
+            "memory/job/step/memory.stat": STAT1,
+        },
+        2_001_500,
+    ),
+    "1: no limit": (
+        V1,
+        {"memory/memory.limit_in_bytes": "9223372036854771712", "memory/memory.usage_in_bytes": "5"},
+        FREE_KB * 1024,
+    ),
+}
+
+
+@pytest.mark.parametrize(("own", "files", "n_bytes"), LIMITS.values(), ids=LIMITS)
+def test_no_more_memory_than_a_group_has_left(groups, own, files, n_bytes):
+    groups(own, files)
+    assert machine.available_memory() == n_bytes
+
+
+def test_this_machine_has_some():
+    assert machine.available_memory() > 10**8
+    assert machine.cpu_threads() >= 1
