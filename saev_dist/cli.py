@@ -3,7 +3,8 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ JOBS: dict[str, tuple[type, str]] = {
 DESCRIPTION = """Find out what each feature of a sparse autoencoder means, from stored vision-transformer activations.
 
 Start with `saev-dist demo`: a minute on a laptop, from photographs to a picture of features.
-Then `saev-dist inspect` on your shards and your SAE, and `saev-dist extract`."""
+Then `saev-dist inspect` on your shards and your SAE, and `saev-dist extract`. `saev-dist --version` says which it is."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise PeerError(str(err)) from err
             raise
         job: Callable[[Any], None] = import_module(dict(JOBS.values())[type(cfg)]).run
-        job(cfg)
+        with quiet_pipe() if isinstance(cfg, Inspect) else nullcontext():
+            job(cfg)
     except Preempted as err:
         if is_first:
             print(f"saev-dist: {err}", file=sys.stderr, flush=True)
@@ -93,6 +95,7 @@ def quiet_pipe() -> Iterator[None]:
     """Exit where the reader of what is printed, say `--help | head`, has gone: it has seen enough."""
     try:
         yield
+        sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the exit
         sys.exit(1)
@@ -101,6 +104,10 @@ def quiet_pipe() -> Iterator[None]:
 @quiet_pipe()
 def parse_flags(argv: list[str], *, quiet: bool = False, prog: str = "saev-dist") -> Any:
     """The config that subcommand and flags describe, with no look at a TOML file."""
+    if argv and argv[0] not in JOBS and (near := get_close_matches(argv[0], JOBS, 1, cutoff=0.7)):
+        if not quiet:
+            print(f"{prog}: {argv[0]!r} is no command: did you mean {near[0]!r}?", file=sys.stderr)
+        sys.exit(2)
     return tyro.extras.subcommand_cli_from_dict(
         {name: command for name, (command, _) in JOBS.items()},
         prog=prog,

@@ -403,7 +403,11 @@ def _advice(name: str, hints: dict[str, Any]) -> str:
     if positive != written and hints.get(positive) in (bool, bool | None):
         return f'write "{positive} = false".'
     near = get_close_matches(written, hints, 1, cutoff=0.85)
-    return f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(hints)}."
+    if near:
+        return f"did you mean {near[0]!r}?"
+    if owners := [other.__name__.lower() for other in (Extract, Replay) if written in get_type_hints(other)]:
+        return f"it is for {' and '.join(owners)}: write --config after that word."
+    return f"it knows {', '.join(hints)}."
 
 
 def _is_a(value: object, hint: Any) -> bool:

@@ -105,7 +105,7 @@ def run(cfg: Replay) -> None:
     Raises:
         SaevDistError: anything a user can mend; on every rank of the world.
     """
-    with World(cfg.timeout_s) as world, world.obeying_signals(cfg.run / "visuals.partial"):
+    with World(cfg.timeout_s) as world, world.obeying_signals(cfg.run / "visuals.partial", last="the images under way"):
         job = open_job(cfg)
         device = world.device(cfg.device)
         _agree(world, job)
@@ -418,6 +418,7 @@ def _write_page(job: Job) -> None:
         sae=f"{finished.sae.source}, {finished.sae_path}",
         shards=str(finished.shards.dpath),
         dataset=str(job.pictures.root) if job.pictures else "",
+        fit=job.geometry.describe(),
         family=finished.shards.family,
         ckpt=finished.shards.ckpt,
         layer=finished.shards.layer,
@@ -512,6 +513,7 @@ def _summary(job: Job, reports: list[dict[str, Any]]) -> str:
         "verified": f"{total['n_slots']:,} scores equal the stored ones, {total['n_on_edge']} on the edge of their token",
         "drawn": f"{total['n_pictures']:,} heatmaps, {total['n_pictures'] / max(seconds, 1e-9):,.0f} per second",
         "pictures": ground,
+        **({"fit": job.geometry.describe()} if job.pictures else {}),
         "gallery": f"{job.visuals_dpath / 'index.html'}: open it in a browser",
     }
     if job.finished.n_left_out:

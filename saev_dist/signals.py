@@ -28,6 +28,8 @@ class Signals:
         self._since = 0.0
         self.received = ""
         """Name of the first signal, "" before it."""
+        self.last = "this batch and a snapshot"
+        """What is done before the process leaves, for the message."""
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -42,7 +44,7 @@ class Signals:
         if not self.received:
             self.received, self._since = signal.Signals(number).name, time.monotonic()
             if self._rank == 0:
-                text = f"saev-dist: {self.received}: leaving after this batch and a snapshot; a second signal leaves at once.\n"
+                text = f"saev-dist: {self.received}: leaving after {self.last}; a second signal leaves at once.\n"
                 os.write(2, text.encode())  # print is not safe within a print
         elif time.monotonic() - self._since > SAME_S:
             signal.signal(number, signal.SIG_DFL)

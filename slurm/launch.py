@@ -6,7 +6,7 @@ Importing this loads neither torch nor NumPy: submitting takes a fraction of a s
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(argv: list[str]) -> bool:
     """Do what the arguments say; False if a job that was waited for failed."""
     flags, command, rest = split(argv)
+    _refuse_late(command, rest)
     launcher: Launcher = _parse(Launcher, PROG, with_toml(flags, Launcher))
     match command:
         case "extract":
@@ -88,6 +89,17 @@ def split(argv: list[str]) -> tuple[list[str], str, list[str]]:
         print(f"{PROG}: a command is missing: {hint}", file=sys.stderr)
         sys.exit(2)
     return argv, "", []
+
+
+def _refuse_late(command: str, rest: Sequence[str]) -> None:
+    """Wrong usage: a flag of the launcher's among those of the job."""
+    if command not in ("extract", "replay", "pipeline"):
+        return
+    jobs = {field.name for kind in (Extract, Replay) for field in fields(kind)}
+    own = {f"--{field.name.replace('_', '-')}" for field in fields(Launcher) if field.name not in jobs}
+    if late := [word for word in rest if word.split("=")[0].replace("_", "-") in own]:
+        print(f"{PROG}: {late[0]} is a flag of the launcher: write it before {command!r}.", file=sys.stderr)
+        sys.exit(2)
 
 
 def launch(launcher: Launcher, extracts: Sequence[Extract], replays: Sequence[Replay]) -> bool:
@@ -241,6 +253,7 @@ def plan_text(cfg: Extract, launcher: Launcher) -> str:
     return describe_plan(cfg, job.shards, job.sae, job.plan, need, launcher.n_ranks)
 
 
+@quiet_pipe()
 def status(cfg: Status) -> bool:
     """Print what the latest jobs of each run are doing."""
     jobs = _latest(cfg.run)
@@ -248,7 +261,7 @@ def status(cfg: Status) -> bool:
     for job in jobs:
         state = states[job.job_id]
         text = describe_state(job, state) if state.is_under_way else verdict(job, state)[1]
-        print(f"{job.run}\n  {job.kind} {job.job_id}  {text}")
+        print(f"{job.run}\n  {job.kind} {job.job_id}  {text.removesuffix(f': {job.run}')}")
         for line in describe(job) if state.is_under_way else []:
             print(f"  {line}")
         log_fpath = job.log_fpath(0)

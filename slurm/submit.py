@@ -212,6 +212,7 @@ def _brief(text: str) -> str:
         "node configuration is not available": "no node has that much: lower --gpus-per-node, --cpus-per-gpu or --mem-gb",
         "generic resource": "has this partition GPUs? --gpus-per-node 0 asks for none",
         "unrecognized option": "see --slurm-args",
+        "configuration source": "this machine is in no Slurm cluster: --cluster local runs here",
         "time limit": "lower --time-h: the job goes on in another attempt",
     }
     return f"{line}." + "".join(f" ({hint}.)" for words, hint in hints.items() if words in line)

@@ -96,7 +96,8 @@ def verdict(job: Job, state: State) -> tuple[bool, str]:
     if left := [end for end in ends.values() if end.outcome == "left"]:
         times = max(end.attempt for end in left)
         why = left[0].error.split(":")[0]  # "SIGUSR2 on rank 1: stopped, and what is done is kept in …"
-        return False, f"stopped: {why}, after {times} of at most {job.max_requeues} requeues. {go_on}{log}"
+        so_often = f", after {times} of at most {job.max_requeues} requeues" if times or job.cluster == "slurm" else ""
+        return False, f"stopped: {why}{so_often}. {go_on}{log}"
     if silent:
         last = tail(job.log_fpath(silent[0]), 1) or ["nothing"]
         return (

@@ -78,7 +78,7 @@ def write_gallery(
             n_active_s=n_active_s,
         )
     facts = Facts(
-        sae=f"/runs/{HOSTILE}", shards="/data/shards", dataset="/data/images", family="clip", ckpt="ViT-B/16", layer=-2, n_imgs=500,
+        sae=f"/runs/{HOSTILE}", shards="/data/shards", dataset="/data/images", fit="crop: to 224 x 224 of 16 px", family="clip", ckpt="ViT-B/16", layer=-2, n_imgs=500,
         n_left_out=0, n_patches=N_PATCHES, n_tokens=N_TOKENS, d_sae=d_sae, l0=31.94, n_dead=len(dead), normalized_mse=None, rank_by="image",
         top_k=16, percentile=99.5, precision="fp32", version="0.1.0",
         features=(5, 0), flags=("--images", "/data/my images", "--no-pictures"),

@@ -10,6 +10,7 @@ import pytest
 from saev_dist.cli import main, parse
 from saev_dist.config import Demo, Extract, Replay
 from saev_dist.report import flags_of
+from tests.synthetic import make_acts, make_shards
 
 ROOT = Path(__file__).parent.parent
 NEEDED = ["--shards", "s", "--sae", "a.pt", "--out", "o"]
@@ -37,7 +38,7 @@ def test_a_toml_file_may_hold_everything(tmp_path):
         ("topk = 3", "sets 'topk', which extract does not know; did you mean 'top_k'?"),
         ("top-k = 3", "did you mean 'top_k'?"),
         ("colour = 3", "sets 'colour', which extract does not know; it knows shards,"),
-        ("run = 'r'", "sets 'run', which extract does not know; it knows shards,"),
+        ("run = 'r'", "sets 'run', which extract does not know; it is for replay: write --config after that word."),
         ("no_img_acts = true", 'which extract does not know; write "img_acts = false".'),
         ("no-pre-bias = true", 'write "pre_bias = false".'),
         ("config = 'x.toml'", "sets 'config', which extract does not know"),
@@ -134,6 +135,19 @@ def test_the_version_is_told(capsys):
 def test_help_may_be_cut_off(command):
     done = subprocess.run(f"{sys.executable} -m {command} --help | head -1", shell=True, capture_output=True, text=True)
     assert done.stdout.startswith("usage: ") and not done.stderr, done.stderr
+
+
+def test_a_description_may_be_cut_off(tmp_path):
+    shards = make_shards(tmp_path / "shards", make_acts(3))
+    done = subprocess.run(f"{sys.executable} -m saev_dist inspect {shards} | true", shell=True, capture_output=True, text=True)
+    assert not done.stderr
+
+
+@pytest.mark.parametrize(("word", "meant"), [("extrct", "extract"), ("reply", "replay")])
+def test_a_misspelt_command_is_answered_with_the_nearest(capsys, word, meant):
+    with pytest.raises(SystemExit, match="2"):
+        main([word, "--out", "x"])
+    assert f"'{word}' is no command: did you mean '{meant}'?" in capsys.readouterr().err
 
 
 def test_python_m_is_the_same_program():

@@ -124,3 +124,22 @@ def test_a_geometry_that_does_not_fit_names_those_that_would(settings, words):
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "text"),
+    [
+        (Geometry(fit="grid", n_patches=70), "grid: resized to whole patches of 16 px, 70, at about the aspect of the picture"),
+        (Geometry(fit="grid", n_patches=15, grid=(5, 3), patch_size=7), "grid: resized to whole patches of 7 px, 5 × 3"),
+        (
+            Geometry(fit="crop", n_patches=196),
+            "crop: resized to 256 × 256 px, of that the middle 224 × 224: 14 × 14 patches of 16 px",
+        ),
+        (
+            Geometry(fit="crop", n_patches=12, resize=(90, 80), crop=(70, 50), img_scale=2),
+            "crop: resized to 90 × 80 px, of that the middle 70 × 50: 4 × 3 patches of 16 px",
+        ),
+    ],
+)
+def test_what_is_taken_for_the_preparation_is_told(geometry, text):
+    assert geometry.describe() == text

@@ -82,6 +82,21 @@ def test_a_missing_command_is_wrong_usage(capsys):
     assert "a command is missing: did you mean 'extract'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--partition=gpu", "--gpus_per_node", "--wait"])
+@pytest.mark.parametrize("command", ["extract", "replay", "pipeline"])
+def test_a_flag_of_the_launcher_after_the_command_is_sent_back(capsys, flag, command):
+    with pytest.raises(SystemExit, match="2"):
+        main([command, "--out", "o", flag, "3"])
+    assert f"{flag} is a flag of the launcher: write it before '{command}'." in capsys.readouterr().err
+
+
+def test_a_preset_of_the_jobs_is_sent_to_the_job(tmp_path, capsys):
+    (tmp_path / "extract.toml").write_text("top_k = 3")
+    with pytest.raises(SystemExit, match="1"):
+        main(["--config", str(tmp_path / "extract.toml"), "extract"])
+    assert "which launcher does not know; it is for extract: write --config after that word." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [[], ["extract"], ["status"]])
 def test_help_is_the_jobs_own(command):
     done = launch(*command, "--help")
@@ -486,6 +501,7 @@ BAD = End(rank=1, attempt=0, outcome="failed", error="no such layer")
         ("FAILED", [ECHO, BAD], "failed: rank 1: no such layer Log: "),
         ("FAILED", [replace(BAD, outcome="crashed", error="KeyError: 3")], "crashed: rank 1: KeyError: 3 (rank 0 left no word"),
         ("FAILED", [], "failed: ranks 0, 1 left no word: killed, perhaps for want of memory. Last in the log: oh dear"),
+        ("FAILED", [replace(LEFT[0], attempt=0)], "stopped: SIGUSR2, after 0 of at most 5 requeues. Launch"),
         ("FAILED", [replace(LEFT[0], attempt=6)], "stopped: SIGUSR2, after 6 of at most 5 requeues"),
         ("FORGOTTEN", [], "failed: ranks 0, 1 left no word"),
     ],
@@ -494,6 +510,11 @@ def test_a_failure_is_told_by_its_cause(job, state, ends, text):
     job.log_fpath(0).write_text("a line\noh dear\n")
     well, found = verdict(ended(job, *ends), State(name=state, nodes="n1"))
     assert not well and found.startswith(text), found
+
+
+def test_nobody_would_have_requeued_a_job_of_this_machine(job):
+    job = replace(job, cluster="local")
+    assert verdict(ended(job, replace(LEFT[0], attempt=0)), State(name="FAILED"))[1].startswith("stopped: SIGUSR2. Launch it")
 
 
 def test_a_replay_whose_extract_failed_says_so(job):

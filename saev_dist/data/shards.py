@@ -234,7 +234,7 @@ def _pick_layer(layer: int | None, layers: Sequence[int], dpath: Path) -> int:
             raise ConfigError(f"{dpath} holds layers {listed}; choose one with --layer.")
         return layers[0]
     if layer not in layers:
-        raise ConfigError(f"{dpath} holds no layer {layer}; it holds {listed}. --layer takes one of these values.")
+        raise ConfigError(f"{dpath} holds no layer {layer}; it holds {listed}.")
     return layer
 
 

@@ -44,6 +44,8 @@ class Facts:
     sae: str
     shards: str
     dataset: str
+    fit: str
+    """How its pictures were prepared."""
     family: str
     ckpt: str
     layer: int

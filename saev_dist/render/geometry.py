@@ -90,6 +90,20 @@ class Geometry:
                 f"patches; the shards have {self.n_patches:,} per image. These sizes fit: {', '.join(map(str, fitting))}."
             )
 
+    def describe(self) -> str:
+        """How pictures are taken to have been prepared: a wrong guess puts every heatmap in the wrong place."""
+        if self.fit == "grid":
+            grid = (
+                f"{self.grid[0]} × {self.grid[1]}" if self.grid else f"{self.n_patches:,}, at about the aspect of the picture"
+            )
+            return f"grid: resized to whole patches of {self.patch_size or 16} px, {grid}"
+        patch = self.patch_size or _patch_sizes(self.crop, self.n_patches)[0]
+        (width, height), (inner_width, inner_height) = self.resize, self.crop
+        return (
+            f"crop: resized to {width} × {height} px, of that the middle {inner_width} × {inner_height}: "
+            f"{inner_width // patch} × {inner_height // patch} patches of {patch} px"
+        )
+
     def place(self, width: int, height: int) -> Placement:
         """Prepare a picture of this size.
 
