@@ -132,7 +132,7 @@ def _run(cfg: Demo, source_dpath: Path) -> None:
     )
     print("4. Extract, as you would on your own shards:")
     command = f"saev-dist extract --shards {_quoted(shards_dpath)} --sae {_quoted(sae_fpath)} --out {_quoted(job.out)}"
-    print(f"   $ {command} --top-k {job.top_k} --rank-by {job.rank_by} --metrics --force", flush=True)
+    print(f"   $ {command} --top-k {job.top_k} --rank-by {job.rank_by} --metrics", flush=True)
     extract.run(job)
 
     chosen, rows = choose_rows(job.out, fpaths, crops_e)
@@ -155,7 +155,7 @@ def _run(cfg: Demo, source_dpath: Path) -> None:
     print("5. Replay: encode the winning images again, check their scores, draw heatmaps:")
     command = f"saev-dist replay --run {_quoted(gallery.run)} --images {_quoted(images_dpath)}"
     command += f" --n-features {gallery.n_features}"
-    command += f" --n-images {gallery.n_images} --patch-size {gallery.patch_size} --img-scale {gallery.img_scale:g} --force"
+    command += f" --n-images {gallery.n_images} --patch-size {gallery.patch_size} --img-scale {gallery.img_scale:g}"
     print(f"   $ {command} --features {' '.join(map(str, chosen))}", flush=True)
     replay.run(gallery)
     Image.fromarray(contact_sheet(rows, header)).save(sheet_fpath)  # last: it marks the demo as finished
