@@ -15,7 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take minutes come first, or one of them is left at the end while the other workers have nothing to do."""
-    slow = ("resume", "replay", "replay_faults", "slurm", "world", "launch", "readme", "demo", "memory")
+    slow = ("resume", "damage", "replay", "replay_faults", "slurm", "world", "launch", "readme", "demo", "memory")
     order = {f"test_{name}.py": place for place, name in enumerate(slow)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
@@ -32,3 +32,31 @@ def server(tmp_path_factory):
     dpath = tmp_path_factory.mktemp("server")
     with FaultyServer(dpath, compile_faults(dpath)) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, server):
+    """Shards, an SAE, the command for them, and the hashes of an uninterrupted run."""
+    from tests.ranks import artifact_hashes  # after torch's settings above
+    from tests.synthetic import make_acts, make_sae, make_shards
+
+    dpath = tmp_path_factory.mktemp("whole")
+    shards, sae = make_shards(dpath / "shards", make_acts()), make_sae(dpath / "sae.pt")
+    args = [
+        "extract",
+        "--shards",
+        shards,
+        "--sae",
+        sae,
+        "--batch-tokens",
+        10,
+        "--top-k",
+        4,
+        "--no-progress",
+        "--self-check",
+        "off",
+    ]
+    args += ["--snapshot-every", 0, "--out"]
+    codes, output = server.run(*args, dpath / "run")
+    assert codes == [0], output
+    return args, artifact_hashes(dpath / "run"), shards

@@ -4,6 +4,7 @@ The process that ranks are forked off has `faults.c` preloaded.
 """
 
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from tests.ranks import Attempt, Server
 
 SLOW = "import time, saev_dist.extract as e; f = e._rows; e._rows = lambda *a: (time.sleep(0.02), f(*a))[1]"
 """Code for `before`: batches take long enough for a test to strike among them, however loaded the machine is."""
+
+
+N_BATCHES = 13
+"""Of a run of the fixture `whole`: of two images; shards have 7, 7, 7 and 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,3 +82,26 @@ def compile_faults(dpath: Path) -> Path:
     except FileNotFoundError:
         pytest.skip("no gcc to compile tests/faults.c")
     return library
+
+
+def killed(server, args, out, *, at: int, n_ranks: int = 1, ops: str = "m", rank: int = 0) -> None:
+    """Start a run that is killed at the n-th rename below `out`, and its other ranks with it."""
+    fault = Fault(ops=ops, at=at, how="kill", rank=rank)
+    attempt = server.start(*args, out, n_ranks=n_ranks, fault=fault, roots=(out,))
+    assert min(server.wait(attempt, for_one=True)) == -9, attempt.output()
+    server.kill(attempt)
+    server.wait(attempt)
+
+
+def unfinished(server, args, out: Path) -> Path:
+    """A run killed before its last partial; the partial."""
+    killed(server, args, out, at=1 + N_BATCHES)
+    (fpath,) = out.glob("partials/*.partial")
+    return fpath
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
