@@ -250,7 +250,7 @@ def test_told_to_leave_and_requeued_it_goes_on_and_has_the_same_bytes(launch, cl
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])  # `status` itself might start too late to see it run
     assert re.search(r"running .* on 127\.0\.0\.\[1-2\], requeued 2 times", describe_state(job, ask([job])[job.job_id]))
     until(lambda: (run / "manifest.json").exists())
-    until(lambda: "done:" in launch("status", "--run", run).stdout)
+    until(lambda: re.search(r"^  extract \d+  done$", launch("status", "--run", run).stdout, re.M))
     assert {(end.rank, end.attempt, end.outcome) for end in job.ends()} == {(0, 2, "done"), (1, 2, "done")}
     log = job.log_fpath(0).read_text()
     assert "SIGUSR2" in log and "Requeued job" in log and "COMPLETING: what follows is up to Slurm" in log
@@ -301,7 +301,7 @@ def test_at_the_time_limit_and_when_preempted_it_comes_back_with_the_same_bytes(
     until(lambda: requeues() == 2)  # preempted
     until(lambda: "COMPLETED" in cluster.ask("scontrol", "show", "job", urgent.strip()))
     until(lambda: (run / "manifest.json").exists(), 2 * PATIENCE_S)
-    until(lambda: "done:" in launch("status", "--run", run).stdout)
+    until(lambda: re.search(r"^  extract \d+  done$", launch("status", "--run", run).stdout, re.M))
     assert job.log_fpath(0).read_text().count(": leaving after this batch") == 2
     assert alone.result().returncode == 0
     assert artifacts(run) == artifacts(tmp_path / "alone")
@@ -338,7 +338,7 @@ def test_a_node_that_goes_down_costs_an_attempt(launch, cluster, slow, tmp_path)
     until(lambda: has_snapshot(run, 2))
     cluster.ask("scontrol", "update", "nodename=127.0.0.2", "state=down", "reason=test")
     until(lambda: (run / "manifest.json").exists())
-    until(lambda: "done:" in launch("status", "--run", run).stdout)
+    until(lambda: re.search(r"^  extract \d+  done$", launch("status", "--run", run).stdout, re.M))
     assert {end.attempt for end in latest(run).ends()} == {1}
     assert artifacts(run) == expected()
 
@@ -362,7 +362,7 @@ def test_on_another_node_it_goes_on_and_the_gallery_follows(launch, cluster, slo
     (there,) = set(NODES) - {here}
     assert f"NodeList={there}" in cluster.ask("scontrol", "show", "job", extract.job_id)
     cluster.ask("scontrol", "update", f"nodename={here}", "state=resume")
-    until(lambda: launch("status", "--run", run).stdout.count("done:") == 2)
+    until(lambda: launch("status", "--run", run).stdout.count("  done\n") == 2)
     assert "SIGUSR1: leaving after this batch" in extract.log_fpath(0).read_text()
     assert {end.attempt for end in extract.ends()} == {1} and {end.attempt for end in replay.ends()} == {0}
     assert (run / "visuals" / "index.html").exists()
@@ -381,6 +381,6 @@ def test_a_replay_that_is_told_to_leave_goes_on(launch, cluster, slow, tmp_path)
     until(lambda: any(fpath.stat().st_size for fpath in run.glob("visuals.partial/records.*.bin")))
     cluster.ask("scancel", "--signal=USR2", job.job_id)
     until(lambda: (run / "visuals" / "index.html").exists())
-    until(lambda: launch("status", "--run", run).stdout.count("done:") == 2)
+    until(lambda: launch("status", "--run", run).stdout.count("  done\n") == 2)
     assert {end.attempt for end in job.ends()} == {1}
     assert "visuals.partial. Run the same command again" in job.log_fpath(0).read_text()
