@@ -95,7 +95,8 @@ def quiet_pipe() -> Iterator[None]:
     """Exit where the reader of what is printed, say `--help | head`, has gone: it has seen enough."""
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as under a daemon that closes it
+            sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the exit
         sys.exit(1)

@@ -405,8 +405,9 @@ def _advice(name: str, hints: dict[str, Any]) -> str:
     near = get_close_matches(written, hints, 1, cutoff=0.85)
     if near:
         return f"did you mean {near[0]!r}?"
-    if owners := [other.__name__.lower() for other in (Extract, Replay) if written in get_type_hints(other)]:
-        return f"it is for {' and '.join(owners)}: write --config after that word."
+    owners = [other.__name__.lower() for other in (Extract, Replay) if written in get_type_hints(other)]
+    if owners and written != "config":
+        return f"it is one of {' and '.join(owners)}: write --config among the flags of that."
     return f"it knows {', '.join(hints)}."
 
 

@@ -296,10 +296,11 @@ Pieces = list[Codes] | list[DeviceCodes]
 def _encoded(
     reader: Reader, encoder: Encoder, shards: Shards, n_ahead: int, clock: "Clock"
 ) -> Generator[tuple[Batch, Pieces], None, None]:
-    """Each batch with the codes of its pieces. While the caller works on them each thread has a piece of a later one.
+    """Each batch with the codes of its pieces. While the caller works on them each thread has a piece of a later one, on
+    average: where batches are small, fewer.
 
-    A batch that cannot be read is told of when those before it have been handed over, and one that is encoded does not wait
-    for a slow disk.
+    A batch that cannot be read is told of when those before it have been handed over. One that is encoded waits for at most
+    one read.
 
     Args:
         n_ahead: most batches that are under way beside the one that the caller works on.

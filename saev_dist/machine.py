@@ -6,6 +6,7 @@ version 1 one for each controller.
 
 import math
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -16,11 +17,11 @@ MEMINFO = Path("/proc/meminfo")
 
 
 def cpu_threads() -> int:
-    """Threads that may compute side by side: torch's own number, at most a quota of CPU time; or what OMP_NUM_THREADS says."""
+    """Threads that may compute side by side: what OMP_NUM_THREADS says, or torch's own number, at most a quota of CPU time."""
     n_threads = torch.get_num_threads()
     if "OMP_NUM_THREADS" in os.environ:
         return n_threads
-    return min(n_threads, *(math.ceil(quota) for quota in _cpu_quotas()), n_threads)
+    return max(1, min([n_threads, *map(math.ceil, _cpu_quotas())]))
 
 
 def available_memory() -> int:
@@ -31,16 +32,15 @@ def available_memory() -> int:
             break
     else:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    names = ("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
     for dpath in _groups("memory"):
-        for limit, used, prefix in (
-            ("memory.max", "memory.current", ""),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-        ):
-            if (most := _read(dpath / limit)) and most != "max" and (now := _read(dpath / used)):
+        for limit_name, used_name, prefix in names:
+            limit, used = _number(dpath / limit_name), _number(dpath / used_name)
+            if limit is not None and used is not None:
                 # The page cache counts as used there, but goes when memory is asked for.
-                stat = dict(line.split() for line in _read(dpath / "memory.stat").splitlines())
+                stat = dict(re.findall(r"^(\w+) (\d+)$", _read(dpath / "memory.stat"), re.M))
                 cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
-                available = min(available, int(most) - int(now) + cached)
+                available = min(available, limit - used + cached)
     return max(0, available)
 
 
@@ -48,20 +48,19 @@ def _cpu_quotas() -> list[float]:
     """CPUs that each of the groups may use, of those that have a limit."""
     found = []
     for dpath in _groups("cpu"):
-        quota, period = _read(dpath / "cpu.max").split() or [
-            _read(dpath / "cpu.cfs_quota_us"),
-            _read(dpath / "cpu.cfs_period_us"),
-        ]
-        if quota.isdigit() and period.isdigit():  # not "max", -1, or a missing file
-            found.append(int(quota) / int(period))
+        both = re.fullmatch(r"(\d+) (\d+)", _read(dpath / "cpu.max"))
+        quota, period = (
+            map(int, both.groups()) if both else map(_number, (dpath / "cpu.cfs_quota_us", dpath / "cpu.cfs_period_us"))
+        )
+        if quota and period:
+            found.append(quota / period)
     return found
 
 
 def _groups(controller: str) -> list[Path]:
     """Directories of this process's group and those above it."""
     found: list[Path] = []
-    for line in _read(OWN_CGROUPS).splitlines():
-        _, controllers, path = line.split(":", 2)
+    for _, controllers, path in re.findall(r"^(\d+):(.*?):(.*)$", _read(OWN_CGROUPS), re.M):
         if controllers and controller not in controllers.split(","):
             continue
         root = CGROUPS / controller if controllers else CGROUPS
@@ -70,9 +69,15 @@ def _groups(controller: str) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def _number(fpath: Path) -> int | None:
+    """A file's number; None where there is no such file, or it says "max", or -1, for no limit."""
+    text = _read(fpath)
+    return int(text) if re.fullmatch(r"\d+", text) else None
+
+
 def _read(fpath: Path) -> str:
-    """A file's text, "" where there is none that we may read."""
+    """A file's text, "" where there is none that we may read. A name in it need not be UTF-8."""
     try:
-        return fpath.read_text().strip()
+        return os.fsdecode(fpath.read_bytes()).strip()
     except OSError:
         return ""

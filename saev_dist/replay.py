@@ -105,7 +105,7 @@ def run(cfg: Replay) -> None:
     Raises:
         SaevDistError: anything a user can mend; on every rank of the world.
     """
-    with World(cfg.timeout_s) as world, world.obeying_signals(cfg.run / "visuals.partial", last="the images under way"):
+    with World(cfg.timeout_s) as world, world.obeying_signals(cfg.run / "visuals.partial", last="this image"):
         job = open_job(cfg)
         device = world.device(cfg.device)
         _agree(world, job)

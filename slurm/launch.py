@@ -4,6 +4,7 @@ Importing this loads neither torch nor NumPy: submitting takes a fraction of a s
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -96,8 +97,8 @@ def _refuse_late(command: str, rest: Sequence[str]) -> None:
     if command not in ("extract", "replay", "pipeline"):
         return
     jobs = {field.name for kind in (Extract, Replay) for field in fields(kind)}
-    own = {f"--{field.name.replace('_', '-')}" for field in fields(Launcher) if field.name not in jobs}
-    if late := [word for word in rest if word.split("=")[0].replace("_", "-") in own]:
+    own = {field.name for field in fields(Launcher) if field.name not in jobs}
+    if late := [word for word in rest if re.sub("^--(no-)?", "", word.split("=")[0]).replace("-", "_") in own]:
         print(f"{PROG}: {late[0]} is a flag of the launcher: write it before {command!r}.", file=sys.stderr)
         sys.exit(2)
 

@@ -38,10 +38,10 @@ def test_a_toml_file_may_hold_everything(tmp_path):
         ("topk = 3", "sets 'topk', which extract does not know; did you mean 'top_k'?"),
         ("top-k = 3", "did you mean 'top_k'?"),
         ("colour = 3", "sets 'colour', which extract does not know; it knows shards,"),
-        ("run = 'r'", "sets 'run', which extract does not know; it is for replay: write --config after that word."),
+        ("run = 'r'", "sets 'run', which extract does not know; it is one of replay: write --config among the flags of that."),
         ("no_img_acts = true", 'which extract does not know; write "img_acts = false".'),
         ("no-pre-bias = true", 'write "pre_bias = false".'),
-        ("config = 'x.toml'", "sets 'config', which extract does not know"),
+        ("config = 'x.toml'", "sets 'config', which extract does not know; it knows shards,"),
         ("a b", "is not TOML"),
         ("layer = [1]", "layer is [1]; expected a whole number."),
         ('top_k = "64"', "top_k is '64'; expected a whole number."),
@@ -135,6 +135,11 @@ def test_the_version_is_told(capsys):
 def test_help_may_be_cut_off(command):
     done = subprocess.run(f"{sys.executable} -m {command} --help | head -1", shell=True, capture_output=True, text=True)
     assert done.stdout.startswith("usage: ") and not done.stderr, done.stderr
+
+
+def test_nobody_need_listen():
+    done = subprocess.run(f"{sys.executable} -m saev_dist inspect nowhere >&-", shell=True, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("saev-dist: error: nowhere is not there")
 
 
 def test_a_description_may_be_cut_off(tmp_path):

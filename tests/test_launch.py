@@ -82,7 +82,7 @@ def test_a_missing_command_is_wrong_usage(capsys):
     assert "a command is missing: did you mean 'extract'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--partition=gpu", "--gpus_per_node", "--wait"])
+@pytest.mark.parametrize("flag", ["--partition=gpu", "--gpus_per_node", "--wait", "--no-wait"])
 @pytest.mark.parametrize("command", ["extract", "replay", "pipeline"])
 def test_a_flag_of_the_launcher_after_the_command_is_sent_back(capsys, flag, command):
     with pytest.raises(SystemExit, match="2"):
@@ -94,7 +94,9 @@ def test_a_preset_of_the_jobs_is_sent_to_the_job(tmp_path, capsys):
     (tmp_path / "extract.toml").write_text("top_k = 3")
     with pytest.raises(SystemExit, match="1"):
         main(["--config", str(tmp_path / "extract.toml"), "extract"])
-    assert "which launcher does not know; it is for extract: write --config after that word." in capsys.readouterr().err
+    assert (
+        "which launcher does not know; it is one of extract: write --config among the flags of that." in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("command", [[], ["extract"], ["status"]])

@@ -41,6 +41,9 @@ QUOTAS = {
     "1: own": (V1, {"cpu/job/step/cpu.cfs_quota_us": "400000"} | PERIOD, 4),
     "1: of a group above": (V1, {"cpu/job/cpu.cfs_quota_us": "100000"} | PERIOD, 2),
     "1: of another process": (V1, {"cpu/other/cpu.cfs_quota_us": "100000", "cpu/other/cpu.cfs_period_us": "100000"}, 8),
+    "2: nothing that cgroups(7) knows": (V2, {"job/cpu.max": "1 2 3", "job/step/cpu.max": "none", "cpu.max": ""}, 8),
+    "2: no period": (V2, {"job/cpu.max": "3 0"}, 8),
+    "a list of groups that is none": ("nonsense\n\n7\n", {}, 8),
     "2: more than there are": (V2, {"job/cpu.max": "9900000 100000"}, 8),
 }
 
@@ -77,6 +80,21 @@ LIMITS = {
         },
         2_001_500,
     ),
+    "2: nothing that cgroups(7) knows": (
+        V2,
+        {"job/memory.max": "lots", "job/memory.current": "5", "memory.max": "7", "memory.current": "some"},
+        FREE_KB * 1024,
+    ),
+    "2: statistics of another kind": (
+        V2,
+        {"job/memory.max": "7000", "job/memory.current": "5000", "job/memory.stat": "one\ntwo words here\ninactive_file x"},
+        2000,
+    ),
+    "1: none, in another way": (
+        V1,
+        {"memory/memory.limit_in_bytes": "-1", "memory/memory.usage_in_bytes": "5"},
+        FREE_KB * 1024,
+    ),
     "1: no limit": (
         V1,
         {"memory/memory.limit_in_bytes": "9223372036854771712", "memory/memory.usage_in_bytes": "5"},
@@ -89,6 +107,12 @@ LIMITS = {
 def test_no_more_memory_than_a_group_has_left(groups, own, files, n_bytes):
     groups(own, files)
     assert machine.available_memory() == n_bytes
+
+
+def test_the_name_of_a_group_need_not_be_text(groups, tmp_path):
+    groups("", {"cpu.max": "200000 100000"})
+    (tmp_path / "OWN_CGROUPS").write_bytes(b"0::/job/\xff\n")
+    assert machine.cpu_threads() == 2
 
 
 def test_this_machine_has_some():

@@ -95,11 +95,13 @@ def test_it_says_whether_the_next_batch_is_there(tmp_path, monkeypatch):
 
 def test_stopping_early_leaves_no_thread(tmp_path):
     shards = write(tmp_path, 3)
-    stream = iter(Reader(shards, Plan(shards.examples, 2), ((0, 10),), depth=3))
+    source = Reader(shards, Plan(shards.examples, 2), ((0, 10),), depth=3)
+    stream = iter(source)
     next(stream)
     assert any(thread.name.startswith("reader") for thread in threading.enumerate())
     stream.close()
     assert not any(thread.name.startswith("reader") for thread in threading.enumerate())
+    assert len(list(source)) == 10, "it can begin anew"
 
 
 def test_of_several_layers_only_the_wanted_one_is_read(tmp_path):

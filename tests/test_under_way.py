@@ -240,6 +240,6 @@ def test_nobody_waits_for_what_nobody_wants(monkeypatch):
         codes = encoder.submit_batch(torch.randn(10, 8, generator=random), img_i=0, n_patches=5)
         while not n_seen:
             time.sleep(0.001)
-    assert n_seen < 2 * 500
+    assert n_seen < 500
     with pytest.raises(CancelledError):
         codes[0].result()

@@ -76,7 +76,7 @@ class Reader:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the next step of the iteration does not wait for the disk."""
+        """Whether the next batch, if there is one, has been read."""
         return not self._pending or all(part.done() for part in self._pending[0][2])
 
     def __iter__(self) -> Generator[tuple[Batch, Tensor], None, None]:
@@ -131,6 +131,7 @@ class Reader:
                     free.append(held.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            pending.clear()
 
 
 def _parts(batch: Batch, shards: Shards, most: int) -> list[Batch]:

@@ -52,4 +52,5 @@ def batches_ahead(
     """Most batches under way beside the one whose codes are being worked on: on average they have a piece for each thread."""
     n_batches = sum(sizes.values())
     n_pieces = max(1, count_pieces(sizes, n_patches, activation, d_sae, device))
-    return min(-(-n_threads * n_batches // n_pieces) + (len(sizes) > 1), max(1, n_batches - 1))
+    beside = -(-n_threads * n_batches // n_pieces) + (len(sizes) > 1 and not encodes_at_once(device))
+    return min(beside, max(1, n_batches - 1))
