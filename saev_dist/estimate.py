@@ -125,6 +125,16 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     )
 
 
+def within(
+    cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device, n_threads: int, room: float
+) -> tuple[Estimate, Estimate]:
+    """What `cfg` needs with `n_threads`, and with as many of them as `room` bytes of host memory suffice for, at least one."""
+    wanted = need = estimate(cfg, shards, sae, plan, device, n_threads)
+    while need.host_total > room and need.n_threads > 1:
+        need = estimate(cfg, shards, sae, plan, device, need.n_threads - 1)
+    return wanted, need
+
+
 def fit(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device, world: World) -> Estimate:
     """What `cfg` needs on this rank, with as many threads as host memory has room for. Refuse what cannot fit.
 
@@ -132,9 +142,7 @@ def fit(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device
         ConfigError: host memory of this machine's ranks, device memory, or the disk is too small.
     """
     available = available_memory()
-    wanted = need = estimate(cfg, shards, sae, plan, device, batch_threads(device))
-    while need.host_total * world.local_size > available and need.n_threads > 1:
-        need = estimate(cfg, shards, sae, plan, device, need.n_threads - 1)
+    wanted, need = within(cfg, shards, sae, plan, device, batch_threads(device), available / world.local_size)
     if need.host_total * world.local_size > available:
         raise ConfigError(
             f"this run needs about {gb(need.host_total)} of host memory for each of {world.local_size} ranks here; "

@@ -3,6 +3,7 @@
 Importing this loads neither torch nor NumPy: submitting takes a fraction of a second.
 """
 
+import math
 import os
 import re
 import sys
@@ -239,7 +240,7 @@ def plan_text(cfg: Extract, launcher: Launcher) -> str:
     """What `saev-dist extract --dry-run` would print on the cluster; this machine need have no GPU."""
     import torch
 
-    from saev_dist.estimate import estimate
+    from saev_dist.estimate import gb, within
     from saev_dist.job import open_job
     from saev_dist.report import describe_plan
     from saev_dist.sae.encoder import batch_threads
@@ -250,7 +251,13 @@ def plan_text(cfg: Extract, launcher: Launcher) -> str:
     job = open_job(replace(cfg, device="cpu"), world)
     device = torch.device("cuda" if launcher.gpus_per_node and cfg.device != "cpu" else "cpu")
     n_threads = batch_threads(device) if device.type == "cuda" else launcher.cpus_per_gpu
-    need = estimate(cfg, job.shards, job.sae, job.plan, device, n_threads)
+    room = launcher.mem_gb * 2**30 / launcher.ranks_per_node if launcher.mem_gb else math.inf
+    _, need = within(cfg, job.shards, job.sae, job.plan, device, n_threads, room)
+    if need.host_total > room:
+        warn(
+            f"--mem-gb {launcher.mem_gb:g} is less than the {launcher.ranks_per_node} rank(s) of a node need: about "
+            f"{gb(need.host_total * launcher.ranks_per_node)}, so the job would be refused when it starts."
+        )
     return describe_plan(cfg, job.shards, job.sae, job.plan, need, launcher.n_ranks)
 
 

@@ -244,6 +244,19 @@ def test_a_dry_run_prints_plan_and_sbatch_file_and_needs_no_slurm(tmp_path, args
     assert not (tmp_path / "it's").exists()
 
 
+def test_a_dry_run_states_the_jobs_threads_and_memory_not_this_machines(tmp_path, args, capsys):
+    cpus = ["--gpus-per-node", "0", "--cpus-per-gpu", "7", "--tasks-per-node", "2", "--dry-run"]
+    job = ["extract", *args, "--batch-tokens", "5", "--out", str(tmp_path / "run")]
+    for flags, n_threads, warning in (
+        ([], 7, ""),
+        (["--mem-gb", "1e-4"], 1, "--mem-gb 0.0001 is less than the 2 rank(s) of a node"),
+    ):
+        with pytest.raises(SystemExit, match="0"):
+            main([*cpus, *flags, *job])
+        done = capsys.readouterr()
+        assert f"per rank, {n_threads} thread(s): " in done.out and warning in done.err and bool(done.err) == bool(warning)
+
+
 def test_extracts_own_dry_run_submits_nothing_either(tmp_path, args, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["extract", *args, "--out", str(tmp_path / "run"), "--dry-run"])
