@@ -129,8 +129,8 @@ def test_a_geometry_that_does_not_fit_names_those_that_would(settings, words):
 @pytest.mark.parametrize(
     ("geometry", "text"),
     [
-        (Geometry(fit="grid", n_patches=70), "grid: resized to whole patches of 16 px, 70, at about the aspect of the picture"),
-        (Geometry(fit="grid", n_patches=15, grid=(5, 3), patch_size=7), "grid: resized to whole patches of 7 px, 5 × 3"),
+        (Geometry(fit="grid", n_patches=70), "grid: resized to 70 whole patches of 16 px, at about the aspect of the picture"),
+        (Geometry(fit="grid", n_patches=15, grid=(5, 3), patch_size=7), "grid: resized to 5 × 3 whole patches of 7 px"),
         (
             Geometry(fit="crop", n_patches=196),
             "crop: resized to 256 × 256 px, of that the middle 224 × 224: 14 × 14 patches of 16 px",

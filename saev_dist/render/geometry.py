@@ -93,10 +93,10 @@ class Geometry:
     def describe(self) -> str:
         """How pictures are taken to have been prepared: a wrong guess puts every heatmap in the wrong place."""
         if self.fit == "grid":
-            grid = (
-                f"{self.grid[0]} × {self.grid[1]}" if self.grid else f"{self.n_patches:,}, at about the aspect of the picture"
-            )
-            return f"grid: resized to whole patches of {self.patch_size or 16} px, {grid}"
+            patches = f"whole patches of {self.patch_size or 16} px"
+            if self.grid:
+                return f"grid: resized to {self.grid[0]} × {self.grid[1]} {patches}"
+            return f"grid: resized to {self.n_patches:,} {patches}, at about the aspect of the picture"
         patch = self.patch_size or _patch_sizes(self.crop, self.n_patches)[0]
         (width, height), (inner_width, inner_height) = self.resize, self.crop
         return (
