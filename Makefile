@@ -17,7 +17,7 @@ demo: install
 
 # Most tests wait for processes of their own, so a few run side by side; a file stays on one worker.
 test: install
-	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The launcher's tests on a real Slurm of this machine's own; `test` runs them too, where Slurm is installed.
 test-slurm: install

@@ -133,7 +133,8 @@ def test_a_missing_scikit_image_says_what_to_install(tmp_path: Path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
-def test_force_removes_nothing_that_the_user_put_there(tmp_path: Path) -> None:
+def test_force_removes_nothing_that_the_user_put_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "N_IN_GALLERY", 1)  # quickly
     out = tmp_path / "out"
     demo.run(Demo(out=out, n_steps=2, progress=False))
     mine = out / "shards" / "notes.json"
@@ -142,7 +143,8 @@ def test_force_removes_nothing_that_the_user_put_there(tmp_path: Path) -> None:
     assert mine.read_text() == "mine"
 
 
-def test_an_image_of_the_user_among_the_crops_is_an_error_not_deleted(tmp_path: Path) -> None:
+def test_an_image_of_the_user_among_the_crops_is_an_error_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "N_IN_GALLERY", 1)  # quickly
     out = tmp_path / "out"
     demo.run(Demo(out=out, n_steps=2, progress=False))
     mine = out / "images" / "mine" / "holiday.png"

@@ -49,7 +49,7 @@ def peaks(tmp_path_factory) -> dict[int, int]:
         command = [sys.executable, "-c", SCRIPT, dpath / f"shards{n_imgs}", dpath / "sae.pt", dpath / f"run{n_imgs}"]
         # glibc keeps freed blocks per thread; fewer arenas make the peak a property of the program. So do fixed threads.
         done = subprocess.run(
-            command, capture_output=True, text=True, env=os.environ | {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "2"}
+            command, capture_output=True, text=True, env=os.environ | {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}
         )
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout.splitlines()[-1])
