@@ -98,8 +98,8 @@ def _refuse_late(command: str, rest: Sequence[str]) -> None:
     if command not in ("extract", "replay", "pipeline"):
         return
     jobs = {field.name for kind in (Extract, Replay) for field in fields(kind)}
-    own = {field.name for field in fields(Launcher) if field.name not in jobs}
-    if late := [word for word in rest if re.sub("^--(no-)?", "", word.split("=")[0]).replace("-", "_") in own]:
+    own = "|".join(field.name.replace("_", "[-_]") for field in fields(Launcher) if field.name not in jobs)
+    if late := [word for word in rest if re.fullmatch(f"--(no[-_])?({own})(=.*)?", word, re.S)]:
         print(f"{PROG}: {late[0]} is a flag of the launcher: write it before {command!r}.", file=sys.stderr)
         sys.exit(2)
 

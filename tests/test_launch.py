@@ -90,6 +90,12 @@ def test_a_flag_of_the_launcher_after_the_command_is_sent_back(capsys, flag, com
     assert f"{flag} is a flag of the launcher: write it before '{command}'." in capsys.readouterr().err
 
 
+def test_what_a_flag_of_the_launcher_is_called_may_be_a_value(tmp_path, args, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--dry-run", "extract", *args, "--out", "nodes", "--no-progress"])
+    assert "dry run: nothing was submitted" in capsys.readouterr().out
+
+
 def test_a_preset_of_the_jobs_is_sent_to_the_job(tmp_path, capsys):
     (tmp_path / "extract.toml").write_text("top_k = 3")
     with pytest.raises(SystemExit, match="1"):
