@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise PeerError(str(err)) from err
             raise
         job: Callable[[Any], None] = import_module(dict(JOBS.values())[type(cfg)]).run
-        with quiet_pipe() if isinstance(cfg, Inspect) else nullcontext():
+        with quiet_pipe():
             job(cfg)
     except Preempted as err:
         if is_first:

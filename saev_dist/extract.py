@@ -128,8 +128,9 @@ def _extract(job: Job, store: Run, world: World, *, encode: bool) -> None:
             names, metrics = artifacts.write(job, store, world, segments, whole, saev_percentile)
         manifest = artifacts.make_manifest(job, world, reports, clock.seconds, metrics, left_out)
         store.publish(names, manifest)
-        print(summary(cfg.out, manifest))
     world.finish()
+    if world.rank == 0:
+        print(summary(cfg.out, manifest))
 
 
 @dataclass(frozen=True, kw_only=True)

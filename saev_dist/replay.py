@@ -136,8 +136,9 @@ def run(cfg: Replay) -> None:
                 with writing(job.partial_dpath):
                     _write_page(job)
                     _publish(job)
-                print(_summary(job, reports))
             world.finish()
+            if world.rank == 0:
+                print(_summary(job, reports))
 
 
 def open_job(cfg: Replay) -> Job:

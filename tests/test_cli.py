@@ -10,7 +10,7 @@ import pytest
 from saev_dist.cli import main, parse
 from saev_dist.config import Demo, Extract, Replay
 from saev_dist.report import flags_of
-from tests.synthetic import make_acts, make_shards
+from tests.synthetic import make_acts, make_sae, make_shards
 
 ROOT = Path(__file__).parent.parent
 NEEDED = ["--shards", "s", "--sae", "a.pt", "--out", "o"]
@@ -146,6 +146,14 @@ def test_a_description_may_be_cut_off(tmp_path):
     shards = make_shards(tmp_path / "shards", make_acts(3))
     done = subprocess.run(f"{sys.executable} -m saev_dist inspect {shards} | true", shell=True, capture_output=True, text=True)
     assert not done.stderr
+
+
+def test_a_reader_that_has_gone_takes_nothing_from_a_finished_run(tmp_path):
+    shards, sae, out = make_shards(tmp_path / "shards", make_acts(3)), make_sae(tmp_path / "sae.pt"), tmp_path / "run"
+    command = f"{sys.executable} -m saev_dist extract --shards {shards} --sae {sae} --out {out} --no-progress"
+    done = subprocess.run(f"{command} --self-check off | true", shell=True, capture_output=True, text=True)
+    assert not done.stderr
+    assert (out / "manifest.json").exists() and not (out / "partials").exists()
 
 
 @pytest.mark.parametrize(("word", "meant"), [("extrct", "extract"), ("reply", "replay")])
