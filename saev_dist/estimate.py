@@ -14,7 +14,6 @@ from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, warn
 from saev_dist.machine import available_memory
 from saev_dist.plan import Plan
-from saev_dist.sae.encoder import batch_threads
 from saev_dist.sae.model import ConstantNorm, GroupMax, LayerNorm, Sae, TopK
 from saev_dist.sae.pieces import batches_ahead, block_shape, count_pieces, piece_images
 from saev_dist.spill import MAX_WAITING
@@ -69,8 +68,9 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     per_token = sae.activation.k if isinstance(sae.activation, TopK | GroupMax) else round(ASSUMED_DENSITY * sae.d_sae) + 1
     weights = 4 * (2 * sae.d_model * sae.d_sae + sae.d_sae + sae.d_model)
     shapes = shards.n_patches, sae.activation, sae.d_sae, device
-    n_threads = min(n_threads, max(1, count_pieces(plan.sizes(), *shapes)))
-    n_ahead = batches_ahead(plan.sizes(), *shapes, n_threads)
+    sizes = plan.sizes()
+    n_threads = min(n_threads, max(1, count_pieces(sizes, *shapes)))
+    n_ahead = batches_ahead(sizes, *shapes, n_threads)
     piece = piece_images(plan.examples_per_batch, *shapes) * shards.n_patches
     block_tokens, block_features, _ = block_shape(piece, sae.activation, sae.d_sae, device)
     block = block_tokens * n_threads
@@ -135,14 +135,14 @@ def within(
     return wanted, need
 
 
-def fit(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device, world: World) -> Estimate:
-    """What `cfg` needs on this rank, with as many threads as host memory has room for. Refuse what cannot fit.
+def fit(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device, n_threads: int, world: World) -> Estimate:
+    """What `cfg` needs on this rank, with as many of `n_threads` as host memory has room for. Refuse what cannot fit.
 
     Raises:
         ConfigError: host memory of this machine's ranks, device memory, or the disk is too small.
     """
     available = available_memory()
-    wanted, need = within(cfg, shards, sae, plan, device, batch_threads(device), available / world.local_size)
+    wanted, need = within(cfg, shards, sae, plan, device, n_threads, available / world.local_size)
     if need.host_total * world.local_size > available:
         raise ConfigError(
             f"this run needs about {gb(need.host_total)} of host memory for each of {world.local_size} ranks here; "

@@ -71,7 +71,7 @@ def run(cfg: Extract) -> None:
                 store.tidy()
                 print(already_done(store))
             return
-        need = fit(cfg, job.shards, job.sae, job.plan, job.device, world)
+        need = fit(cfg, job.shards, job.sae, job.plan, job.device, job.n_threads, world)
         job = replace(job, n_threads=need.n_threads)
         if cfg.screen == "bf16" and world.rank == 0 and (rate := screen.speedup(job.sae.d_model)) < screen.PAYS:
             warn(

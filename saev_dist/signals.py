@@ -28,7 +28,7 @@ class Signals:
         self._since = 0.0
         self.received = ""
         """Name of the first signal, "" before it."""
-        self.last = "this batch and a snapshot"
+        self.last = ""
         """What is done before the process leaves, for the message."""
 
     def __enter__(self) -> Self:

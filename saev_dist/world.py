@@ -61,17 +61,17 @@ class World:
         self._signals = Signals(self.rank)
 
     @contextmanager
-    def obeying_signals(self, kept: Path, *, last: str = "") -> Iterator[None]:
+    def obeying_signals(self, kept: Path, *, last: str = "this batch and a snapshot") -> Iterator[None]:
         """Leave in an orderly way when a signal asks for it.
 
         Args:
             kept: where what is done is kept, for the message.
-            last: what is still done; "": a batch and a snapshot.
+            last: what is still done before that, for the message.
 
         Raises:
             Preempted: on every rank, once one of them has had a signal.
         """
-        self._signals.last = last or self._signals.last
+        self._signals.last = last
         try:
             with self._signals:
                 yield

@@ -38,25 +38,10 @@ def server(tmp_path_factory):
 def whole(tmp_path_factory, server):
     """Shards, an SAE, the command for them, and the hashes of an uninterrupted run."""
     from tests.ranks import artifact_hashes  # after torch's settings above
-    from tests.synthetic import make_acts, make_sae, make_shards
+    from tests.synthetic import make_command
 
     dpath = tmp_path_factory.mktemp("whole")
-    shards, sae = make_shards(dpath / "shards", make_acts()), make_sae(dpath / "sae.pt")
-    args = [
-        "extract",
-        "--shards",
-        shards,
-        "--sae",
-        sae,
-        "--batch-tokens",
-        10,
-        "--top-k",
-        4,
-        "--no-progress",
-        "--self-check",
-        "off",
-    ]
-    args += ["--snapshot-every", 0, "--out"]
+    args = make_command(dpath, "--snapshot-every", 0)
     codes, output = server.run(*args, dpath / "run")
     assert codes == [0], output
-    return args, artifact_hashes(dpath / "run"), shards
+    return args, artifact_hashes(dpath / "run"), dpath / "shards"

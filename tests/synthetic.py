@@ -96,3 +96,10 @@ def brute_force_slots(codes_eps: NDArray[np.float32], top_k: int, rank_by: str) 
         imgs.append([e for _, e, _ in kept])
         patches.append([p for _, _, p in kept])
     return values, imgs, patches
+
+
+def make_command(dpath: Path, *flags: object) -> list[object]:
+    """`extract` on shards and an SAE that are made below `dpath`, batches of two images; the value of --out is to follow."""
+    shards, sae = make_shards(dpath / "shards", make_acts()), make_sae(dpath / "sae.pt")
+    small = ["--batch-tokens", 2 * N_PATCHES, "--top-k", 4, "--no-progress", "--self-check", "off"]
+    return ["extract", "--shards", shards, "--sae", sae, *small, *flags, "--out"]

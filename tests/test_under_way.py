@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from saev_dist import estimate
+from saev_dist import estimate, job
 from saev_dist.cli import main
 from saev_dist.config import Extract
 from saev_dist.data.reader import Reader
@@ -188,7 +188,7 @@ def test_threads_are_as_many_as_memory_has_room_for(tmp_path, monkeypatch, capsy
         return need
 
     monkeypatch.setattr(estimate, "estimate", note)
-    monkeypatch.setattr(estimate, "batch_threads", lambda device: 30)
+    monkeypatch.setattr(job, "batch_threads", lambda device: 30)
     monkeypatch.setattr(estimate, "available_memory", lambda: 0)
     with pytest.raises(SystemExit, match="1"):
         main([*args, "--out", str(tmp_path / "refused")])

@@ -13,7 +13,7 @@ from torch.distributed import TCPStore
 from saev_dist.errors import ConfigError
 from saev_dist.world import World, _slice_sizes
 from tests.ranks import ENV, Attempt, artifact_hashes, rendezvous, run_ranks, server
-from tests.synthetic import make_acts, make_sae, make_shards
+from tests.synthetic import make_command
 
 SLOW = """
 import os, time
@@ -36,22 +36,7 @@ def start_ranks(slow_rank: int, delay_s: float, *args: object, phase: str = "_st
 
 @pytest.fixture
 def args(tmp_path):
-    shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
-    return [
-        "extract",
-        "--shards",
-        shards,
-        "--sae",
-        sae,
-        "--batch-tokens",
-        10,
-        "--top-k",
-        4,
-        "--no-progress",
-        "--self-check",
-        "off",
-        "--out",
-    ]
+    return make_command(tmp_path)
 
 
 @pytest.mark.parametrize("slow_rank", [0, 2])
