@@ -148,7 +148,7 @@ def _run(cfg: Demo, source_dpath: Path) -> None:
         n_features=N_IN_GALLERY,
         n_images=N_SHOWN,
         patch_size=PATCH_PX,
-        img_scale=2,
+        img_scale=2.0,
         force=True,
         progress=cfg.progress,
     )
