@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import tyro
 
-from saev_dist.cli import quiet_pipe, with_toml
+from saev_dist.cli import printing, with_toml
 from saev_dist.config import Extract, Replay
 from saev_dist.errors import ConfigError, SaevDistError, warn
 from saev_dist.files import writing
@@ -73,7 +73,7 @@ def run(argv: list[str]) -> bool:
     return False
 
 
-@quiet_pipe()
+@printing()
 def _parse(command: type[Flags], prog: str, args: Sequence[str]) -> Flags:
     return tyro.cli(command, prog=prog, args=args)
 
@@ -261,7 +261,7 @@ def plan_text(cfg: Extract, launcher: Launcher) -> str:
     return describe_plan(cfg, job.shards, job.sae, job.plan, need, launcher.n_ranks)
 
 
-@quiet_pipe()
+@printing()
 def status(cfg: Status) -> bool:
     """Print what the latest jobs of each run are doing."""
     jobs = _latest(cfg.run)

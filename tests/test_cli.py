@@ -148,6 +148,20 @@ def test_a_description_may_be_cut_off(tmp_path):
     assert not done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("saev_dist inspect {shards}", "saev-dist: error"),
+        ("saev_dist --help", "saev-dist: error"),
+        ("slurm.launch --help", "slurm.launch: error"),
+    ],
+)
+def test_a_full_disk_under_the_output_is_one_line(tmp_path, command, says):
+    command = command.format(shards=make_shards(tmp_path / "shards", make_acts(3)))
+    done = subprocess.run(f"{sys.executable} -m {command} > /dev/full", shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"{says}: cannot print: No space left on device.\n")
+
+
 def test_a_reader_that_has_gone_takes_nothing_from_a_finished_run(tmp_path):
     shards, sae, out = make_shards(tmp_path / "shards", make_acts(3)), make_sae(tmp_path / "sae.pt"), tmp_path / "run"
     command = f"{sys.executable} -m saev_dist extract --shards {shards} --sae {sae} --out {out} --no-progress"
