@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from saev_dist.render import plots
-from saev_dist.render.plots import ACCENT, MAX_ROWS, density_png, distributions_png
+from saev_dist.render.plots import ACCENT, MAX_ROWS, ROW_FILL, density_png, distributions_png
 
 RNG = np.random.default_rng(0)
 FREQ, MEAN = RNG.normal(-3, 0.7, 900), RNG.normal(0.2, 0.3, 900)
@@ -75,17 +75,24 @@ def test_bars_count_the_scores_above_zero_and_nothing_else(figures: list[Figure]
     values_st = np.maximum(RNG.normal(-1, 1, (3, 5000)), 0).astype(np.float32)
     values_st[1] = 0
     distributions_png(values_st)
-    rows = figures[0].axes
-    assert [int(row.patches[0].get_data().values.sum()) for row in rows] == [int((row > 0).sum()) for row in values_st]
-    edges = rows[0].patches[0].get_data().edges
-    assert edges[0] == 0 and edges[-1] == pytest.approx(values_st.max())
-    texts = [row.texts[0].get_text() for row in rows]
-    assert texts[1] == "never" and texts[0] == f"{(values_st[0] > 0).mean():.2%} of tokens"
+    (axis,) = figures[0].axes
+    for patch, values_t in zip(axis.patches, values_st, strict=True):
+        heights, edges, base = patch.get_data()
+        counts, _ = np.histogram(values_t[values_t > 0], bins=len(heights), range=(0, values_st.max()))
+        np.testing.assert_allclose(base - heights, ROW_FILL * counts / max(1, counts.max()), atol=1e-12)
+        assert edges[0] == 0 and edges[-1] == pytest.approx(values_st.max())
+    texts = [text.get_text() for text in axis.texts]
+    assert texts == [f"{(values_st[0] > 0).mean():.2%} of tokens", "never", f"{(values_st[2] > 0).mean():.2%} of tokens"]
 
 
-def test_rows_are_capped(figures: list[Figure]):
+def test_rows_are_capped_and_each_has_its_feature_s_place(figures: list[Figure]):
     distributions_png(np.ones((MAX_ROWS + 5, 4), np.float32))
-    assert len(figures[0].axes) == MAX_ROWS and f"features 0 to {MAX_ROWS - 1}" in figures[0].get_suptitle()
+    (axis,) = figures[0].axes
+    assert len(axis.patches) == MAX_ROWS and f"features 0 to {MAX_ROWS - 1}" in figures[0].get_suptitle()
+    places = {label.get_text(): at for at, label in zip(axis.get_yticks(), axis.get_yticklabels(), strict=True)}
+    for s, patch in enumerate(axis.patches):
+        heights, _, base = patch.get_data()
+        assert base > places[str(s)] > heights.min() >= base - 1
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (1, 0), (3, 4)])

@@ -54,7 +54,8 @@ def make_run(tmp_path: Path, activation: dict = RELU, **settings) -> Path:
     shards = make_shards(tmp_path / "shards", acts, layers=(2, 4), cls_token=True)
     sae = make_sae(tmp_path / "sae.pt", activation)
     out = tmp_path / "run"
-    extract.run(Extract(shards=shards, sae=sae, out=out, layer=4, top_k=9, progress=False, **settings))
+    few = {"n_distributions": 2}  # matplotlib takes its time for each
+    extract.run(Extract(shards=shards, sae=sae, out=out, layer=4, top_k=9, progress=False, **few | settings))
     return out
 
 

@@ -10,6 +10,8 @@ import pytest
 from tests.crash import Fault, FaultyServer
 from tests.test_replay import make_pictures, make_run, tree
 
+QUICK = "from saev_dist.render import plots as p; p.density_png = p.distributions_png = lambda *arrays: bytes(5000)"
+"""Code for `before`: matplotlib takes more time for its two figures than all the rest."""
 NEWS = ("saev-dist: warning: ", "replay: ")
 
 
@@ -20,7 +22,7 @@ def whole(tmp_path_factory, server):
     run, images = make_run(dpath), make_pictures(dpath / "images")
     args = ["replay", "--run-dir", run, "--images", images, "--features", 3, 5, "--n-features", 0, "--n-images", 3]
     args += ["--workers", 1, "--no-progress"]
-    assert server.run(*args)[0] == [0]
+    assert server.run(*args, before=QUICK)[0] == [0]
     gallery = tree(run / "visuals")
     shutil.rmtree(run / "visuals")
     return run, args, gallery
@@ -29,12 +31,12 @@ def whole(tmp_path_factory, server):
 def strike(server: FaultyServer, whole, fault: Fault, roots: tuple[Path, ...]) -> bool:
     """Whether the struck replay failed; the gallery is right in the end."""
     run, args, gallery = whole
-    (code,), output = server.run(*args, fault=fault, roots=roots)
+    (code,), output = server.run(*args, before=QUICK, fault=fault, roots=roots)
     failed = code != 0
     if failed:
         lines = [line for line in output.splitlines() if not line.startswith(NEWS)]
         assert code == 1 and len(lines) == 1 and lines[0].startswith("saev-dist: error: "), (fault, output)
-        (code,), output = server.run(*args)
+        (code,), output = server.run(*args, before=QUICK)
     assert code == 0, (fault, output)
     assert tree(run / "visuals") == gallery, fault
     assert sorted(path.name for path in run.iterdir() if path.name.startswith("visuals")) == ["visuals"], fault
@@ -54,7 +56,7 @@ def test_every_file_operation_may_fail_once(server, whole, tmp_path):
     run, args, _ = whole
     for op, how in {"w": "28", "m": "5", "u": "5", "o": "28"}.items() if "SOAK" in os.environ else [("w", "28"), ("m", "5")]:
         log = tmp_path / f"{op}.log"
-        assert server.run(*args, fault=Fault(ops=op, at=0, how=how), roots=(run / "visuals",), log=log)[0] == [0]
+        assert server.run(*args, before=QUICK, fault=Fault(ops=op, at=0, how=how), roots=(run / "visuals",), log=log)[0] == [0]
         shutil.rmtree(run / "visuals")
         lines = Path(f"{log}.0").read_text().splitlines() if Path(f"{log}.0").exists() else []
         kinds = {re.sub(r"\d+", "#", line): place for place, line in enumerate(lines, 1)}
