@@ -9,7 +9,8 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,test,dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[demo,test,dev]'
+	-$(BIN)/python -m compileall -qq -j 0 .venv/lib # on all cores, where pip takes one
 	touch $@
 
 demo: install
