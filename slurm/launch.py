@@ -17,6 +17,7 @@ import tyro
 
 from saev_dist.cli import printing, with_toml
 from saev_dist.config import Extract, Replay
+from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, SaevDistError, warn
 from saev_dist.files import writing
 from saev_dist.sae.hub import is_hub_name
@@ -191,8 +192,8 @@ def _logs_dpath(launcher: Launcher, cfgs: Sequence[Extract | Replay]) -> Path:
 
 
 def _check_inputs(cfgs: Sequence[Extract | Replay], later: Sequence[Replay]) -> None:
-    """Refuse names of nothing before they wait in a queue. What is there the job looks into. The runs of later replays
-    are not there yet."""
+    """Refuse names of nothing, and a layer that is not in the shards, before they wait in a queue. Into an SAE and the
+    shards' files the job looks. The runs of later replays are not there yet."""
     for cfg in [*cfgs, *later]:
         if isinstance(cfg, Replay):
             needed = [] if cfg in later else [cfg.run]
@@ -203,6 +204,8 @@ def _check_inputs(cfgs: Sequence[Extract | Replay], later: Sequence[Replay]) -> 
             needed.append(cfg.sae)
         if missing := [path for path in needed if not os.path.exists(path)]:
             raise ConfigError(f"{missing[0]} is not there, so nothing was launched. Jobs see what this machine sees.")
+        if isinstance(cfg, Extract):
+            Shards.open(cfg.shards, cfg.layer)
 
 
 def _check_free(cfgs: Sequence[Extract | Replay]) -> None:

@@ -457,12 +457,19 @@ def test_what_is_not_there_is_not_launched(tmp_path, args, flag):
     assert not (tmp_path / "run").exists() and not (tmp_path / "nowhere").exists()
 
 
+def test_a_layer_that_the_shards_lack_is_not_launched(tmp_path, args):
+    with pytest.raises(ConfigError, match="shards holds no layer 77; it holds 4"):
+        run(["--cluster", "local", "--gpus-per-node", "0", "extract", *args, "--layer", "77", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("cluster", ["local", "debug"])
 def test_bad_input_is_one_line_and_no_gallery_follows(tmp_path, args, cluster):
-    done = launch("--cluster", cluster, "pipeline", *args, "--layer", 77, "--out", tmp_path / "run", "--", "--no-pictures")
+    make_sae(Path(args[3]), d_model=8)
+    done = launch("--cluster", cluster, "pipeline", *args, "--out", tmp_path / "run", "--", "--no-pictures")
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line]
-    assert "layer 77" in line and "Traceback" not in done.stdout and "replay" not in done.stdout
+    assert "takes activations of width 8" in line and "Traceback" not in done.stdout and "replay" not in done.stdout
 
 
 def test_debug_runs_here(tmp_path, args):
