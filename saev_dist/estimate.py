@@ -16,6 +16,7 @@ from saev_dist.machine import available_memory
 from saev_dist.plan import Plan
 from saev_dist.sae.model import ConstantNorm, GroupMax, LayerNorm, Sae, TopK
 from saev_dist.sae.pieces import batches_ahead, block_shape, count_pieces, piece_images
+from saev_dist.sae.product import uses_numpy
 from saev_dist.spill import MAX_WAITING
 from saev_dist.world import World
 
@@ -95,6 +96,8 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     if device.type == "cpu":
         host["codes of batches under way"] = min(n_ahead + 1, plan.n_batches) * codes
         host["dense codes"] = dense
+        if uses_numpy(device, cfg.precision, screen=cfg.screen != "none"):
+            host["weights and tokens, as NumPy multiplies them"] = 4 * (sae.d_model + 1) * (sae.d_sae + block)
         on_device = {}
     else:
         batch = batch_tokens * sae.d_model * 4

@@ -123,7 +123,8 @@ def test_loud_features_have_the_codes_of_fp32(kind, loud):
     """One in 64 is much larger than the others."""
     w_ds, bias_s = close_ones(D_MODEL, 512, 1).T.contiguous(), torch.arange(512) % 3 * 301.0
     if loud == "norm":
-        w_ds[:, 5::64] *= 2.0**12  # exact still
+        w_ds[:, 5::64] *= 2.0**12  # exact still, as are the sums with the bias
+        bias_s[5::64] *= 2.0**12
     else:
         bias_s[5::64] = -(2.0**40)
     sae = Sae(

@@ -13,6 +13,7 @@ from saev_dist.cli import main
 from saev_dist.config import Extract, Verify
 from saev_dist.finished import FinishedRun
 from saev_dist.reencode import TOLERANCE, Check, _is_on_edge, reencode
+from saev_dist.sae import product
 from saev_dist.sae.encoder import Encoder
 from saev_dist.sae.model import Sae, TopK
 from saev_dist.sae.saev import save_saev
@@ -150,6 +151,7 @@ def other_device(monkeypatch: pytest.MonkeyPatch) -> None:
     addmm = torch.addmm
     flipped = lambda b_s, x_bd, w_ds, out: addmm(b_s, x_bd.flip(1), w_ds.flip(0), out=out)  # noqa: E731
     monkeypatch.setattr(torch, "addmm", flipped)
+    monkeypatch.setattr(product, "numpy_is_faster", lambda: False)
 
 
 def twins() -> tuple[torch.Tensor, np.ndarray]:
@@ -176,6 +178,7 @@ def test_a_run_of_another_device_verifies_where_rounding_decides_what_a_code_kee
     with monkeypatch.context() as there:
         other_device(there)
         extract.run(Extract(shards=shards, sae=tmp_path / "sae.pt", out=tmp_path / "run", device="cpu", progress=False))
+    monkeypatch.setattr(product, "numpy_is_faster", lambda: False)  # whose rounding `between` knows
     run = FinishedRun.open(tmp_path / "run")
     slots = deal(choose_slots(range(512), run.values_sk, run.imgs_sk, run.patches_sk, None), 1)[0]
     check = Check()

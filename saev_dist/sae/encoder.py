@@ -15,7 +15,7 @@ Names: `b` tokens of a piece or block, `c` columns of a block, `d` model width, 
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -25,6 +25,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from saev_dist.accumulators.base import Codes, DeviceCodes, stable_order
@@ -32,6 +33,7 @@ from saev_dist.fused import kernels_on
 from saev_dist.machine import cpu_threads
 from saev_dist.sae.model import ConstantNorm, Gated, Given, GroupMax, LayerNorm, Precision, Sae, Threshold, TopK
 from saev_dist.sae.pieces import LANES, block_shape, encodes_at_once, piece_images
+from saev_dist.sae.product import NumpyProduct, Product, TorchProduct, uses_numpy
 from saev_dist.sae.screen import Screen
 from saev_dist.sae.select import select_at_once
 from saev_dist.sae.sieve import Bound, Sieve, keep
@@ -106,10 +108,16 @@ class Encoder:
             else:
                 self._threshold = float(_not_above(torch.tensor(max(threshold, 0.0)), self.dtype))
         self._screen: Screen | None = None
+        self._product: Product | None = None
         if screen:
             assert device.type == "cpu" and precision == "fp32"
             with _one_thread():
                 self._screen = Screen(self._w_ds, self._b_s, self._threshold)
+        elif not encodes_at_once(device):
+            make: Callable[[Tensor, Tensor], Product] = (
+                NumpyProduct if uses_numpy(device, precision, screen=screen) else TorchProduct
+            )
+            self._product = make(self._w_ds, self._b_s)
         self._own = _Own()
         self._is_closing = False
 
@@ -244,22 +252,21 @@ class Encoder:
 
     def _encode_blocks(self, x_bd: Tensor, lift_s: Tensor | None, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
         """Token (from the first), feature and value of each nonzero code, block after block, on the device; and the blocks."""
-        bias_s = self._b_s
         if lift_s is not None:
             if isinstance(self.sae.activation, Gated):  # the gate decides, and its h becomes a score by this factor
                 lift_s = lift_s / self.sae.activation.scale_s
-            bias_s = bias_s + lift_s.to(self.device, self.dtype)
+            lift_s = lift_s.to(self.device, self.dtype)
         step, _, _ = block_shape(len(x_bd), self.sae.activation, self.sae.d_sae, self.device)
         parts = []
         for first in range(0, len(x_bd), step):
-            token_n, feature_n, value_n = self._encode_block(x_bd[first : first + step], bias_s, only)
+            token_n, feature_n, value_n = self._encode_block(x_bd[first : first + step], lift_s, only)
             parts.append((token_n + first if first else token_n, feature_n, value_n))
         if len(parts) == 1:
             return *parts[0], 1
         token_n, feature_n, value_n = (torch.cat(part) for part in zip(*parts, strict=True))
         return token_n, feature_n, value_n, len(parts)
 
-    def _encode_block(self, x_bd: Tensor, bias_s: Tensor, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _encode_block(self, x_bd: Tensor, lift_s: Tensor | None, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Token (int64), feature (int64) and value (float32) of each nonzero code, on the device.
 
         On the CPU by feature, then token; on a GPU by token, then feature.
@@ -271,7 +278,7 @@ class Encoder:
         if isinstance(self.sae.input_norm, LayerNorm | ConstantNorm):
             x_bd = self.sae.input_norm.apply(x_bd)
         select = self._select_at_once if encodes_at_once(self.device) else self._select
-        token_n, feature_n, value_n = select(x_bd.to(self.dtype), bias_s)
+        token_n, feature_n, value_n = select(x_bd.to(self.dtype), lift_s)
         if isinstance(activation, Gated):
             value_n = value_n * self._mag_scale_s[feature_n] + self._mag_shift_s[feature_n]
         keep_n = value_n > 0 if isinstance(activation, Gated) or (isinstance(activation, TopK) and activation.relu) else None
@@ -283,13 +290,14 @@ class Encoder:
             token_n, feature_n, value_n = token_n[kept_x], feature_n[kept_x], value_n[kept_x]
         return token_n, feature_n, value_n
 
-    def _select(self, x_bd: Tensor, bias_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _select(self, x_bd: Tensor, lift_s: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         n_tokens, d_sae, activation = len(x_bd), self.sae.d_sae, self.sae.activation
         _, n_first, step = block_shape(n_tokens, activation, d_sae, self.device)
         threshold: Bound = self._threshold.float().numpy() if isinstance(self._threshold, Tensor) else self._threshold
         exact = partial(self._screen.recompute, x_bd=x_bd) if self._screen else None
         sieve = Sieve(activation, 0.0 if self._screen else threshold, n_tokens, d_sae, exact)
         rounded = self._screen.round(x_bd) if self._screen else None
+        prepared = self._product.prepare(x_bd) if self._product else None
         # Features are rows, so that codes are found in their final order; rows begin at cache lines, or the product is slow.
         width = -(-n_tokens // 16) * 16
         dtype = torch.bfloat16 if self._screen else self.dtype
@@ -303,8 +311,8 @@ class Encoder:
             out_cb = h_cw[:, :n_tokens]
             if self._screen is not None and rounded is not None:
                 margin = self._screen.product(first, rounded, out_cb)
-            else:
-                torch.addmm(bias_s[first:stop, None], self._w_ds[:, first:stop].T, x_bd.T, out=out_cb)
+            elif self._product is not None:
+                self._product.into(out_cb, slice(first, stop), prepared, lift_s)
             sieve.take(first, (h_cw if dtype == torch.float32 else h_cw.view(torch.int16)).numpy(), margin)
         candidates = sieve.candidates()
         if exact:
@@ -315,10 +323,10 @@ class Encoder:
         token_n, feature_n, value_n = (torch.from_numpy(part) for part in candidates)
         return token_n, feature_n, value_n
 
-    def _select_at_once(self, x_bd: Tensor, bias_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _select_at_once(self, x_bd: Tensor, lift_s: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         n_tokens, d_sae = len(x_bd), self.sae.d_sae
         h_bs = self._block(n_tokens * d_sae, self.dtype).view(n_tokens, d_sae)
-        torch.addmm(bias_s, x_bd, self._w_ds, out=h_bs)
+        torch.addmm(self._b_s if lift_s is None else self._b_s + lift_s, x_bd, self._w_ds, out=h_bs)
         return select_at_once(h_bs, self.sae.activation, self._threshold)
 
     @contextmanager
@@ -362,11 +370,12 @@ def _begin(index: int | None) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread for each operation of torch: results do not depend on the machine, and our threads have the cores."""
+    """One thread for each operation of torch and NumPy: no result depends on the machine, and our threads have the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with threadpool_limits(1, "blas"):  # NumPy's
+            yield
     finally:
         torch.set_num_threads(before)
 

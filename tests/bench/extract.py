@@ -3,7 +3,8 @@
 Shards, SAE and run directory are real files; progress, snapshots, checks and every artifact are on: it is `extract.run`
 that is timed, from the manifest's stages. The ceiling is one `torch.addmm` in fp32 per batch over the same activations,
 into one reused array, before and after every run; the share is the median over the rounds of their mean over the run's
-time. The slots are checked against a dense search. One JSON line a case.
+time. `of_numpy` holds a run against `np.matmul` instead, right after it. The slots are checked against a dense search. One
+JSON line a case.
 """
 
 import argparse
@@ -95,11 +96,20 @@ def read_all(dpath: Path) -> torch.Tensor:
 
 
 def bare_product_s(acts_td: torch.Tensor, w_ds: torch.Tensor, b_s: torch.Tensor, batch_tokens: int) -> float:
-    """Seconds for the encoder's products alone."""
+    """Seconds for the encoder's products alone, by torch."""
     out = torch.empty(batch_tokens, w_ds.shape[1], dtype=w_ds.dtype)
     began = time.perf_counter()
     for x_bd in acts_td.split(batch_tokens):
         torch.addmm(b_s, x_bd.to(w_ds.dtype), w_ds, out=out[: len(x_bd)])
+    return time.perf_counter() - began
+
+
+def numpy_product_s(acts_td: torch.Tensor, w_ds: torch.Tensor, batch_tokens: int) -> float:
+    """The same by NumPy, without the bias."""
+    out, w = torch.empty(batch_tokens, w_ds.shape[1]).numpy(), w_ds.numpy()
+    began = time.perf_counter()
+    for x_bd in acts_td.split(batch_tokens):
+        np.matmul(x_bd.numpy(), w, out=out[: len(x_bd)])
     return time.perf_counter() - began
 
 
@@ -135,9 +145,10 @@ def measure(case: Case, rounds: int, **settings: object) -> None:
         acts_td, loaded = read_all(shards), load_saev(sae)
         product = acts_td, loaded.w_enc_ds, loaded.b_enc_s, case.batch_tokens
         # A shared machine's speed wanders: the ceiling is taken right before and right after each run.
-        products, manifests = [bare_product_s(*product)], []
+        products, numpy_products, manifests = [bare_product_s(*product)], [], []
         for _ in range(rounds):
             run(Extract(shards=shards, sae=sae, out=dpath / "run", top_k=case.top_k, device="cpu", force=True, **settings))
+            numpy_products.append(numpy_product_s(acts_td, loaded.w_enc_ds, case.batch_tokens))
             products.append(bare_product_s(*product))
             manifests.append(json.loads((dpath / "run/manifest.json").read_text()))
         check_slots(dpath / "run", acts_td, sae, case)
@@ -150,6 +161,8 @@ def measure(case: Case, rounds: int, **settings: object) -> None:
         ceiling=PRODUCT,
         share=median(shares),
         shares=[round(share, 3) for share in shares],
+        by=manifests[-1]["machine"]["product"],
+        of_numpy=round(median(a / b for a, b in zip(numpy_products, totals, strict=True)), 3),
         l0=round(manifests[-1]["metrics"]["l0"], 1),
         tokens_per_s=round(case.n_tokens / min(totals)),
         product_gflops=round(2 * case.n_tokens * case.d_model * case.d_sae / min(products) / 1e9, 1),

@@ -1,0 +1,92 @@
+"""The product of a block of features, in fp32 on the CPU: by torch's BLAS, or by NumPy's where that is faster.
+
+torch brings MKL and NumPy brings OpenBLAS. On AMD's processors with AVX2 and without AVX-512, OpenBLAS makes the same product
+1.07 to 1.15 times as fast. Which one is used follows from the processor and the libraries, never from a measurement: it
+decides how sums are rounded, and a run's bytes must not depend on what else a machine did when the run began.
+
+Names: `b` tokens, `c` features of a block, `d` model width, `e` the same and one more, `s` features.
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saev_dist.sae.model import Precision
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+class Product(Protocol):
+    """Products of tokens with an encoder's weights, plus its bias."""
+
+    def prepare(self, x_bd: Tensor) -> Any:
+        """Tokens as `into` takes them."""
+
+    def into(self, out_cb: Tensor, features: slice, prepared: Any, lift_s: Tensor | None) -> None:
+        """Write the product of some features, plus bias and lift."""
+
+
+class TorchProduct:
+    """By `torch.addmm`.
+
+    Args:
+        w_ds: (d, s).
+        b_s: (s,), of the same type.
+    """
+
+    def __init__(self, w_ds: Tensor, b_s: Tensor) -> None:
+        self._w_ds, self._b_s = w_ds, b_s
+
+    def prepare(self, x_bd: Tensor) -> Tensor:
+        return x_bd
+
+    def into(self, out_cb: Tensor, features: slice, prepared: Tensor, lift_s: Tensor | None) -> None:
+        bias_c = self._b_s[features] if lift_s is None else self._b_s[features] + lift_s[features]
+        torch.addmm(bias_c[:, None], self._w_ds[:, features].T, prepared.T, out=out_cb)
+
+
+class NumpyProduct:
+    """By `np.matmul`, float32. It adds no bias: that is one more column of the weights, and a 1 after each token.
+
+    Args:
+        w_ds: float32 (d, s).
+        b_s: float32 (s,).
+
+    Memory: the weights once more.
+    """
+
+    def __init__(self, w_ds: Tensor, b_s: Tensor) -> None:
+        self._w_se = torch.cat([w_ds.T, b_s[:, None]], dim=1).numpy()
+
+    def prepare(self, x_bd: Tensor) -> Tensor:
+        x_be = x_bd.new_empty(len(x_bd), x_bd.shape[1] + 1)
+        x_be[:, :-1], x_be[:, -1] = x_bd, 1
+        return x_be
+
+    def into(self, out_cb: Tensor, features: slice, prepared: Tensor, lift_s: Tensor | None) -> None:
+        np.matmul(self._w_se[features], prepared.numpy().T, out=out_cb.numpy())
+        if lift_s is not None:
+            out_cb += lift_s[features, None]
+
+
+def uses_numpy(device: torch.device, precision: Precision, *, screen: bool) -> bool:
+    """Whether an `Encoder` of these settings multiplies with NumPy."""
+    return device.type == "cpu" and precision == "fp32" and not screen and numpy_is_faster()
+
+
+@cache
+def numpy_is_faster() -> bool:
+    """Whether this is a processor of AMD's without AVX-512, and NumPy has OpenBLAS."""
+    blas: dict[str, Any] = np.show_config(mode="dicts")  # type: ignore[assignment]
+    name = blas.get("Build Dependencies", {}).get("blas", {}).get("name", "")
+    try:
+        cpu = CPUINFO.read_text()
+    except OSError:  # not Linux
+        return False
+    flags = set(" ".join(re.findall(r"^flags\s*:(.*)$", cpu, re.M)[:1]).split())
+    return "AuthenticAMD" in cpu and "avx2" in flags and "avx512f" not in flags and "openblas" in name

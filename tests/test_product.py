@@ -1,0 +1,107 @@
+"""The two products: the same to rounding, the bias and the lift in both, and which one is used where."""
+
+import numpy as np
+import pytest
+import torch
+
+from saev_dist.sae import product
+from saev_dist.sae.encoder import Encoder
+from saev_dist.sae.model import Relu, Sae, TopK
+from saev_dist.sae.product import NumpyProduct, TorchProduct, numpy_is_faster, uses_numpy
+from tests.synthetic import make_acts, make_weights
+
+CPU = torch.device("cpu")
+RANDOM = torch.Generator().manual_seed(0)
+MAKERS = pytest.mark.parametrize("make", [TorchProduct, NumpyProduct])
+
+
+def block(n_features: int, n_tokens: int) -> torch.Tensor:
+    """As the encoder has it: rows begin at cache lines."""
+    return torch.full((n_features, -(-n_tokens // 16) * 16), torch.nan)[:, :n_tokens]
+
+
+@MAKERS
+@pytest.mark.parametrize("n_tokens", [1, 16, 37])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_block_is_the_product_of_its_features_with_bias_and_lift(make, n_tokens, transposed):
+    w_ds, b_s = torch.randn(50, 130, generator=RANDOM), torch.randn(130, generator=RANDOM)
+    x_bd, lift_s = torch.randn(n_tokens, 50, generator=RANDOM), torch.randn(130, generator=RANDOM)
+    made = make(w_ds.T.contiguous().T if transposed else w_ds, b_s)
+    expected_bs = x_bd.double() @ w_ds.double() + b_s.double()
+    for first, stop in ((0, 64), (64, 130)):
+        for lift in (None, lift_s):
+            out_cb = block(stop - first, n_tokens)
+            made.into(out_cb, slice(first, stop), made.prepare(x_bd), lift)
+            expected_cb = (expected_bs if lift is None else expected_bs + lift.double())[:, first:stop].T
+            torch.testing.assert_close(out_cb.double(), expected_cb, rtol=1e-5, atol=1e-5)
+
+
+@MAKERS
+@pytest.mark.parametrize("kind", [Relu(), TopK(4)], ids=str)
+def test_the_encoder_makes_the_same_codes_with_either(monkeypatch, make, kind):
+    sae = Sae(**make_weights(), activation=kind, pre_bias=True, source="integers")
+    acts_bd = torch.from_numpy(make_acts(11)).view(-1, sae.d_model)
+    monkeypatch.setattr(product, "numpy_is_faster", lambda: make is NumpyProduct)
+    with Encoder(sae, CPU, "fp32", 2) as one:
+        codes = one.encode(acts_bd, img_i=0, n_patches=5)
+    h_bs = (acts_bd - sae.b_dec_d) @ sae.w_enc_ds + sae.b_enc_s  # of integers, so exact
+    expected_bs = h_bs.relu()
+    if isinstance(kind, TopK):
+        order_bk = h_bs.argsort(dim=1, descending=True, stable=True)[:, :4]
+        expected_bs = torch.zeros_like(h_bs).scatter(1, order_bk, h_bs.gather(1, order_bk))
+    found_bs = torch.zeros_like(h_bs).index_put((codes.token_n, codes.feature_n), codes.value_n)
+    assert torch.equal(found_bs, expected_bs) and len(codes.value_n) == int((expected_bs != 0).sum())
+
+
+def test_numpy_has_one_thread_inside_an_encoder_and_its_own_number_after_it():
+    from threadpoolctl import threadpool_info
+
+    def n_threads() -> set[int]:
+        return {lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"}
+
+    before = n_threads()
+    sae = Sae(**make_weights(), activation=Relu(), pre_bias=False, source="integers")
+    with Encoder(sae, CPU, "fp32", 2):
+        assert n_threads() <= {1}
+    assert n_threads() == before
+
+
+ZEN_3 = "vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx avx2 fma\n"
+
+
+@pytest.fixture
+def cpu(monkeypatch, tmp_path):
+    """Makes this machine's /proc/cpuinfo say something; None: there is none."""
+
+    def say(text: str | None) -> None:
+        fpath = tmp_path / "cpuinfo"
+        if text is not None:
+            fpath.write_text(text)
+        monkeypatch.setattr(product, "CPUINFO", fpath)
+        numpy_is_faster.cache_clear()
+
+    yield say
+    monkeypatch.undo()
+    numpy_is_faster.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "blas", "is_faster"),
+    [
+        (ZEN_3, "scipy-openblas", True),
+        (ZEN_3 * 2, "openblas", True),
+        (ZEN_3, "mkl", False),
+        (ZEN_3.replace("avx2", "avx2 avx512f"), "openblas", False),
+        (ZEN_3.replace("avx2", ""), "openblas", False),
+        (ZEN_3.replace("AuthenticAMD", "GenuineIntel"), "openblas", False),
+        ("processor\t: 0\nFeatures\t: asimd\n", "openblas", False),
+        (None, "openblas", False),
+    ],
+)
+def test_numpy_multiplies_where_it_was_measured_to_be_faster(cpu, monkeypatch, text, blas, is_faster):
+    monkeypatch.setattr(np, "show_config", lambda mode: {"Build Dependencies": {"blas": {"name": blas}}})
+    cpu(text)
+    assert numpy_is_faster() == is_faster
+    assert uses_numpy(CPU, "fp32", screen=False) == is_faster
+    assert not uses_numpy(CPU, "bf16", screen=False) and not uses_numpy(CPU, "fp32", screen=True)
+    assert not uses_numpy(torch.device("cuda"), "fp32", screen=False)
