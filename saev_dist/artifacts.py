@@ -15,7 +15,6 @@ from saev_dist.csr import write_csr
 from saev_dist.errors import DataError
 from saev_dist.job import Job, as_json
 from saev_dist.plan import Batch, complement
-from saev_dist.sae.product import uses_numpy
 from saev_dist.spill import Rows, Segment, covered, read_columns
 from saev_dist.store import Run
 from saev_dist.world import World
@@ -109,7 +108,6 @@ def make_manifest(
     """
     cfg, shards, sae = job.cfg, job.shards, job.sae
     gpu = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else None
-    product = "numpy" if uses_numpy(job.device, cfg.precision, screen=cfg.screen != "none") else "torch"
     return {
         "identity": job.identity,
         "config": as_json(cfg),
@@ -142,7 +140,7 @@ def make_manifest(
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
-        "machine": {"device": job.device.type, "gpu": gpu, "n_threads": job.n_threads, "product": product},
+        "machine": {"device": job.device.type, "gpu": gpu, "n_threads": job.n_threads},
         "world_size": world.size,
         "wall_s": seconds,
         "ranks": reports,

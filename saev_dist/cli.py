@@ -1,10 +1,8 @@
 """The program: subcommands, their flags from `config`, one-line errors and exit codes."""
 
-import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +12,8 @@ import tyro
 
 from saev_dist import __version__
 from saev_dist.config import Convert, Demo, Extract, Inspect, Merge, Replay, Verify, toml_flags
-from saev_dist.errors import PeerError, Preempted, RunError, SaevDistError, rank_prefix
+from saev_dist.errors import PeerError, Preempted, SaevDistError, rank_prefix
+from saev_dist.output import printing
 
 # A store that dies or is not there makes torch print C++ stack traces beside our one line; it reads this when it is imported.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
@@ -42,18 +41,17 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     is_first = os.environ.get("RANK", "0") == "0"
     try:
-        if argv == ["--version"]:
-            with printing():
-                print(f"saev-dist {__version__}")
-            return
-        try:
-            cfg = parse(argv, quiet=not is_first)
-        except SaevDistError as err:
-            if not is_first:  # every rank reads the same flags
-                raise PeerError(str(err)) from err
-            raise
-        job: Callable[[Any], None] = import_module(dict(JOBS.values())[type(cfg)]).run
         with printing():
+            if argv == ["--version"]:
+                print(f"saev-dist {__version__}")
+                return
+            try:
+                cfg = parse(argv, quiet=not is_first)
+            except SaevDistError as err:
+                if not is_first:  # every rank reads the same flags
+                    raise PeerError(str(err)) from err
+                raise
+            job: Callable[[Any], None] = import_module(dict(JOBS.values())[type(cfg)]).run
             job(cfg)
     except Preempted as err:
         if is_first:
@@ -92,27 +90,6 @@ def with_toml(flags: list[str], command: type, *, lists: tuple[str, ...] = ()) -
     return flags
 
 
-@contextmanager
-def printing() -> Iterator[None]:
-    """Exit where the reader of what is printed, say `--help | head`, has gone: it has seen enough.
-
-    Raises:
-        RunError: the file that is printed to takes no more. Errors of all other files are told of where they are used.
-    """
-    try:
-        yield
-        if sys.stdout is not None:  # as under a daemon that closes it
-            sys.stdout.flush()
-    except OSError as err:
-        if err.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO) or err.filename is not None:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the exit
-        if err.errno == errno.EPIPE:
-            sys.exit(1)
-        raise RunError(f"cannot print: {err.strerror}.") from None
-
-
-@printing()
 def parse_flags(argv: list[str], *, quiet: bool = False, prog: str = "saev-dist") -> Any:
     """The config that subcommand and flags describe, with no look at a TOML file."""
     if argv and argv[0] not in JOBS and (near := get_close_matches(argv[0], JOBS, 1, cutoff=0.7)):

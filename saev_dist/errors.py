@@ -36,6 +36,14 @@ class DamagedError(RunError):
     """A file of a run under way is not what was written."""
 
 
+class OutputError(SaevDistError):
+    """Standard output takes no more."""
+
+    def __init__(self, err: OSError) -> None:
+        super().__init__(f"cannot print: {err.strerror or err}.")
+        self.number = err.errno
+
+
 class Preempted(SaevDistError):
     """A signal asked the run to leave. What it has done is kept, and the same command continues; exit code 75."""
 

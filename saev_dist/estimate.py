@@ -16,7 +16,6 @@ from saev_dist.machine import available_memory
 from saev_dist.plan import Plan
 from saev_dist.sae.model import ConstantNorm, GroupMax, LayerNorm, Sae, TopK
 from saev_dist.sae.pieces import batches_ahead, block_shape, count_pieces, piece_images
-from saev_dist.sae.product import uses_numpy
 from saev_dist.spill import MAX_WAITING
 from saev_dist.world import World
 
@@ -96,7 +95,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     if device.type == "cpu":
         host["codes of batches under way"] = min(n_ahead + 1, plan.n_batches) * codes
         host["dense codes"] = dense
-        if uses_numpy(device, cfg.precision, screen=cfg.screen != "none"):
+        if cfg.precision == "fp32" and cfg.screen == "none":  # on some processors, maybe not on the one that asks
             host["weights and tokens, as NumPy multiplies them"] = 4 * (sae.d_model + 1) * (sae.d_sae + block)
         on_device = {}
     else:

@@ -276,6 +276,7 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
     report = {
         "rank": world.rank,
         "host": platform.node(),
+        "product": encoder.product,
         "n_batches": sum(stop - first for first, stop in share.todo),
         "n_tokens": n_done,
         "n_tokens_before": n_before,

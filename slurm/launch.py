@@ -15,10 +15,11 @@ from typing import TypeVar
 
 import tyro
 
-from saev_dist.cli import printing, with_toml
+from saev_dist.cli import with_toml
 from saev_dist.config import Extract, Replay
 from saev_dist.errors import ConfigError, SaevDistError, warn
 from saev_dist.files import writing
+from saev_dist.output import printing
 from saev_dist.sae.hub import is_hub_name
 from slurm.config import Cancel, Launcher, Status
 from slurm.jobs import Job, latest, remember, tail, warnings
@@ -37,7 +38,9 @@ Flags = TypeVar("Flags")
 def main(argv: list[str] | None = None) -> None:
     """Parse, launch, and exit: 0 submitted (with --wait: done), 1 an error or a failed job, 2 wrong usage."""
     try:
-        sys.exit(0 if run(sys.argv[1:] if argv is None else argv) else 1)
+        with printing():
+            well = run(sys.argv[1:] if argv is None else argv)
+        sys.exit(0 if well else 1)
     except SaevDistError as err:
         print(f"slurm.launch: error: {err}", file=sys.stderr, flush=True)
         sys.exit(1)
@@ -73,7 +76,6 @@ def run(argv: list[str]) -> bool:
     return False
 
 
-@printing()
 def _parse(command: type[Flags], prog: str, args: Sequence[str]) -> Flags:
     return tyro.cli(command, prog=prog, args=args)
 
@@ -195,6 +197,7 @@ def _check_inputs(cfgs: Sequence[Extract | Replay], later: Sequence[Replay]) -> 
     shards' files the job looks. The runs of later replays are not there yet."""
     from saev_dist.data.shards import Shards  # with NumPy, which status and cancel need not wait for
 
+    opened = set()
     for cfg in [*cfgs, *later]:
         if isinstance(cfg, Replay):
             needed = [] if cfg in later else [cfg.run]
@@ -205,8 +208,9 @@ def _check_inputs(cfgs: Sequence[Extract | Replay], later: Sequence[Replay]) -> 
             needed.append(cfg.sae)
         if missing := [path for path in needed if not os.path.exists(path)]:
             raise ConfigError(f"{missing[0]} is not there, so nothing was launched. Jobs see what this machine sees.")
-        if isinstance(cfg, Extract):
+        if isinstance(cfg, Extract) and (cfg.shards, cfg.layer) not in opened:  # a sweep has many SAEs
             Shards.open(cfg.shards, cfg.layer)
+            opened.add((cfg.shards, cfg.layer))
 
 
 def _check_free(cfgs: Sequence[Extract | Replay]) -> None:
@@ -265,7 +269,6 @@ def plan_text(cfg: Extract, launcher: Launcher) -> str:
     return describe_plan(cfg, job.shards, job.sae, job.plan, need, launcher.n_ranks)
 
 
-@printing()
 def status(cfg: Status) -> bool:
     """Print what the latest jobs of each run are doing."""
     jobs = _latest(cfg.run)

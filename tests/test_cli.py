@@ -1,5 +1,7 @@
 """The program's surface: help, presets, TOML under the flags."""
 
+import errno
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +11,7 @@ import pytest
 
 from saev_dist.cli import main, parse
 from saev_dist.config import Demo, Extract, Replay
+from saev_dist.output import printing
 from saev_dist.report import flags_of
 from tests.synthetic import make_acts, make_sae, make_shards
 
@@ -154,12 +157,30 @@ def test_a_description_may_be_cut_off(tmp_path):
         ("saev_dist inspect {shards}", "saev-dist: error"),
         ("saev_dist --help", "saev-dist: error"),
         ("slurm.launch --help", "slurm.launch: error"),
+        ("slurm.launch --dry-run replay --run {shards}", "slurm.launch: error"),
+        ("saev_dist demo --out {shards}/demo", "saev-dist: error"),
     ],
 )
 def test_a_full_disk_under_the_output_is_one_line(tmp_path, command, says):
     command = command.format(shards=make_shards(tmp_path / "shards", make_acts(3)))
     done = subprocess.run(f"{sys.executable} -m {command} > /dev/full", shell=True, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, f"{says}: cannot print: No space left on device.\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_could_not_be_printed_changes_no_other_exit_code(unbuffered):
+    """As that of a job which is told to leave: it would not be begun again."""
+    code = "from saev_dist.output import printing\nwith printing():\n {}raise SystemExit(75)"
+    code = code.format("" if unbuffered else "print(1); ")
+    command = f"{sys.executable} -c '{code}' > /dev/full"
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, shell=True, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (75, "")
+
+
+def test_errors_of_files_are_not_those_of_the_output():
+    with pytest.raises(OSError, match="of a file"), printing():
+        raise OSError(errno.EIO, "of a file")
 
 
 def test_a_reader_that_has_gone_takes_nothing_from_a_finished_run(tmp_path):

@@ -33,7 +33,7 @@ LEVELS = [
         "report",
     },
     {"accumulators", "plan", "choose", "render", "fields"},
-    {"config", "errors", "fused", "kernels"},
+    {"config", "errors", "output", "fused", "kernels"},
 ]
 IMPURE = {"os", "sys", "logging", "pathlib", "io", "shutil", "tempfile", "time", "subprocess", "torch.distributed"}
 FILES = sorted(PACKAGE.rglob("*.py"))

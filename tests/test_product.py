@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from saev_dist.sae import product
 from saev_dist.sae.encoder import Encoder
@@ -13,6 +14,10 @@ from tests.synthetic import make_acts, make_weights
 CPU = torch.device("cpu")
 RANDOM = torch.Generator().manual_seed(0)
 MAKERS = pytest.mark.parametrize("make", [TorchProduct, NumpyProduct])
+
+
+def blas_threads() -> set[int]:
+    return {lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"}
 
 
 def block(n_features: int, n_tokens: int) -> torch.Tensor:
@@ -43,7 +48,9 @@ def test_the_encoder_makes_the_same_codes_with_either(monkeypatch, make, kind):
     acts_bd = torch.from_numpy(make_acts(11)).view(-1, sae.d_model)
     monkeypatch.setattr(product, "numpy_is_faster", lambda: make is NumpyProduct)
     with Encoder(sae, CPU, "fp32", 2) as one:
+        assert one.product == ("numpy" if make is NumpyProduct else "torch")
         codes = one.encode(acts_bd, img_i=0, n_patches=5)
+    assert isinstance(one._product, make)
     h_bs = (acts_bd - sae.b_dec_d) @ sae.w_enc_ds + sae.b_enc_s  # of integers, so exact
     expected_bs = h_bs.relu()
     if isinstance(kind, TopK):
@@ -53,17 +60,23 @@ def test_the_encoder_makes_the_same_codes_with_either(monkeypatch, make, kind):
     assert torch.equal(found_bs, expected_bs) and len(codes.value_n) == int((expected_bs != 0).sum())
 
 
+@pytest.mark.skipif(not blas_threads(), reason="threadpoolctl knows of no BLAS here")
 def test_numpy_has_one_thread_inside_an_encoder_and_its_own_number_after_it():
-    from threadpoolctl import threadpool_info
-
-    def n_threads() -> set[int]:
-        return {lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"}
-
-    before = n_threads()
     sae = Sae(**make_weights(), activation=Relu(), pre_bias=False, source="integers")
-    with Encoder(sae, CPU, "fp32", 2):
-        assert n_threads() <= {1}
-    assert n_threads() == before
+    with threadpool_limits(2, "blas"):
+        assert blas_threads() == {2}
+        with Encoder(sae, CPU, "fp32", 2):
+            assert blas_threads() == {1}
+        assert blas_threads() == {2}
+
+
+def test_who_encodes_nothing_does_not_hold_the_weights_twice(monkeypatch):
+    monkeypatch.setattr(product, "numpy_is_faster", lambda: True)
+    sae = Sae(**make_weights(), activation=Relu(), pre_bias=False, source="integers")
+    with Encoder(sae, CPU, "fp32", 2) as one:
+        assert one._product is None
+        one.encode(torch.zeros(5, sae.d_model), img_i=0, n_patches=5)
+    assert isinstance(one._product, NumpyProduct) and one._w_ds is None
 
 
 ZEN_3 = "vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx avx2 fma\n"
@@ -86,20 +99,25 @@ def cpu(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "blas", "is_faster"),
+    ("text", "blas", "layer", "is_faster"),
     [
-        (ZEN_3, "scipy-openblas", True),
-        (ZEN_3 * 2, "openblas", True),
-        (ZEN_3, "mkl", False),
-        (ZEN_3.replace("avx2", "avx2 avx512f"), "openblas", False),
-        (ZEN_3.replace("avx2", ""), "openblas", False),
-        (ZEN_3.replace("AuthenticAMD", "GenuineIntel"), "openblas", False),
-        ("processor\t: 0\nFeatures\t: asimd\n", "openblas", False),
-        (None, "openblas", False),
+        (ZEN_3, "scipy-openblas", "pthreads", True),
+        (ZEN_3 * 2, "scipy-openblas", "pthreads", True),
+        (ZEN_3, "scipy-openblas", "openmp", False),
+        (ZEN_3, "scipy-openblas", None, False),
+        (ZEN_3, "openblas", "pthreads", False),
+        (ZEN_3, "mkl", "pthreads", False),
+        (ZEN_3.replace("avx2", "avx2 avx512f"), "scipy-openblas", "pthreads", False),
+        (ZEN_3.replace("avx2", ""), "scipy-openblas", "pthreads", False),
+        (ZEN_3.replace("AuthenticAMD", "GenuineIntel"), "scipy-openblas", "pthreads", False),
+        ("processor\t: 0\nFeatures\t: asimd\n", "scipy-openblas", "pthreads", False),
+        (None, "scipy-openblas", "pthreads", False),
     ],
 )
-def test_numpy_multiplies_where_it_was_measured_to_be_faster(cpu, monkeypatch, text, blas, is_faster):
+def test_numpy_multiplies_where_it_was_measured_to_be_faster(cpu, monkeypatch, text, blas, layer, is_faster):
     monkeypatch.setattr(np, "show_config", lambda mode: {"Build Dependencies": {"blas": {"name": blas}}})
+    libs = [{"internal_api": "openblas", "threading_layer": layer}] if layer else []
+    monkeypatch.setattr(product, "threadpool_info", lambda: libs)
     cpu(text)
     assert numpy_is_faster() == is_faster
     assert uses_numpy(CPU, "fp32", screen=False) == is_faster

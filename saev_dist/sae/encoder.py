@@ -56,7 +56,7 @@ class ActivationOverflow(Exception):
 class Encoder:
     """An SAE's encoder on one device. A context manager: its threads end with it, at once.
 
-    Inside, torch uses one thread for each operation of this process: the threads work on pieces side by side.
+    Inside, torch and NumPy use one thread for each operation of this process: the threads work on pieces side by side.
 
     Args:
         sae: weights and rules.
@@ -68,7 +68,7 @@ class Encoder:
     Raises:
         ConfigError: the weights cannot be screened.
 
-    Device memory: the weights, and for each thread a block of `block_shape`.
+    Device memory: the weights, once more where NumPy multiplies, and for each thread a block of `block_shape`.
     """
 
     def __init__(self, sae: Sae, device: torch.device, precision: Precision, n_threads: int, *, screen: bool = False) -> None:
@@ -98,8 +98,9 @@ class Encoder:
         if isinstance(sae.input_norm, LayerNorm | ConstantNorm):  # whose tokens have a norm of at most sqrt(d)
             limit = most if limit > math.sqrt(sae.d_model) else 0.0
         self._limit = min(most, limit)
-        self._w_ds = w_ds.to(device, self.dtype)
-        self._b_s = bias_s.to(device, self.dtype)
+        weights_ds, self._b_s = w_ds.to(device, self.dtype), bias_s.to(device, self.dtype)
+        self._w_ds: Tensor | None = weights_ds
+        """None where a product has them."""
         self._threshold: float | Tensor = 0.0
         if isinstance(sae.activation, Threshold):
             threshold = sae.activation.threshold
@@ -112,12 +113,9 @@ class Encoder:
         if screen:
             assert device.type == "cpu" and precision == "fp32"
             with _one_thread():
-                self._screen = Screen(self._w_ds, self._b_s, self._threshold)
-        elif not encodes_at_once(device):
-            make: Callable[[Tensor, Tensor], Product] = (
-                NumpyProduct if uses_numpy(device, precision, screen=screen) else TorchProduct
-            )
-            self._product = make(self._w_ds, self._b_s)
+                self._screen = Screen(weights_ds, self._b_s, self._threshold)
+        self._by_numpy = uses_numpy(device, precision, screen=screen)
+        self._making = threading.Lock()
         self._own = _Own()
         self._is_closing = False
 
@@ -187,6 +185,11 @@ class Encoder:
         """
         assert lift_s is None or self._screen is None
         return self._pool.submit(self._encode, acts_bd, img_i, n_patches, lift_s, only)
+
+    @property
+    def product(self) -> str:
+        """Whose product it is: it decides how scores are rounded."""
+        return "numpy" if self._by_numpy else "torch"
 
     @property
     def recomputed_per_token(self) -> float | None:
@@ -297,7 +300,8 @@ class Encoder:
         exact = partial(self._screen.recompute, x_bd=x_bd) if self._screen else None
         sieve = Sieve(activation, 0.0 if self._screen else threshold, n_tokens, d_sae, exact)
         rounded = self._screen.round(x_bd) if self._screen else None
-        prepared = self._product.prepare(x_bd) if self._product else None
+        product = None if self._screen else self._made_product()
+        prepared = product.prepare(x_bd) if product else None
         # Features are rows, so that codes are found in their final order; rows begin at cache lines, or the product is slow.
         width = -(-n_tokens // 16) * 16
         dtype = torch.bfloat16 if self._screen else self.dtype
@@ -311,8 +315,8 @@ class Encoder:
             out_cb = h_cw[:, :n_tokens]
             if self._screen is not None and rounded is not None:
                 margin = self._screen.product(first, rounded, out_cb)
-            elif self._product is not None:
-                self._product.into(out_cb, slice(first, stop), prepared, lift_s)
+            elif product is not None:
+                product.into(out_cb, slice(first, stop), prepared, lift_s)
             sieve.take(first, (h_cw if dtype == torch.float32 else h_cw.view(torch.int16)).numpy(), margin)
         candidates = sieve.candidates()
         if exact:
@@ -323,7 +327,17 @@ class Encoder:
         token_n, feature_n, value_n = (torch.from_numpy(part) for part in candidates)
         return token_n, feature_n, value_n
 
+    def _made_product(self) -> Product:
+        """Made at first use: who has nothing to encode, as a merge, need not hold the weights twice."""
+        with self._making:
+            if self._product is None:
+                assert self._w_ds is not None
+                make: Callable[[Tensor, Tensor], Product] = NumpyProduct if self._by_numpy else TorchProduct
+                self._product, self._w_ds = make(self._w_ds, self._b_s), None
+            return self._product
+
     def _select_at_once(self, x_bd: Tensor, lift_s: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        assert self._w_ds is not None
         n_tokens, d_sae = len(x_bd), self.sae.d_sae
         h_bs = self._block(n_tokens * d_sae, self.dtype).view(n_tokens, d_sae)
         torch.addmm(self._b_s if lift_s is None else self._b_s + lift_s, x_bd, self._w_ds, out=h_bs)

@@ -259,5 +259,8 @@ def _read_mean(fpath: Path) -> Tensor:
 
 
 def _sha256(fpath: Path) -> str:
-    with open(fpath, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(fpath, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as err:
+        raise CheckpointError(f"{fpath}: cannot read: {err.strerror or err}.") from None

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_info
 from torch import Tensor
 
 from saev_dist.sae.model import Precision
@@ -81,12 +82,14 @@ def uses_numpy(device: torch.device, precision: Precision, *, screen: bool) -> b
 
 @cache
 def numpy_is_faster() -> bool:
-    """Whether this is a processor of AMD's without AVX-512, and NumPy has OpenBLAS."""
-    blas: dict[str, Any] = np.show_config(mode="dicts")  # type: ignore[assignment]
-    name = blas.get("Build Dependencies", {}).get("blas", {}).get("name", "")
+    """Whether this is a processor of AMD's without AVX-512, and NumPy has the OpenBLAS of its wheels, which may be kept to one
+    thread: with several it rounds otherwise."""
+    built: dict[str, Any] = np.show_config(mode="dicts")  # type: ignore[assignment]
+    name = built.get("Build Dependencies", {}).get("blas", {}).get("name")
+    is_ours = any(lib["internal_api"] == "openblas" and lib["threading_layer"] == "pthreads" for lib in threadpool_info())
     try:
         cpu = CPUINFO.read_text()
     except OSError:  # not Linux
         return False
     flags = set(" ".join(re.findall(r"^flags\s*:(.*)$", cpu, re.M)[:1]).split())
-    return "AuthenticAMD" in cpu and "avx2" in flags and "avx512f" not in flags and "openblas" in name
+    return name == "scipy-openblas" and is_ours and "AuthenticAMD" in cpu and "avx2" in flags and "avx512f" not in flags

@@ -161,7 +161,7 @@ def measure(case: Case, rounds: int, **settings: object) -> None:
         ceiling=PRODUCT,
         share=median(shares),
         shares=[round(share, 3) for share in shares],
-        by=manifests[-1]["machine"]["product"],
+        by=manifests[-1]["ranks"][0]["product"],
         of_numpy=round(median(a / b for a, b in zip(numpy_products, totals, strict=True)), 3),
         l0=round(manifests[-1]["metrics"]["l0"], 1),
         tokens_per_s=round(case.n_tokens / min(totals)),

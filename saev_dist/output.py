@@ -1,0 +1,73 @@
+"""Standard output, whose errors are told from those of files: nobody reads the pipe any more, or the disk is full."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from saev_dist.errors import OutputError, RunError
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Inside, and at the end, an error of standard output is one of ours.
+
+    Where its reader has gone, as that of `--help | head`, this exits with 1 and no word: it has seen enough.
+
+    Raises:
+        RunError: it takes no more for another reason.
+    """
+    stream = sys.stdout
+    if stream is None:  # as under a daemon that closes it
+        yield
+        return
+    output = sys.stdout = _Output(stream)
+    try:
+        try:
+            yield
+        except SystemExit as err:  # of --help too
+            if not err.code:
+                output.flush()
+            raise
+        output.flush()
+    except OutputError as err:
+        output.drop()
+        if err.number == errno.EPIPE:
+            sys.exit(1)
+        raise RunError(str(err)) from None
+    except BaseException:  # it is told of, with its own exit code
+        try:
+            output.flush()
+        except OutputError:
+            output.drop()
+        raise
+    finally:
+        sys.stdout = stream
+
+
+class _Output:
+    """A stream, and what it says in words of ours."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> Any:
+        return self._try(lambda: self._stream.write(text))
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def drop(self) -> None:
+        """Let what waits to be written go nowhere: Python writes it at the exit."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except OSError as err:
+            raise OutputError(err) from None
