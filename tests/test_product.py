@@ -1,15 +1,24 @@
 """The two products: the same to rounding, the bias and the lift in both, and which one is used where."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from saev_dist import extract, job
+from saev_dist.config import Extract
+from saev_dist.data.shards import Shards
+from saev_dist.estimate import estimate
+from saev_dist.plan import Plan
 from saev_dist.sae import product
 from saev_dist.sae.encoder import Encoder
 from saev_dist.sae.model import Relu, Sae, TopK
 from saev_dist.sae.product import NumpyProduct, TorchProduct, numpy_is_faster, uses_numpy
-from tests.synthetic import make_acts, make_weights
+from tests.ranks import artifact_hashes
+from tests.synthetic import make_acts, make_sae, make_shards, make_weights
 
 CPU = torch.device("cpu")
 RANDOM = torch.Generator().manual_seed(0)
@@ -77,6 +86,34 @@ def test_who_encodes_nothing_does_not_hold_the_weights_twice(monkeypatch):
         assert one._product is None
         one.encode(torch.zeros(5, sae.d_model), img_i=0, n_patches=5)
     assert isinstance(one._product, NumpyProduct) and one._w_ds is None
+
+
+@MAKERS
+def test_a_run_says_whose_product_it_is_and_has_the_same_bytes_with_any_threads(monkeypatch, tmp_path, make):
+    monkeypatch.setattr(product, "numpy_is_faster", lambda: make is NumpyProduct)
+    acts = np.random.default_rng(6).normal(size=(60, 9, 96)).astype(np.float32)
+    shards, sae = make_shards(tmp_path / "shards", acts), make_sae(tmp_path / "sae.pt", d_model=96, d_sae=1001)
+    hashes = []
+    for n_threads in (1, 3):
+        monkeypatch.setattr(job, "batch_threads", lambda device, n=n_threads: n)
+        out = tmp_path / str(n_threads)
+        extract.run(Extract(shards=shards, sae=sae, out=out, batch_tokens=90, device="cpu", progress=False, self_check="off"))
+        hashes.append(artifact_hashes(out))
+        (rank,) = json.loads((out / "manifest.json").read_text())["ranks"]
+        assert rank["product"] == ("numpy" if make is NumpyProduct else "torch")
+    assert hashes[0] == hashes[1]
+
+
+def test_the_copy_of_the_weights_is_counted(tmp_path):
+    shards = Shards.open(make_shards(tmp_path / "shards", make_acts(3)))
+    sae = Sae(**make_weights(), activation=Relu(), pre_bias=False, source="")
+    cfg = Extract(shards=tmp_path, sae=tmp_path, out=tmp_path)
+    with_copy, without = (
+        estimate(replace(cfg, precision=precision), shards, sae, Plan(shards.examples, 1), CPU, 1).host
+        for precision in ("fp32", "bf16")
+    )
+    (name,) = set(with_copy) - set(without)
+    assert with_copy[name] >= NumpyProduct(sae.w_enc_ds, sae.b_enc_s)._w_se.nbytes
 
 
 ZEN_3 = "vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx avx2 fma\n"
