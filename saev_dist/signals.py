@@ -8,8 +8,9 @@ from types import FrameType, TracebackType
 from typing import Self
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-SAME_S = 2.0
-"""Launchers pass a signal on to a process that has had it from the terminal already: so soon it is the same one."""
+SAME_S, PASSED_ON_S = 2.0, 20.0
+"""Launchers pass a signal on, as the same or as another, to a process that has had it from the terminal already: so soon it
+is no second one. Where all are busy the other may take its time."""
 
 
 class Signals:
@@ -25,7 +26,7 @@ class Signals:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._former: dict[signal.Signals, object] = {}
-        self._since = 0.0
+        self._since, self._first = 0.0, 0
         self.received = ""
         """Name of the first signal, "" before it."""
         self.last = ""
@@ -42,10 +43,10 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
-            self.received, self._since = signal.Signals(number).name, time.monotonic()
+            self.received, self._since, self._first = signal.Signals(number).name, time.monotonic(), number
             if self._rank == 0:
                 text = f"saev-dist: {self.received}: leaving after {self.last}; a second signal leaves at once.\n"
                 os.write(2, text.encode())  # print is not safe within a print
-        elif time.monotonic() - self._since > SAME_S:
+        elif time.monotonic() - self._since > (SAME_S if number == self._first else PASSED_ON_S):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -17,6 +17,7 @@ import tyro
 
 from saev_dist.cli import with_toml
 from saev_dist.config import Extract, Replay
+from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, SaevDistError, warn
 from saev_dist.files import writing
 from saev_dist.output import printing
@@ -195,8 +196,6 @@ def _logs_dpath(launcher: Launcher, cfgs: Sequence[Extract | Replay]) -> Path:
 def _check_inputs(cfgs: Sequence[Extract | Replay], later: Sequence[Replay]) -> None:
     """Refuse names of nothing, and a layer that is not in the shards, before they wait in a queue. Into an SAE and the
     shards' files the job looks. The runs of later replays are not there yet."""
-    from saev_dist.data.shards import Shards  # with NumPy, which status and cancel need not wait for
-
     opened = set()
     for cfg in [*cfgs, *later]:
         if isinstance(cfg, Replay):

@@ -193,15 +193,24 @@ def test_a_signal_to_one_rank_makes_all_leave_with_75(tmp_path, server, long_run
     assert 0 < done_before < 7500
 
 
-@pytest.mark.parametrize(("same_s", "code"), [(1e9, None), (0, -signal.SIGTERM)])
-def test_a_second_signal_leaves_at_once_unless_it_comes_too_soon_to_be_another(tmp_path, server, whole, same_s, code):
-    stuck = f"import time, saev_dist.extract as e, saev_dist.signals as s; s.SAME_S = {same_s}\n"
+INT, TERM = signal.SIGINT, signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("same_s", "passed_on_s", "second", "code"),
+    [(1e9, 1e9, TERM, None), (0, 1e9, TERM, -TERM), (0, 1e9, INT, None), (0, 0, INT, -INT)],
+)
+def test_a_second_signal_leaves_at_once_unless_it_may_be_the_first_passed_on(
+    tmp_path, server, whole, same_s, passed_on_s, second, code
+):
+    stuck = "import time, saev_dist.extract as e, saev_dist.signals as s\n"
+    stuck += f"s.SAME_S, s.PASSED_ON_S = {same_s}, {passed_on_s}\n"
     stuck += "e._rows = lambda *a: (print('here', flush=True), time.sleep(600))"
     attempt = server.start(*whole[0], tmp_path / "run", before=stuck)
     wait_for(lambda: "here" in attempt.output())
     os.kill(attempt.pids[0], signal.SIGTERM)
     wait_for(lambda: "SIGTERM: leaving after this batch and a snapshot" in attempt.output())
-    os.kill(attempt.pids[0], signal.SIGTERM)
+    os.kill(attempt.pids[0], second)
     if code is None:
         with pytest.raises(TimeoutError):
             server.wait(attempt, timeout_s=1)

@@ -13,14 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from saev_dist.errors import ConfigError, DataError
 from saev_dist.fields import Fields, parse_json
 from saev_dist.files import retrying
+
+if TYPE_CHECKING:  # only the writer needs NumPy; the launcher, which reads a description, should not wait for it
+    import numpy as np
+    from numpy.typing import NDArray
 
 PROTOCOLS = ("1.0.0", "1.1", "2.1")
 FLOAT_BYTES = 4
@@ -298,7 +299,7 @@ class ShardWriter:
             raise DataError(f"{self.dpath} already holds shards; write to an empty directory.")
         return self
 
-    def write(self, acts_eltd: NDArray[np.float32]) -> None:
+    def write(self, acts_eltd: "NDArray[np.float32]") -> None:
         """Append examples.
 
         Args:
@@ -313,7 +314,7 @@ class ShardWriter:
                 self.shards.append({"name": name, "n_examples": 0})
             room = self.examples_per_shard - self.shards[-1]["n_examples"]
             part, acts_eltd = acts_eltd[:room], acts_eltd[room:]
-            self._file.write(np.ascontiguousarray(part, dtype="<f4").data)
+            self._file.write(part.astype("<f4", order="C", copy=False).data)
             self.shards[-1]["n_examples"] += len(part)
             self.metadata["n_examples"] += len(part)
             if len(part) == room:
