@@ -127,6 +127,18 @@ def asked_bytes() -> int:
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
 
 
+@pytest.mark.parametrize("how", [np.asfortranarray, lambda a: a.astype(">f4"), lambda a: np.repeat(a, 2, axis=3)[..., ::2]])
+def test_arrays_of_any_layout_are_written_as_the_format_has_them(tmp_path, how):
+    acts_eltd = np.random.default_rng(0).normal(size=(5, 2, 3, 4)).astype(np.float32)
+    with ShardWriter(
+        tmp_path / "s", family="test", ckpt="noise", layers=[0, 1], content_tokens_per_example=3, d_model=4, cls_token=False,
+        max_tokens_per_shard=2 * 2 * 3,
+    ) as writer:  # fmt: skip
+        writer.write(how(acts_eltd))
+    written = b"".join(fpath.read_bytes() for fpath in sorted((tmp_path / "s").glob("*.bin")))
+    assert written == acts_eltd.astype("<f4").tobytes()
+
+
 def test_a_buffer_is_used_again_only_when_no_part_is_read_into_it_any_more(tmp_path, monkeypatch):
     """The first part of a batch fails at once, the other one is slow."""
     shards = write(tmp_path, 20)

@@ -1,8 +1,9 @@
 """The product of a block of features, in fp32 on the CPU: by torch's BLAS, or by NumPy's where that is faster.
 
 torch brings MKL and NumPy brings OpenBLAS. On AMD's processors with AVX2 and without AVX-512, OpenBLAS makes the same blocks,
-bias included, 1.11 to 1.18 times as fast (medians, one thread, 768 and 1,024 wide). Which one is used follows from the processor and the libraries, never from a measurement: it
-decides how sums are rounded, and a run's bytes must not depend on what else a machine did when the run began.
+bias included, 1.11 to 1.18 times as fast (medians, one thread, 768 and 1,024 wide). Which one is used follows from the
+processor and the libraries, never from a measurement: it decides how sums are rounded, and a run's bytes must not depend on
+what else a machine did when the run began.
 
 Names: `b` tokens, `c` features of a block, `d` model width, `e` the same and one more, `s` features.
 """
