@@ -131,7 +131,7 @@ def make_manifest(
             "rules": sae.rules(),
             "overrides": job.overrides.to_json(),
         },
-        "plan": {"n_batches": job.plan.n_batches, "images_per_batch": job.plan.examples_per_batch},
+        "plan": {"n_batches": job.plan.n_batches, "images_per_batch": job.plan.largest_batch},
         "self_check": job.self_check.to_json() if job.self_check else None,
         "metrics": metrics,
         "versions": {

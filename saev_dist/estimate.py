@@ -10,6 +10,7 @@ import torch
 from saev_dist.accumulators.histogram import N_BINS
 from saev_dist.accumulators.rows import GROUPS_ON_DEVICE, n_samples
 from saev_dist.config import Extract
+from saev_dist.data.reader import buffer_examples, most_buffers
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, warn
 from saev_dist.machine import available_memory
@@ -64,14 +65,14 @@ class Estimate:
 
 def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device, n_threads: int) -> Estimate:
     """What `cfg` needs on this rank and on the disk, where at most `n_threads` encode; no more than there are pieces do."""
-    batch_tokens = plan.examples_per_batch * shards.n_patches
+    batch_tokens = plan.largest_batch * shards.n_patches
     per_token = sae.activation.k if isinstance(sae.activation, TopK | GroupMax) else round(ASSUMED_DENSITY * sae.d_sae) + 1
     weights = 4 * (2 * sae.d_model * sae.d_sae + sae.d_sae + sae.d_model)
     shapes = shards.n_patches, sae.activation, sae.d_sae, device
     sizes = plan.sizes()
     n_threads = min(n_threads, max(1, count_pieces(sizes, *shapes)))
     n_ahead = batches_ahead(sizes, *shapes, n_threads)
-    piece = piece_images(plan.examples_per_batch, *shapes) * shards.n_patches
+    piece = piece_images(plan.largest_batch, *shapes) * shards.n_patches
     block_tokens, block_features, _ = block_shape(piece, sae.activation, sae.d_sae, device)
     block = block_tokens * n_threads
     entry = 2 if "bf16" in (cfg.precision, cfg.screen) else 4
@@ -85,11 +86,11 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     samples = 4 * min(cfg.n_distributions, sae.d_sae) * n_sampled
     host = {
         "weights": weights,
-        "read buffers": min(cfg.read_ahead + n_ahead + 1, plan.n_batches) * batch_tokens * sae.d_model * 4,
+        "read buffers": most_buffers(plan, cfg.read_ahead, n_ahead) * buffer_examples(plan) * shards.content_bytes,
         # the exchange and the last sort of the slots each hold the state a second and a third time
         "accumulators and their merge": 3 * state,
         "distributions, when written": samples,
-        "rows to be written": (MAX_WAITING + 1) * plan.examples_per_batch * row,
+        "rows to be written": (MAX_WAITING + 1) * plan.largest_batch * row,
     }
     codes = batch_tokens * per_token * CODE_BYTES
     if device.type == "cpu":
@@ -102,7 +103,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
         batch = batch_tokens * sae.d_model * 4
         merging = sae.d_sae * cfg.top_k * DEVICE_SLOT_BYTES
         if cfg.img_acts:
-            merging += min(plan.examples_per_batch * sae.d_sae, max(GROUPS_ON_DEVICE, sae.d_sae)) * DEVICE_GROUP_BYTES
+            merging += min(plan.largest_batch * sae.d_sae, max(GROUPS_ON_DEVICE, sae.d_sae)) * DEVICE_GROUP_BYTES
         on_device = {
             "weights": weights if cfg.metrics or cfg.self_check != "off" else weights // 2,
             "batches": (n_threads + (6 if cfg.metrics else 1)) * batch,

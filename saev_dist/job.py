@@ -87,7 +87,7 @@ def open_job(cfg: Extract, world: World) -> Job:
         "shards_sha256": shards.fingerprint(),
         "shards_probes": shards.probes(skip_bad=cfg.skip_bad_shards),
     }
-    plan = Plan(shards.examples, min(max(1, cfg.batch_tokens // shards.n_patches), max(shards.examples)))
+    plan = Plan(shards.examples, max(1, cfg.batch_tokens // shards.n_patches))
     return Job(
         cfg=cfg,
         shards=shards,

@@ -36,13 +36,16 @@ class Plan:
 
     Args:
         examples_per_shard: examples in each shard, in order; a shard may be empty.
-        examples_per_batch: whole examples per batch; the last batch of a shard may be shorter.
+        examples_per_batch: whole examples per batch, at most; the last batch of a shard may be shorter.
     """
 
     def __init__(self, examples_per_shard: Sequence[int], examples_per_batch: int) -> None:
         assert examples_per_batch >= 1
         examples = np.asarray(examples_per_shard, dtype=np.int64)
         self.examples_per_batch = examples_per_batch
+        """As it was asked for."""
+        self.largest_batch = min(examples_per_batch, int(examples.max(initial=0)))
+        """Examples of the largest batch: fewer where no shard has as many."""
         self._examples = np.concatenate([[0], np.cumsum(examples)])
         self._batches = np.concatenate([[0], np.cumsum(-(-examples // examples_per_batch))])
         self.n_examples = int(self._examples[-1])

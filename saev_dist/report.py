@@ -89,12 +89,12 @@ def describe_kept(store: Run) -> str:
 def describe_plan(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, need: Estimate, n_ranks: int) -> str:
     """What --dry-run prints."""
     shares = [sum(stop - first for first, stop in share) for share in plan.deal(complement((), plan.n_batches), n_ranks)]
-    batch_tokens = plan.examples_per_batch * shards.n_patches
+    batch_tokens = plan.largest_batch * shards.n_patches
     lines = {
         "tokens": f"{shards.n_tokens:,}: {shards.n_examples:,} images × {shards.n_patches:,} patches, layer {shards.layer}",
         "to read": f"{gb(shards.n_examples * shards.content_bytes)} from {len(shards.names):,} shards",
         "SAE": f"{sae.source}; {sae.d_model:,} -> {sae.d_sae:,}",
-        "batches": f"{plan.n_batches:,} of up to {plan.examples_per_batch:,} images ({batch_tokens:,} tokens)",
+        "batches": f"{plan.n_batches:,} of up to {plan.largest_batch:,} images ({batch_tokens:,} tokens)",
         "per rank": f"{_span(min(shares), max(shares))} batches on {n_ranks} rank(s)",
         "host memory": f"{gb(need.host_total)} per rank, {need.n_threads} thread(s): "
         + ", ".join(f"{k} {gb(v)}" for k, v in need.host.items()),

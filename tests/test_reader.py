@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from saev_dist.data import reader
-from saev_dist.data.reader import Reader
+from saev_dist.data.reader import Reader, buffer_examples, most_buffers
 from saev_dist.data.shards import Shards, ShardWriter
 from saev_dist.errors import DataError
 from saev_dist.plan import Plan
@@ -30,7 +30,7 @@ def write(dpath: Path, examples_per_shard: int) -> Shards:
 
 @pytest.mark.parametrize("examples_per_shard", [1, 3, 20])
 @pytest.mark.parametrize("bad", [(), (0, 1, 2), tuple(range(12)), (2,)])
-@pytest.mark.parametrize(("batch", "n_parts"), [(2, 1), (2, 3), (7, 3)])
+@pytest.mark.parametrize(("batch", "n_parts"), [(1, 1), (2, 1), (2, 3), (7, 1), (7, 3), (10, 4), (100, 5)])
 def test_batches_come_in_order_and_stay_while_held(tmp_path, monkeypatch, examples_per_shard, bad, batch, n_parts):
     monkeypatch.setattr(reader, "MIN_PART_BYTES", 1)
     shards = write(tmp_path, examples_per_shard)
@@ -41,7 +41,7 @@ def test_batches_come_in_order_and_stay_while_held(tmp_path, monkeypatch, exampl
             os.truncate(fpath, fpath.stat().st_size // 2)
         else:
             fpath.unlink()
-    plan = Plan(shards.examples, min(batch, examples_per_shard))
+    plan = Plan(shards.examples, batch)
     todo = ((0, 2), (3, len(plan)))
     wanted = [plan[index] for first, stop in todo for index in range(first, stop)]
     # Of a shard that is too short, what comes before its end is good.
@@ -62,6 +62,11 @@ def test_batches_come_in_order_and_stay_while_held(tmp_path, monkeypatch, exampl
     assert sorted(stream.left_out) == [batch.index for batch in wanted if batch.index not in good]
     assert stream.n_left_out == sum(batch.n_examples for batch in wanted if batch.index not in good)
     assert stream.n_bytes == sum(batch.n_examples for batch, _ in seen) * shards.content_bytes
+    buffers = {acts_bd.untyped_storage().data_ptr(): acts_bd.untyped_storage().nbytes() for _, acts_bd in seen}
+    room = buffer_examples(plan) * shards.content_bytes
+    assert set(buffers.values()) <= {room}
+    if not bad:
+        assert len(buffers) <= most_buffers(plan, 3, hold), "the memory that is stated"
 
 
 def test_all_before_a_bad_shard_is_delivered_then_the_error(tmp_path):
@@ -71,6 +76,15 @@ def test_all_before_a_bad_shard_is_delivered_then_the_error(tmp_path):
     assert [next(stream)[0].index for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(DataError, match=shards.names[5]):
         next(stream)
+
+
+def test_small_shards_are_read_into_one_buffer(tmp_path):
+    """One handing over, and not one a shard: `tests.bench.read` has what it saves."""
+    shards = write(tmp_path, 1)
+    stream = Reader(shards, Plan(shards.examples, 20), ((0, N_IMGS),), depth=1)
+    places = [(acts_bd.untyped_storage().data_ptr(), acts_bd.storage_offset()) for _, acts_bd in stream]
+    assert len({buffer for buffer, _ in places}) <= most_buffers(stream.plan, 1, 1) < N_IMGS / 10
+    assert [at for _, at in places] == [index % 20 * N_PATCHES * D_MODEL for index in range(N_IMGS)]
 
 
 def test_it_says_whether_the_next_batch_is_there(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 Only the content tokens of the wanted layer are read. Where CLS tokens lie between them, one vectored read
 fetches a run of examples and drops each CLS vector into a scratch buffer, so there is no second copy.
+A buffer has room for a batch as large as the plan allows; where shards are small it takes several whole batches,
+which are read one after another by one thread, so that handing over costs as much for 1.3 TB in small files as in big ones.
 
 Names: `b` tokens of a batch, `d` model width.
 """
@@ -10,9 +12,9 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,23 +29,23 @@ MAX_VIEWS = 1024  # IOV_MAX of Linux
 MAX_GAP_BYTES = 64 * 1024  # a smaller gap costs less to read than another system call
 MAX_THREADS = 8
 MIN_PART_BYTES = 4 * 1024 * 1024
-"""A part of a batch that is read by itself has at least so many."""
+"""A part of a buffer that is read by itself has at least so many."""
 
 
 class Reader:
     """Iterate over the batches of some intervals as `(batch, acts_bd)`.
 
     `acts_bd` is float32 (batch tokens, d_model); it stays as it is for `hold` more steps of the iteration, and is
-    overwritten after that. Memory: `depth + hold + 1` buffers of one batch each, whatever the number of shards.
+    overwritten after that. Memory: `most_buffers` of `buffer_examples` each, whatever the number of shards.
 
     Args:
         shards: layer to read.
         plan: plan of the run.
         todo: batches to read, in this order.
-        depth: batches read ahead.
+        depth: buffers read ahead.
         hold: batches that the consumer still works on when it asks for the next.
         pin: use page-locked buffers, for asynchronous copies to a GPU.
-        n_parts: parts of a batch that are read side by side: from the page cache a thread reads some 4 GB a second.
+        n_parts: parts of a buffer that are read side by side: from the page cache a thread reads some 4 GB a second.
         skip_bad: leave batches out that cannot be read, and note them.
 
     Raises:
@@ -72,78 +74,138 @@ class Reader:
         """Content bytes delivered so far."""
         self.wait_s = 0.0
         """Time for which the consumer waited."""
-        self._pending: deque[tuple[Batch, Tensor, list[Future[None]]]] = deque()
+        self._pending: deque[_Load] = deque()
+        self._n_left = 0  # batches of the load that is being delivered
 
     @property
     def is_ready(self) -> bool:
         """Whether the next batch, if there is one, has been read."""
-        return not self._pending or all(part.done() for part in self._pending[0][2])
+        return self._n_left > 0 or not self._pending or all(part.done() for part in self._pending[0].parts)
 
     def __iter__(self) -> Generator[tuple[Batch, Tensor], None, None]:
         per_example = self.shards.n_patches * self.shards.d_model
-        n_floats = self.plan.examples_per_batch * per_example
-        n_batches = sum(stop - first for first, stop in self.todo)
-        free = [torch.empty(n_floats, pin_memory=self.pin) for _ in range(min(self.depth + self.hold + 1, n_batches))]
-        held: deque[Tensor] = deque()
+        free: list[Tensor] = []
+        held: deque[_Load] = deque()
         bad_shards: set[int] = set()
         pending = self._pending
-        queue = (self.plan[index] for first, stop in self.todo for index in range(first, stop))
+        queue = _loads((self.plan[index] for first, stop in self.todo for index in range(first, stop)), self.plan)
         pool = ThreadPoolExecutor(min(self.depth * self.n_parts, MAX_THREADS), thread_name_prefix="reader")
 
         def read_ahead() -> None:
-            while len(pending) < self.depth and (batch := next(queue, None)) is not None:
-                buffer = free.pop()
-                # A shard that has failed once despite patience would cost minutes more with each of its batches.
-                patient = batch.shard_i not in bad_shards
-                parts = _parts(batch, self.shards, self.n_parts)
-                places = [buffer[(part.example_i - batch.example_i) * per_example :] for part in parts]
-                futures = [
-                    pool.submit(read_batch, self.shards, part, place, patient=patient)
-                    for part, place in zip(parts, places, strict=True)
-                ]
-                pending.append((batch, buffer, futures))
+            while len(pending) < self.depth and (batches := next(queue, None)) is not None:
+                buffer = free.pop() if free else torch.empty(buffer_examples(self.plan) * per_example, pin_memory=self.pin)
+                parts, first = [], 0
+                for part in _parts(batches, self.shards, self.n_parts):
+                    parts.append(pool.submit(self._read_part, part, buffer[first * per_example :], bad_shards))
+                    first += sum(batch.n_examples for batch in part)
+                pending.append(_Load(batches, buffer, parts))
 
         try:
             read_ahead()
             while pending:
-                batch, buffer, futures = pending.popleft()
+                load = pending.popleft()
                 began = time.perf_counter()
-                wait(futures)  # for all: the buffer may be used again
-                try:
-                    for future in futures:
-                        future.result()
-                except DataError as err:
-                    if not self.skip_bad:
-                        raise
-                    self.left_out[batch.index] = str(err)
-                    self.n_left_out += batch.n_examples
-                    bad_shards.add(batch.shard_i)
-                    free.append(buffer)
-                    read_ahead()
-                    continue
+                wait(load.parts)  # for all: the buffer may be used again
+                errors = {index: err for part in load.parts for index, err in part.result().items()}
                 self.wait_s += time.perf_counter() - began
-                read_ahead()  # `depth` batches are under way while the consumer works on this one
-                self.n_bytes += batch.n_examples * self.shards.content_bytes
-                n_tokens = batch.n_examples * self.shards.n_patches
-                yield batch, buffer[: n_tokens * self.shards.d_model].view(n_tokens, self.shards.d_model)
-                held.append(buffer)
-                if len(held) > self.hold:
-                    free.append(held.popleft())
+                read_ahead()  # `depth` buffers are under way while the consumer works on this one
+                first, self._n_left = 0, len(load.batches)
+                for batch in load.batches:
+                    self._n_left -= 1
+                    acts_bd = load.buffer[first * per_example :][: batch.n_examples * per_example].view(-1, self.shards.d_model)
+                    first += batch.n_examples
+                    if batch.index in errors:
+                        if not self.skip_bad:
+                            raise errors[batch.index]
+                        self.left_out[batch.index] = str(errors[batch.index])
+                        self.n_left_out += batch.n_examples
+                        continue
+                    self.n_bytes += batch.n_examples * self.shards.content_bytes
+                    yield batch, acts_bd
+                    held.append(load)
+                    if len(held) > self.hold and (left := held.popleft()) is not load and left not in held:
+                        free.append(left.buffer)
+                if load not in held:
+                    free.append(load.buffer)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             pending.clear()
+            self._n_left = 0
+
+    def _read_part(self, batches: list[Batch], place: Tensor, bad_shards: set[int]) -> dict[int, DataError]:
+        """Read batches, or pieces of them, one after another; why some of them could not be read, by their index."""
+        errors = {}
+        for batch in batches:
+            # A shard that has failed once despite patience would cost minutes more with each of its batches.
+            patient = batch.shard_i not in bad_shards
+            try:
+                read_batch(self.shards, batch, place, patient=patient)
+            except DataError as err:
+                errors[batch.index] = err
+                bad_shards.add(batch.shard_i)
+                if not self.skip_bad:
+                    break
+            place = place[batch.n_examples * self.shards.n_patches * self.shards.d_model :]
+        return errors
 
 
-def _parts(batch: Batch, shards: Shards, most: int) -> list[Batch]:
-    """The batch in at most so many runs of its examples, none of them small."""
-    n_parts = max(1, min(most, batch.n_examples, batch.n_examples * shards.content_bytes // MIN_PART_BYTES))
-    step = -(-batch.n_examples // n_parts)
-    return [
-        replace(
-            batch, example_i=batch.example_i + first, img_i=batch.img_i + first, n_examples=min(step, batch.n_examples - first)
-        )
-        for first in range(0, batch.n_examples, step)
-    ]
+@dataclass(frozen=True, eq=False)
+class _Load:
+    """Batches that lie one after another in one buffer, and the reads that bring them there."""
+
+    batches: list[Batch]
+    buffer: Tensor
+    parts: list[Future[dict[int, DataError]]]
+
+
+def buffer_examples(plan: Plan) -> int:
+    """Examples for which a buffer has room."""
+    return max(1, min(plan.examples_per_batch, plan.n_examples))
+
+
+def most_buffers(plan: Plan, depth: int, hold: int) -> int:
+    """Buffers that a `Reader` needs at most.
+
+    Those read ahead, and those in which the batches lie that the consumer works on. Two neighbours among these are more
+    than one buffer could take.
+    """
+    batches = hold + 1
+    beside = min(batches, 2 * batches * plan.largest_batch // buffer_examples(plan) + 2)
+    return min(depth + beside, plan.n_batches)
+
+
+def _loads(batches: Iterable[Batch], plan: Plan) -> Iterator[list[Batch]]:
+    """Runs of batches, each as long as a buffer has room for."""
+    load: list[Batch] = []
+    n_examples = 0
+    for batch in batches:
+        if load and n_examples + batch.n_examples > buffer_examples(plan):
+            yield load
+            load, n_examples = [], 0
+        load.append(batch)
+        n_examples += batch.n_examples
+    if load:
+        yield load
+
+
+def _parts(batches: list[Batch], shards: Shards, most: int) -> list[list[Batch]]:
+    """The examples of the batches in at most so many runs, none of them small; a batch is cut where a run ends."""
+    n_examples = sum(batch.n_examples for batch in batches)
+    n_parts = max(1, min(most, n_examples, n_examples * shards.content_bytes // MIN_PART_BYTES))
+    step = -(-n_examples // n_parts)
+    parts: list[list[Batch]] = [[] for _ in range(-(-n_examples // step))]
+    at = 0
+    for batch in batches:
+        first = 0
+        while first < batch.n_examples:
+            part_i, n_before = divmod(at, step)
+            n = min(step - n_before, batch.n_examples - first)
+            piece = batch
+            if n < batch.n_examples:
+                piece = replace(batch, example_i=batch.example_i + first, img_i=batch.img_i + first, n_examples=n)
+            parts[part_i].append(piece)
+            first, at = first + n, at + n
+    return parts
 
 
 def read_batch(shards: Shards, batch: Batch, buffer: Tensor, *, patient: bool = True) -> None:

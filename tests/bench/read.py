@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from saev_dist.config import Extract
-from saev_dist.data.reader import MAX_GAP_BYTES, Reader
+from saev_dist.data.reader import MAX_GAP_BYTES, Reader, buffer_examples, most_buffers
 from saev_dist.data.shards import Shards, ShardWriter
 from saev_dist.plan import Plan
 from tests.bench.record import emit
@@ -78,7 +78,7 @@ def write_shards(dpath: Path, layout: Layout) -> Shards:
 
 def make_reader(shards: Shards, depth: int, n_passes: int = 1) -> Reader:
     """As `extract` has it, over all batches, `n_passes` times."""
-    plan = Plan(shards.examples, min(max(1, Extract.batch_tokens // shards.n_patches), max(shards.examples)))
+    plan = Plan(shards.examples, max(1, Extract.batch_tokens // shards.n_patches))
     return Reader(shards, plan, ((0, len(plan)),) * n_passes, depth=depth)
 
 
@@ -162,8 +162,8 @@ def measure(what: str, shards: Shards, big: Shards, depth: int, rounds: int) -> 
     """Print the two lines of one case."""
     checked = check(shards, depth)
     reader = make_reader(shards, depth)
-    batch_bytes = reader.plan.examples_per_batch * shards.content_bytes
-    small, large = memory(PIECE_BYTES), memory(max(PIECE_BYTES, (depth + reader.hold + 1) * batch_bytes))
+    n_examples = most_buffers(reader.plan, depth, reader.hold) * buffer_examples(reader.plan)
+    small, large = memory(PIECE_BYTES), memory(n_examples * shards.content_bytes)
     for cold in (False, True):
         if not cold:  # into the page cache by the same hand: how it got there decides how fast it comes out
             for each in (shards, big):
