@@ -118,7 +118,9 @@ def test_what_was_read_before_an_error_is_handed_over(n_ahead):
 def test_a_failed_read_loses_no_batch(tmp_path, capsys):
     """Of what comes before it, all is kept."""
     shards, sae = make_shards(tmp_path / "shards", make_acts(9), imgs_per_shard=1), make_sae(tmp_path / "sae.pt")
-    cfg = Extract(shards=shards, sae=sae, out=tmp_path / "run", self_check="off", progress=False, snapshot_every=1e9)
+    cfg = Extract(
+        shards=shards, sae=sae, out=tmp_path / "run", batch_tokens=1, self_check="off", progress=False, snapshot_every=1e9
+    )
     bad, (former, threads) = Shards.open(shards), (torch.get_num_threads(), 4)
     fpath = shards / bad.names[6]
     content, read = fpath.read_bytes(), Reader.__iter__
