@@ -75,7 +75,7 @@ def _kept(run: Path) -> Kept | None:
         now = time.time()
         config = json.loads((dpath / "run.json").read_bytes())["config"]
         shards = Shards.open(Path(config["shards"]), config["layer"])
-        plan = Plan(shards.examples, min(max(1, config["batch_tokens"] // shards.n_patches), max(shards.examples)))
+        plan = Plan(shards.examples, max(1, config["batch_tokens"] // shards.n_patches))
         found = _headers(dpath)
         ages = {header["owner"]: (header, now - mtime) for header, mtime in found}  # of an owner the newest is last
         absorbed = {owner for header, _ in found for owner in header["absorbed"]}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from saev_dist.data import reader
-from saev_dist.data.reader import Reader, buffer_examples, most_buffers
+from saev_dist.data.reader import Reader, most_buffers, room
 from saev_dist.data.shards import Shards, ShardWriter
 from saev_dist.errors import DataError
 from saev_dist.plan import Plan
@@ -30,8 +30,10 @@ def write(dpath: Path, examples_per_shard: int) -> Shards:
 
 @pytest.mark.parametrize("examples_per_shard", [1, 3, 20])
 @pytest.mark.parametrize("bad", [(), (0, 1, 2), tuple(range(12)), (2,)])
-@pytest.mark.parametrize(("batch", "n_parts"), [(1, 1), (2, 1), (2, 3), (7, 1), (7, 3), (10, 4), (100, 5)])
-def test_batches_come_in_order_and_stay_while_held(tmp_path, monkeypatch, examples_per_shard, bad, batch, n_parts):
+@pytest.mark.parametrize(("batch", "n_parts", "hold"), [(1, 1, 2), (2, 1, 0), (2, 3, 2), (7, 1, 0), (7, 3, 5), (100, 5, 2)])
+def test_batches_come_in_order_and_stay_while_held(tmp_path, monkeypatch, examples_per_shard, bad, batch, n_parts, hold):
+    n_buffers, empty = [], torch.empty
+    monkeypatch.setattr(reader.torch, "empty", lambda *args, **kwargs: n_buffers.append(args[0]) or empty(*args, **kwargs))
     monkeypatch.setattr(reader, "MIN_PART_BYTES", 1)
     shards = write(tmp_path, examples_per_shard)
     bad = [shard_i for shard_i in bad if shard_i < len(shards.names)]
@@ -50,7 +52,7 @@ def test_batches_come_in_order_and_stay_while_held(tmp_path, monkeypatch, exampl
         if batch.shard_i not in bad
         or (batch.shard_i % 2 and batch.example_i + batch.n_examples <= shards.examples[batch.shard_i] // 2)
     ]  # fmt: skip
-    hold, seen = 2, []
+    seen = []
     stream = Reader(shards, plan, todo, depth=3, hold=hold, n_parts=n_parts, skip_bad=True)
     for batch, acts_bd in stream:
         seen.append((batch, acts_bd))
@@ -62,17 +64,18 @@ def test_batches_come_in_order_and_stay_while_held(tmp_path, monkeypatch, exampl
     assert sorted(stream.left_out) == [batch.index for batch in wanted if batch.index not in good]
     assert stream.n_left_out == sum(batch.n_examples for batch in wanted if batch.index not in good)
     assert stream.n_bytes == sum(batch.n_examples for batch, _ in seen) * shards.content_bytes
-    buffers = {acts_bd.untyped_storage().data_ptr(): acts_bd.untyped_storage().nbytes() for _, acts_bd in seen}
-    room = buffer_examples(plan) * shards.content_bytes
-    assert set(buffers.values()) <= {room}
-    if not bad:
-        assert len(buffers) <= most_buffers(plan, 3, hold), "the memory that is stated"
+    assert set(n_buffers) == {room(plan, shards) * N_PATCHES * D_MODEL}, "the memory that is stated"
+    assert len(n_buffers) <= (3 + hold + 1 if bad else most_buffers(plan, shards, 3, hold))
 
 
-def test_all_before_a_bad_shard_is_delivered_then_the_error(tmp_path):
+@pytest.mark.parametrize("batch", [1, 4, 20])
+@pytest.mark.parametrize("n_parts", [1, 3])
+def test_all_before_a_bad_shard_is_delivered_then_the_error(tmp_path, monkeypatch, batch, n_parts):
+    monkeypatch.setattr(reader, "MIN_PART_BYTES", 1)
     shards = write(tmp_path, 1)
     (tmp_path / shards.names[5]).unlink()
-    stream = iter(Reader(shards, Plan(shards.examples, 1), ((0, N_IMGS),), depth=2))
+    (tmp_path / shards.names[7]).unlink()
+    stream = iter(Reader(shards, Plan(shards.examples, batch), ((0, N_IMGS),), depth=2, n_parts=n_parts))
     assert [next(stream)[0].index for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(DataError, match=shards.names[5]):
         next(stream)
@@ -83,27 +86,93 @@ def test_small_shards_are_read_into_one_buffer(tmp_path):
     shards = write(tmp_path, 1)
     stream = Reader(shards, Plan(shards.examples, 20), ((0, N_IMGS),), depth=1)
     places = [(acts_bd.untyped_storage().data_ptr(), acts_bd.storage_offset()) for _, acts_bd in stream]
-    assert len({buffer for buffer, _ in places}) <= most_buffers(stream.plan, 1, 1) < N_IMGS / 10
+    assert len({buffer for buffer, _ in places}) <= most_buffers(stream.plan, shards, 1, 1) < N_IMGS / 10
     assert [at for _, at in places] == [index % 20 * N_PATCHES * D_MODEL for index in range(N_IMGS)]
 
 
-def test_it_says_whether_the_next_batch_is_there(tmp_path, monkeypatch):
-    go_on, read_batch = threading.Event(), reader.read_batch
+def test_large_batches_of_smaller_shards_take_no_more_memory_than_they_need(tmp_path, monkeypatch):
+    shards = write(tmp_path, 20)
+    monkeypatch.setattr(reader, "LOAD_BYTES", 10 * shards.content_bytes)
+    plan = Plan(shards.examples, 10**9)
+    assert room(plan, shards) == 20
+    assert [len(acts_bd) // N_PATCHES for _, acts_bd in Reader(shards, plan, ((0, 4),), depth=1)] == [20, 20, 20, 1]
+    assert most_buffers(plan, shards, 3, 2) == 4
+    monkeypatch.setattr(reader, "LOAD_BYTES", 30 * shards.content_bytes)
+    assert room(plan, shards) == 30
+    assert room(Plan(shards.examples, 7), shards) == 7
+    monkeypatch.setattr(reader, "LOAD_BYTES", 10**9)
+    assert room(plan, shards) == N_IMGS
+    assert most_buffers(plan, shards, 3, 2) == 1
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_of_a_batch_in_several_parts_the_first_that_fails_is_named(tmp_path, monkeypatch, skip_bad):
+    monkeypatch.setattr(reader, "MIN_PART_BYTES", 1)
+    shards = write(tmp_path, 20)
+    end = 10 * shards.content_bytes + 4  # amid the second of three parts
+    os.truncate(tmp_path / shards.names[0], end)
+    source = Reader(shards, Plan(shards.examples, 20), ((0, 2),), depth=1, n_parts=3, skip_bad=skip_bad)
+    if skip_bad:
+        assert len(list(source)) == 1
+        assert f"ends at byte {end};" in source.left_out[0]
+    else:
+        with pytest.raises(DataError, match=f"ends at byte {end};"):
+            list(source)
+
+
+def test_of_a_shard_that_fails_only_the_first_read_is_repeated(tmp_path, monkeypatch):
+    asked = []
 
     def read(shards, batch, buffer, *, patient):
-        if batch.img_i == 1:
-            go_on.wait(30)
-        read_batch(shards, batch, buffer, patient=patient)
+        asked.append((batch.img_i, patient))
+        if batch.shard_i == 1:
+            raise DataError("bad")
 
     monkeypatch.setattr(reader, "read_batch", read)
     shards = write(tmp_path, 20)
-    source = Reader(shards, Plan(shards.examples, 1), ((0, 3),), depth=1)
+    list(Reader(shards, Plan(shards.examples, 8), ((0, 10),), depth=1, skip_bad=True))
+    assert asked == [(0, True), (8, True), (16, True), (20, True), (28, False), (36, False), (40, True), (48, True), (56, True), (60, True)]  # fmt: skip
+
+
+def test_who_leaves_waits_for_no_more_than_the_files_that_are_being_read(tmp_path, monkeypatch):
+    n_read, read_batch = 0, reader.read_batch
+
+    def read(*args, **kwargs):
+        nonlocal n_read
+        n_read += 1
+        time.sleep(0.02)
+        read_batch(*args, **kwargs)
+
+    monkeypatch.setattr(reader, "read_batch", read)
+    shards = write(tmp_path, 1)
+    stream = iter(Reader(shards, Plan(shards.examples, 20), ((0, N_IMGS),), depth=1))
+    next(stream)
+    stream.close()
+    assert n_read < 40, "of two loads of 20"
+
+
+@pytest.mark.parametrize("n_images", [1, 4])
+def test_it_says_whether_the_next_batch_is_there(tmp_path, monkeypatch, n_images):
+    """Batches of one image, read one by one and by four; the last of each four cannot be read."""
+    go_on, read_batch = threading.Event(), reader.read_batch
+    n_good = max(1, n_images - 1)
+
+    def read(shards, batch, buffer, *, patient):
+        if batch.img_i == n_images:
+            go_on.wait(30)
+        if batch.img_i % n_images == n_good:
+            raise DataError("bad")
+        read_batch(shards, batch, buffer, patient=patient)
+
+    monkeypatch.setattr(reader, "read_batch", read)
+    shards = write(tmp_path, 1)
+    source = Reader(shards, Plan(shards.examples, n_images), ((0, 2 * n_images),), depth=1, skip_bad=True)
     stream = iter(source)
-    next(stream)
-    assert not source.is_ready
+    for place in range(n_good):
+        next(stream)
+        assert source.is_ready == (place < n_good - 1)
     go_on.set()
-    next(stream)
-    next(stream)
+    assert len(list(stream)) == n_good
     assert source.is_ready, "there is none left to wait for"
 
 

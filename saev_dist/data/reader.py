@@ -2,8 +2,7 @@
 
 Only the content tokens of the wanted layer are read. Where CLS tokens lie between them, one vectored read
 fetches a run of examples and drops each CLS vector into a scratch buffer, so there is no second copy.
-A buffer has room for a batch as large as the plan allows; where shards are small it takes several whole batches,
-which are read one after another by one thread, so that handing over costs as much for 1.3 TB in small files as in big ones.
+Where shards are small, a buffer takes several whole batches, which are read as one.
 
 Names: `b` tokens of a batch, `d` model width.
 """
@@ -30,13 +29,15 @@ MAX_GAP_BYTES = 64 * 1024  # a smaller gap costs less to read than another syste
 MAX_THREADS = 8
 MIN_PART_BYTES = 4 * 1024 * 1024
 """A part of a buffer that is read by itself has at least so many."""
+LOAD_BYTES = 64 * 1024 * 1024
+"""So many are read as one where batches are smaller, if the plan allows batches as large."""
 
 
 class Reader:
     """Iterate over the batches of some intervals as `(batch, acts_bd)`.
 
     `acts_bd` is float32 (batch tokens, d_model); it stays as it is for `hold` more steps of the iteration, and is
-    overwritten after that. Memory: `most_buffers` of `buffer_examples` each, whatever the number of shards.
+    overwritten after that. Memory: `most_buffers`, each with `room` for some examples, whatever the number of shards.
 
     Args:
         shards: layer to read.
@@ -75,29 +76,33 @@ class Reader:
         self.wait_s = 0.0
         """Time for which the consumer waited."""
         self._pending: deque[_Load] = deque()
-        self._n_left = 0  # batches of the load that is being delivered
+        self._n_to_come = 0  # good batches of the load that is being delivered
+        self._is_over = False
 
     @property
     def is_ready(self) -> bool:
         """Whether the next batch, if there is one, has been read."""
-        return self._n_left > 0 or not self._pending or all(part.done() for part in self._pending[0].parts)
+        return self._n_to_come > 0 or not self._pending or all(part.done() for part in self._pending[0].parts)
 
     def __iter__(self) -> Generator[tuple[Batch, Tensor], None, None]:
         per_example = self.shards.n_patches * self.shards.d_model
+        n_floats = room(self.plan, self.shards) * per_example
         free: list[Tensor] = []
         held: deque[_Load] = deque()
         bad_shards: set[int] = set()
         pending = self._pending
-        queue = _loads((self.plan[index] for first, stop in self.todo for index in range(first, stop)), self.plan)
+        todo = (self.plan[index] for first, stop in self.todo for index in range(first, stop))
+        queue = _loads(todo, room(self.plan, self.shards))
+        self._is_over = False
         pool = ThreadPoolExecutor(min(self.depth * self.n_parts, MAX_THREADS), thread_name_prefix="reader")
 
         def read_ahead() -> None:
             while len(pending) < self.depth and (batches := next(queue, None)) is not None:
-                buffer = free.pop() if free else torch.empty(buffer_examples(self.plan) * per_example, pin_memory=self.pin)
-                parts, first = [], 0
+                buffer = free.pop() if free else torch.empty(n_floats, pin_memory=self.pin)
+                parts, at = [], 0
                 for part in _parts(batches, self.shards, self.n_parts):
-                    parts.append(pool.submit(self._read_part, part, buffer[first * per_example :], bad_shards))
-                    first += sum(batch.n_examples for batch in part)
+                    parts.append(pool.submit(self._read_part, part, buffer[at:], bad_shards))
+                    at += sum(batch.n_examples for batch in part) * per_example
                 pending.append(_Load(batches, buffer, parts))
 
         try:
@@ -106,42 +111,46 @@ class Reader:
                 load = pending.popleft()
                 began = time.perf_counter()
                 wait(load.parts)  # for all: the buffer may be used again
-                errors = {index: err for part in load.parts for index, err in part.result().items()}
+                errors: dict[int, str] = {}
+                for part in reversed(load.parts):  # of a batch in several parts the first error counts
+                    errors |= part.result()
                 self.wait_s += time.perf_counter() - began
                 read_ahead()  # `depth` buffers are under way while the consumer works on this one
-                first, self._n_left = 0, len(load.batches)
+                self._n_to_come, at = sum(batch.index not in errors for batch in load.batches), 0
                 for batch in load.batches:
-                    self._n_left -= 1
-                    acts_bd = load.buffer[first * per_example :][: batch.n_examples * per_example].view(-1, self.shards.d_model)
-                    first += batch.n_examples
+                    first, at = at, at + batch.n_examples * per_example
                     if batch.index in errors:
                         if not self.skip_bad:
-                            raise errors[batch.index]
-                        self.left_out[batch.index] = str(errors[batch.index])
+                            raise DataError(errors[batch.index])
+                        self.left_out[batch.index] = errors[batch.index]
                         self.n_left_out += batch.n_examples
                         continue
+                    self._n_to_come -= 1
                     self.n_bytes += batch.n_examples * self.shards.content_bytes
-                    yield batch, acts_bd
+                    yield batch, load.buffer[first:at].view(-1, self.shards.d_model)
                     held.append(load)
-                    if len(held) > self.hold and (left := held.popleft()) is not load and left not in held:
-                        free.append(left.buffer)
+                    if len(held) > self.hold and (released := held.popleft()) is not load and released not in held:
+                        free.append(released.buffer)
                 if load not in held:
                     free.append(load.buffer)
         finally:
+            self._is_over = True
             pool.shutdown(wait=True, cancel_futures=True)
             pending.clear()
-            self._n_left = 0
+            self._n_to_come = 0
 
-    def _read_part(self, batches: list[Batch], place: Tensor, bad_shards: set[int]) -> dict[int, DataError]:
+    def _read_part(self, batches: list[Batch], place: Tensor, bad_shards: set[int]) -> dict[int, str]:
         """Read batches, or pieces of them, one after another; why some of them could not be read, by their index."""
         errors = {}
         for batch in batches:
+            if self._is_over:  # of a file system that fails, each file may cost seconds
+                break
             # A shard that has failed once despite patience would cost minutes more with each of its batches.
             patient = batch.shard_i not in bad_shards
             try:
                 read_batch(self.shards, batch, place, patient=patient)
             except DataError as err:
-                errors[batch.index] = err
+                errors[batch.index] = str(err)
                 bad_shards.add(batch.shard_i)
                 if not self.skip_bad:
                     break
@@ -155,31 +164,32 @@ class _Load:
 
     batches: list[Batch]
     buffer: Tensor
-    parts: list[Future[dict[int, DataError]]]
+    parts: list[Future[dict[int, str]]]
 
 
-def buffer_examples(plan: Plan) -> int:
-    """Examples for which a buffer has room."""
-    return max(1, min(plan.examples_per_batch, plan.n_examples))
+def room(plan: Plan, shards: Shards) -> int:
+    """Examples that a buffer takes: the largest batch, or more where shards are smaller than a batch may be."""
+    return max(plan.largest_batch, min(plan.examples_per_batch, plan.n_examples, LOAD_BYTES // shards.content_bytes))
 
 
-def most_buffers(plan: Plan, depth: int, hold: int) -> int:
-    """Buffers that a `Reader` needs at most.
+def most_buffers(plan: Plan, shards: Shards, depth: int, hold: int) -> int:
+    """Buffers that a `Reader` needs at most; with bad batches left out it may be `depth + hold + 1`.
 
-    Those read ahead, and those in which the batches lie that the consumer works on. Two neighbours among these are more
-    than one buffer could take.
+    Those read ahead, and those of the `hold + 1` batches that the consumer works on. A load and the batch after it are more
+    than a buffer takes: h batches lie in at most 2 h · largest / room loads and one at either end, all batches in at most as
+    many loads as pairs of them fill buffers.
     """
-    batches = hold + 1
-    beside = min(batches, 2 * batches * plan.largest_batch // buffer_examples(plan) + 2)
-    return min(depth + beside, plan.n_batches)
+    size = room(plan, shards)
+    held = min(hold + 1, 2 * (hold + 1) * plan.largest_batch // size + 2)
+    return min(depth + held, plan.n_batches, 2 * (plan.n_examples // (size + 1)) + 1)
 
 
-def _loads(batches: Iterable[Batch], plan: Plan) -> Iterator[list[Batch]]:
-    """Runs of batches, each as long as a buffer has room for."""
+def _loads(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Runs of batches, each as long as a buffer for `size` examples takes."""
     load: list[Batch] = []
     n_examples = 0
     for batch in batches:
-        if load and n_examples + batch.n_examples > buffer_examples(plan):
+        if load and n_examples + batch.n_examples > size:
             yield load
             load, n_examples = [], 0
         load.append(batch)
