@@ -12,7 +12,7 @@ import tyro
 
 from saev_dist import __version__
 from saev_dist.config import Convert, Demo, Extract, Inspect, Merge, Replay, Verify, toml_flags
-from saev_dist.errors import PeerError, Preempted, SaevDistError, rank_prefix
+from saev_dist.errors import ConfigError, PeerError, Preempted, SaevDistError, rank_prefix
 from saev_dist.output import printing
 
 # A store that dies or is not there makes torch print C++ stack traces beside our one line; it reads this when it is imported.
@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
             if argv == ["--version"]:
                 print(f"saev-dist {__version__}")
                 return
+            if not sys.platform.startswith("linux"):
+                raise ConfigError(f"saev-dist runs on Linux; this is {sys.platform}. Use a container, or another machine.")
             try:
                 cfg = parse(argv, quiet=not is_first)
             except SaevDistError as err:

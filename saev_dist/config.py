@@ -103,7 +103,7 @@ class Extraction:
     screen: Literal["none", "bf16"] = "none"
     """bf16: make the product in bfloat16 first, and in fp32 only where a code may be: no code is missed, every score is an fp32 one. On CPUs with AMX, or AMD's with AVX-512 BF16, 1.7 times as fast at 30 codes a token, 1.3 times at 300, no faster at thousands; a warning says where it does not pay."""
     read_ahead: int = 3
-    """Batches read ahead of the encoder, each in its own buffer."""
+    """Buffers read ahead of the encoder: a batch each, or several of small shards."""
     timeout_s: int = 600
     """Longest that a rank waits for the others inside one collective operation."""
     snapshot_every: float = 300.0
@@ -134,8 +134,8 @@ class Extract(SaeRules, Extraction):
         _check_counts(self, "top_k", "max_distribution_samples", "batch_tokens", "read_ahead", "timeout_s")
         if self.n_distributions < 0:
             raise ConfigError(f"n_distributions must not be negative, got {self.n_distributions}.")
-        if not self.snapshot_every >= 0:
-            raise ConfigError(f"snapshot_every must not be negative, got {self.snapshot_every:g}.")
+        if not 0 <= self.snapshot_every < math.inf:
+            raise ConfigError(f"snapshot_every must be a number of seconds, 0 or more, got {self.snapshot_every:g}.")
         if self.screen != "none" and self.precision != "fp32":
             raise ConfigError(f"--screen {self.screen} gives fp32 scores; it does not go with --precision {self.precision}.")
         if self.percentile_estimator == "saev" and self.skip_bad_shards:
@@ -205,7 +205,7 @@ class Replay:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the encoder runs. auto: a GPU if there is one."""
     workers: OptionalInt = None
-    """Processes that draw, per rank. Default: half of the rank's cores."""
+    """Processes that draw, per rank. Default: half of the cores that the rank has."""
     read_ahead: int = 16
     """Images read ahead of the encoder."""
     timeout_s: int = 600
@@ -273,7 +273,7 @@ class Merge:
     """Make the artifacts of an unfinished `extract` whose batches are all done, in one process, and encode nothing."""
 
     run: RunPath
-    """Run directory of an `extract` that died after its last batch, or has ended on all ranks but one."""
+    """Run directory of an `extract` that died after its last batch."""
     shards: OptionalPath = None
     """Where the run's shards are now, if they have moved."""
     sae: OptionalPath = None

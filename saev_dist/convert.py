@@ -1,5 +1,7 @@
 """`saev-dist convert`: an SAE of any known format as one safetensors file. `sae.plain` says what is in it."""
 
+import os
+
 from saev_dist.config import Convert
 from saev_dist.errors import ConfigError
 from saev_dist.files import writing
@@ -14,7 +16,7 @@ def run(cfg: Convert) -> None:
     Raises:
         SaevDistError: the source cannot be read, or the target is there already or cannot be written.
     """
-    if cfg.target.exists() and not cfg.force:
+    if os.path.lexists(cfg.target) and not cfg.force:
         raise ConfigError(f"{cfg.target} is there already; choose another name, or replace it with --force.")
     loaded = load_sae(cfg.source, Overrides.of(cfg))
     with writing(cfg.target):

@@ -31,7 +31,7 @@ from saev_dist import extract, replay
 from saev_dist.config import Demo, Extract, Replay
 from saev_dist.data.images import list_images
 from saev_dist.data.shards import ShardWriter
-from saev_dist.errors import ConfigError, RunError
+from saev_dist.errors import ConfigError, Preempted, RunError
 from saev_dist.files import writing
 from saev_dist.render.sheet import Row, Slot, contact_sheet
 from saev_dist.sae.saev import load_saev, save_saev
@@ -75,8 +75,11 @@ def run(cfg: Demo) -> None:
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("the demo runs in one process; start it without torchrun.")
-    with writing(cfg.out):
-        _run(cfg, photographs_dpath())
+    try:
+        with writing(cfg.out):
+            _run(cfg, photographs_dpath())
+    except Preempted:
+        raise Preempted("the demo was stopped by a signal; run it again, and it starts over.") from None
 
 
 def _run(cfg: Demo, source_dpath: Path) -> None:

@@ -41,11 +41,11 @@ from saev_dist.sae.encoder import ActivationOverflow, Encoder
 from saev_dist.sae.pieces import batches_ahead
 from saev_dist.selfcheck import check
 from saev_dist.spill import Segment, Spill, covered
-from saev_dist.store import Run
+from saev_dist.store import Run, brief, differing
 from saev_dist.world import World
 
 PARTS_FOR_GPU = 3
-"""Parts of a batch that are read side by side: one thread is slower than a GPU."""
+"""Parts of a buffer that are read side by side: one thread is slower than a GPU."""
 SAEV_PERCENTILE = "saev_percentile.estimate_s"
 """Name of that estimate in a partial."""
 
@@ -58,6 +58,7 @@ def run(cfg: Extract) -> None:
     """
     with World(cfg.timeout_s) as world, world.obeying_signals(cfg.out / "partials"):
         job = open_job(cfg, world)
+        _agree(job, world)
         if cfg.precision == "tf32" and job.device.type != "cuda":
             raise ConfigError(f"--precision tf32 needs a CUDA device; this run is on {job.device.type}. Use fp32 or bf16.")
         if cfg.screen != "none" and job.device.type != "cpu":
@@ -91,6 +92,17 @@ def run(cfg: Extract) -> None:
                 identity = store.begin(job.identity, as_json(cfg), job.plan.n_batches, afresh=force)
                 job = replace(job, identity=identity)
             work(job, store, world)
+
+
+def _agree(job: Job, world: World) -> None:
+    """Raise RunError unless rank 0 computes the same: on another node a path may lead to other files, or there is no GPU."""
+    first = world.tell(job.identity)
+    if names := differing(job.identity, first):
+        here, there = (brief(identity.get(names[0])) for identity in (job.identity, first))
+        raise RunError(
+            f"rank {world.rank} would compute something else than rank 0: {names[0]} is {here} here, {there} there. All ranks "
+            "must see the same SAE and shards, and compute on the same kind of device; name files that they share."
+        )
 
 
 def work(job: Job, store: Run, world: World, *, encode: bool = True) -> None:

@@ -1,5 +1,6 @@
 """Files on disks that fill up, stall and lose power: one-line errors, a second try, and renames that last."""
 
+import ctypes
 import errno
 import os
 import time
@@ -62,6 +63,21 @@ def write_all(file: BinaryIO, data: memoryview) -> None:
     """Write to an unbuffered file, which may take less than it is given."""
     while len(data):
         data = data[file.write(data) or 0 :]
+
+
+def sync_file_system(dpath: Path) -> None:
+    """Bring what was written to the file system that holds `dpath` to its disk: of thousands of small files sooner done than
+    an fsync of each. By syncfs(2), which Python lacks; sync(2) would also wait for every other file system.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    fd = os.open(dpath, os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(fd):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    finally:
+        os.close(fd)
 
 
 def fsync_dir(dpath: Path) -> None:

@@ -24,6 +24,18 @@ def cpu_threads() -> int:
     return max(1, min([n_threads, *map(math.ceil, _cpu_quotas())]))
 
 
+def rank_cores(local_size: int) -> int:
+    """Cores for a rank that shares them with the others on its node.
+
+    Slurm gives each of its tasks its own; torchrun's ranks share what its task, or a container, has.
+    """
+    n_cores = min([len(os.sched_getaffinity(0)), *map(math.ceil, _cpu_quotas())])
+    own = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if own.isdecimal() and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return max(1, min(n_cores, int(own)))
+    return max(1, n_cores // local_size)
+
+
 def available_memory() -> int:
     """Bytes of host memory that can still be had, page cache included."""
     for line in MEMINFO.read_text().splitlines():

@@ -37,9 +37,9 @@ from saev_dist.choose import Slots, choose_features, choose_slots, deal
 from saev_dist.config import Replay
 from saev_dist.data.images import Pictures, open_pictures
 from saev_dist.errors import RunError, warn
-from saev_dist.files import writing
+from saev_dist.files import fsync_dir, sync_file_system, writing
 from saev_dist.finished import FinishedRun, Statistics
-from saev_dist.machine import cpu_threads
+from saev_dist.machine import cpu_threads, rank_cores
 from saev_dist.progress import Progress
 from saev_dist.records import Records
 from saev_dist.reencode import Check, Image, describe_encoded, reencode
@@ -131,6 +131,9 @@ def run(cfg: Replay) -> None:
             report = _draw(job, world, device, deal(todo, world.size)[world.rank])
             reports = world.collect(report)
             _write_features(job, job.features[world.rank :: world.size])
+            if world.local_rank == 0:
+                with writing(job.partial_dpath):
+                    sync_file_system(job.partial_dpath)
             world.wait()
             if world.rank == 0:
                 with writing(job.partial_dpath):
@@ -272,8 +275,7 @@ def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[st
     cfg, shards = job.cfg, job.finished.shards
     check = Check()
     n_threads = cpu_threads() if device.type == "cpu" else 1
-    n_cores = len(os.sched_getaffinity(0)) // world.local_size  # of those that Slurm or a container leaves to this process
-    n_workers = cfg.workers or max(1, n_cores // 2)
+    n_workers = cfg.workers or max(1, rank_cores(world.local_size) // 2)
     n_images, n_pictures = len(np.unique(slots["img_i"])), 0
     began = time.perf_counter()
     progress = Progress(
@@ -476,11 +478,14 @@ def _cards(job: Job) -> list[gallery.Card]:
 
 
 def _publish(job: Job) -> None:
-    """Give the whole gallery its name. The records go last: after a kill on the way nothing is drawn again."""
+    """Give the whole gallery its name, when it is on the disk. The records go last: after a kill on the way nothing is drawn
+    again."""
+    sync_file_system(job.partial_dpath)
     _remove(job.former_dpath)  # of a replay that died between the next two renames
     if job.visuals_dpath.exists():
         os.replace(job.visuals_dpath, job.former_dpath)
     os.replace(job.partial_dpath, job.visuals_dpath)
+    fsync_dir(job.visuals_dpath.parent)
     _tidy(job)
 
 

@@ -85,7 +85,7 @@ class Run:
         """Whether an attempt of this very run has begun here and not finished, or has finished as this job of a scheduler."""
         under_way = self.under_way()
         holder = under_way or self.manifest()
-        if holder is None or _differing(identity, holder.get("identity", dict)):
+        if holder is None or differing(identity, holder.get("identity", dict)):
             return False
         return under_way is not None or (job_id is not None and holder.obj.get("job_id") == job_id)
 
@@ -115,10 +115,8 @@ class Run:
                 )
             return False
         theirs = holder.get("identity", dict)
-        if differing := _differing(identity, theirs):
-            details = "; ".join(
-                f"{key}: there {_brief(theirs.get(key))}, here {_brief(identity.get(key))}" for key in differing
-            )
+        if names := differing(identity, theirs):
+            details = "; ".join(f"{key}: there {brief(theirs.get(key))}, here {brief(identity.get(key))}" for key in names)
             state = "an unfinished run" if under_way else "a run"
             raise RunError(
                 f"{self.dpath} holds {state} of other settings ({details}). Choose another --out, or replace it with --force."
@@ -374,10 +372,12 @@ def _agree(mine: Any, theirs: Any) -> bool:
     return bool(mine == theirs)
 
 
-def _differing(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+def differing(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Names under which two identities say different things; either may have been through JSON."""
     return [key for key in sorted(mine | theirs) if not _agree(mine.get(key), theirs.get(key))]
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
+    """A value of an identity, for a message."""
     text = json.dumps(value)
     return text if len(text) <= 20 else f"{text[:17]}…"

@@ -34,6 +34,7 @@ ACKNOWLEDGE_S = 10.0
 BEAT_S = 2.0
 LOST_AFTER_S = 15.0
 LEAVE_S = 60.0
+MAX_PORT = 65_535
 STORE_ERRORS = (dist.DistError, ConnectionError, RuntimeError)  # what a store raises when its host is gone
 
 
@@ -93,13 +94,14 @@ class World:
         return None if found == "none" else found  # torchrun's default
 
     def __enter__(self) -> Self:
+        if self.rank >= self.size:
+            raise ConfigError(f"RANK is {self.rank} of WORLD_SIZE {self.size}; ranks count from 0. Start them with torchrun.")
         if self.size == 1:
             return self
         if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
             raise ConfigError(f"WORLD_SIZE is {self.size} but {', '.join(missing)} is not set; start the ranks with torchrun.")
-        _env("MASTER_PORT", 0)
-        if self.rank >= self.size:
-            raise ConfigError(f"RANK is {self.rank} of WORLD_SIZE {self.size}; ranks count from 0. Start them with torchrun.")
+        if _env("MASTER_PORT", 0) > MAX_PORT:
+            raise ConfigError(f"environment variable MASTER_PORT is {os.environ['MASTER_PORT']}; ports end at {MAX_PORT:,}.")
         try:
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=self._timeout))
             # After a restart by torchrun the store still holds the keys of the attempt before.
@@ -187,14 +189,22 @@ class World:
             n_here = self._ask(lambda store: store.add(key, 0))
 
     def finish(self) -> None:
-        """The last `wait`, until rank 0 has put the result in place. Rank 0 itself does not look for signals and dead peers
-        any more: they come too late to make a finished job a failed one."""
-        if self.rank:
-            self.wait()
-        elif self._store is not None:
-            self._n_phases += 1
+        """Wait until rank 0 has put the result in place. A signal is passed on to rank 0 and obeyed if it obeys. Where it
+        has begun to replace files it does not look for signals and dead peers any more: they come too late to make a
+        finished job a failed one."""
+        if self._store is None:
+            return
+        if self.rank == 0:
             with suppress(*STORE_ERRORS):
-                self._store.add(f"phase{self._n_phases}", 1)
+                self._store.set("finished", "")
+            return
+        while True:
+            has_left = self._ask(lambda store: store.check(["beat/0"]) and store.get("beat/0") == b"left", obey=False)
+            if self._ask(lambda store: store.check(["finished"]), obey=False):
+                return
+            if has_left:
+                self._ask(lambda store: None)  # raises: rank 0 does not leave for nothing
+            time.sleep(min(CHECK_EVERY_S, self.size / ASKS_PER_S))
 
     def tell(self, message: Any = None) -> Any:
         """Rank 0's `message` (JSON), on every rank, once all are here."""
@@ -293,8 +303,12 @@ class World:
                 dead = [rank for rank in range(self.size) if last[rank] != b"left" and now - since[rank] > LOST_AFTER_S]
             yield dead
 
-    def _ask(self, question: Callable[[dist.Store], Any]) -> Any:
-        """Put a question to the store, after a look at whether a peer has failed. None in a single process."""
+    def _ask(self, question: Callable[[dist.Store], Any], *, obey: bool = True) -> Any:
+        """Put a question to the store, after a look at whether a peer has failed. None in a single process.
+
+        Args:
+            obey: raise Preempted when ranks have been asked to leave.
+        """
         signal = self._signals.received
         if self._store is None:
             if signal:
@@ -307,7 +321,7 @@ class World:
                 raise PeerError(self._store.get("error").decode())
             if signal:
                 self._store.set("leave", f"{signal} on rank {self.rank}")
-            if self._store.check(["leave"]):
+            if obey and self._store.check(["leave"]):
                 raise Preempted(self._store.get("leave").decode())
             return question(self._store)
         except STORE_ERRORS as err:

@@ -1,5 +1,6 @@
 """What a user can set about a launch; the jobs' own flags are `saev_dist.config`'s."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,8 +87,10 @@ class Launcher:
                 f"a rank takes one GPU, so --tasks-per-node {self.tasks_per_node} does not go with "
                 f"--gpus-per-node {self.gpus_per_node}; leave it out."
             )
-        if self.mem_gb is not None and self.mem_gb <= 0:
-            raise ConfigError(f"mem_gb must be above 0, got {self.mem_gb:g}.")
+        if self.mem_gb is not None and not 0 < self.mem_gb < math.inf:
+            raise ConfigError(f"mem_gb must be a number above 0, got {self.mem_gb:g}.")
+        if not self.time_h < math.inf:
+            raise ConfigError(f"time_h must be a number of hours, got {self.time_h:g}.")
         if self.time_h * 3600 <= self.margin_s:
             raise ConfigError(f"a time limit of {self.time_h:g} h leaves nothing before --margin-s {self.margin_s}.")
         if self.cluster == "local" and self.nodes > 1:

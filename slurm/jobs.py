@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saev_dist.errors import RunError
+from saev_dist.files import writing
 
 TAIL_BYTES = 16_384
 
@@ -91,11 +92,16 @@ def end_fpath(folder: Path, job_id: str, rank: int) -> Path:
 
 
 def remember(job: Job) -> None:
-    """Append the job to its run's list."""
+    """Append the job to its run's list.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     fpath = job.run / "slurm" / "jobs.jsonl"
-    fpath.parent.mkdir(parents=True, exist_ok=True)
-    with open(fpath, "a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(job), default=str) + "\n")
+    with writing(fpath):
+        fpath.parent.mkdir(parents=True, exist_ok=True)
+        with open(fpath, "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(job), default=str) + "\n")
 
 
 def launched(run: Path) -> list[Job]:

@@ -144,9 +144,10 @@ def _submitted(launcher: Launcher, cfgs: Sequence[Extract | Replay], dependency:
         with writing(dpath):
             dpath.mkdir(parents=True, exist_ok=True)
     jobs = submit(launcher, cfgs, logs, dependency)
+    for job in jobs:  # of one that cannot be noted only this tells
+        print(f"{job.kind} {job.job_id}  {job.run}  logs in {job.folder}", flush=True)
     for job in jobs:
         remember(job)
-        print(f"{job.kind} {job.job_id}  {job.run}  logs in {job.folder}", flush=True)
     return jobs
 
 

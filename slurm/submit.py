@@ -142,7 +142,8 @@ def _visible_gpus(n_wanted: int) -> tuple[int, ...]:
 
 def run_here(cfg: Extract | Replay, logs: Path) -> None:
     """Do the job in this process, as one rank; what it raises is raised."""
-    logs.mkdir(parents=True, exist_ok=True)
+    with writing(logs):
+        logs.mkdir(parents=True, exist_ok=True)
     job = submitit.DebugExecutor(logs).submit(partial(_run, cfg))
     if (err := job.exception()) is not None:  # results() would open a debugger
         raise err

@@ -129,6 +129,7 @@ CASES = {
     "batch absurd": (set_flag(batch_tokens=10**30), "batch_tokens must be at least 1 (and at most"),
     "top_k zero": (set_flag(top_k=0), "top_k must be at least 1 (and at most 1,000,000,000), got 0"),
     "percentile out of range": (set_flag(percentile=101), "percentile must lie in 0 to 100"),
+    "snapshots never": (set_flag(snapshot_every="inf"), "snapshot_every must be a number of seconds, 0 or more, got inf"),
     "tf32 on a CPU": (set_flag(precision="tf32", device="cpu"), "--precision tf32 needs a CUDA device"),
     "screen with bf16": (set_flag(precision="bf16", screen="bf16"), "--screen bf16 gives fp32 scores; it does not go with --precision bf16"),
     "out too long": (set_flag(out="x" * 300), "File name too long"),

@@ -134,6 +134,17 @@ def test_the_version_is_told(capsys):
     assert capsys.readouterr().out.startswith("saev-dist 0.")
 
 
+def test_another_system_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(SystemExit) as caught:
+        main(["demo"])
+    assert caught.value.code == 1
+    assert (
+        capsys.readouterr().err
+        == "saev-dist: error: saev-dist runs on Linux; this is darwin. Use a container, or another machine.\n"
+    )
+
+
 @pytest.mark.parametrize("command", ["saev_dist extract", "slurm.launch"])
 def test_help_may_be_cut_off(command):
     done = subprocess.run(f"{sys.executable} -m {command} --help | head -1", shell=True, capture_output=True, text=True)

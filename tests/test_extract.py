@@ -18,6 +18,7 @@ from saev_dist.errors import DataError
 from saev_dist.extract import run
 from saev_dist.sae.encoder import Encoder
 from saev_dist.sae.saev import load_saev
+from saev_dist.store import Run
 from tests.ranks import artifact_hashes, run_cli, run_ranks
 from tests.synthetic import (
     BATCH_TOPK,
@@ -72,6 +73,7 @@ def test_artifacts_equal_their_definitions(tmp_path, activation, rank_by, top_k)
             progress=False,
         )
     )
+    assert {path.name for path in out.iterdir()} == {path.name for path in Run(out).artifacts()} | {"manifest.json"}
     codes = dense_codes(acts, make_weights(), activation)
     flat = codes.reshape(-1, codes.shape[-1])
 

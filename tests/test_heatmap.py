@@ -116,6 +116,8 @@ def test_pictures_too_large_to_be_stored_are_refused(settings):
         ({"fit": "crop", "n_patches": 7}, ["no patch size cuts --crop 224 224 into 7", "7 1, 1 7"]),
         ({"fit": "crop", "n_patches": 196, "crop": (300, 224)}, ["larger than --resize 256 256"]),
         ({"fit": "crop", "n_patches": 196, "grid": (14, 14)}, ["--grid belongs to --fit grid"]),
+        ({"fit": "grid", "n_patches": 196, "crop": (448, 448)}, ["--resize and --crop belong to --fit crop"]),
+        ({"fit": "grid", "n_patches": 196, "resize": (512, 512)}, ["--resize and --crop belong to --fit crop"]),
     ],
 )
 def test_a_geometry_that_does_not_fit_names_those_that_would(settings, words):

@@ -1,6 +1,7 @@
 """The launcher without a Slurm: its flags, its runs, jobs on this machine, and how it reads what became of a job."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -223,7 +224,10 @@ def test_presets_are_defaults_that_flags_override(fpath, capsys, args, tmp_path)
         ({"nodes": 0}, "nodes must be at least 1"),
         ({"gpus_per_node": 2, "tasks_per_node": 3}, "a rank takes one GPU"),
         ({"time_h": 0.01}, "leaves nothing before --margin-s"),
-        ({"mem_gb": 0.0}, "mem_gb must be above 0"),
+        ({"time_h": math.inf}, "time_h must be a number of hours, got inf"),
+        ({"time_h": math.nan}, "time_h must be a number of hours, got nan"),
+        ({"mem_gb": 0.0}, "mem_gb must be a number above 0"),
+        ({"mem_gb": math.inf}, "mem_gb must be a number above 0"),
         ({"slurm_args": ("--reservation=x",)}, "takes KEY=VALUE"),
         ({"cluster": "local", "nodes": 2}, "local is one node"),
     ],

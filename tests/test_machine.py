@@ -56,6 +56,29 @@ def test_no_more_threads_than_a_quota_feeds(groups, monkeypatch, own, files, n_t
     assert machine.cpu_threads() == 8, "what the user asks for"
 
 
+@pytest.mark.parametrize(
+    ("quota", "env", "local_size", "n_cores"),
+    [
+        (None, {}, 1, 8),
+        (None, {}, 3, 2),
+        (None, {}, 99, 1),
+        ("300000 100000", {}, 1, 3),
+        ("300000 100000", {}, 3, 1),
+        (None, {"SLURM_CPUS_PER_TASK": "8"}, 8, 8),
+        (None, {"SLURM_CPUS_PER_TASK": "2"}, 4, 2),
+        (None, {"SLURM_CPUS_PER_TASK": "8", "TORCHELASTIC_RUN_ID": "none"}, 4, 2),
+    ],
+)
+def test_a_rank_has_its_share_of_the_cores(groups, monkeypatch, quota, env, local_size, n_cores):
+    groups(V2, {} if quota is None else {"job/cpu.max": quota})
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)))
+    for name in ("SLURM_CPUS_PER_TASK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert machine.rank_cores(local_size) == n_cores
+
+
 STAT1 = "cache 77\ninactive_file 1\nactive_file 1\ntotal_inactive_file 1000\ntotal_active_file 500"
 LIMITS = {
     "none": ("", {}, FREE_KB * 1024),

@@ -132,6 +132,25 @@ def test_other_settings_are_refused_by_name(tmp_path, server, whole, flags, diff
     assert artifact_hashes(tmp_path / "run") == expected
 
 
+ELSEWHERE = """
+import os
+from pathlib import Path
+from saev_dist import job
+load = job.load_sae
+job.load_sae = lambda path, overrides: load(Path("{}") if os.environ["RANK"] == "1" else path, overrides)
+"""
+"""Code for `before`: rank 1 finds another SAE under the same name."""
+
+
+def test_ranks_that_see_other_files_are_refused(tmp_path, server, whole):
+    args, _, _ = whole
+    other = make_sae(tmp_path / "other.pt", seed=5)
+    codes, output = server.run(*args, tmp_path / "run", n_ranks=2, before=ELSEWHERE.format(other))
+    assert codes == [1, 1]
+    assert re.search(r"rank 1 would compute something else than rank 0: sae_sha256 is \S+ here, \S+ there", output), output
+    assert output.count("error: ") == 1 and not (tmp_path / "run").exists()
+
+
 def test_another_sae_is_refused(tmp_path, server, whole):
     args, _, _ = whole
     killed(server, args, tmp_path / "run", at=4)
@@ -243,6 +262,49 @@ def test_a_signal_after_the_last_rename_does_not_make_a_finished_run_a_failed_on
     codes, output = server.run(*args, tmp_path / "run", n_ranks=2, before=HIT.format("extract", "summary"))
     assert codes == [0, 0], output
     assert artifact_hashes(tmp_path / "run") == expected
+
+
+LATE = """
+import os, signal, time
+from saev_dist import artifacts, store
+from saev_dist.world import World
+publish, finish = store.Run.publish, World.finish
+
+def publish_late(*args):
+    time.sleep(1.5)
+    publish(*args)
+
+def look(job, store, world, *args):
+    while True:
+        world.check()
+        time.sleep(0.05)
+
+def finish_struck(self):
+    if self.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("struck", flush=True)
+    finish(self)
+
+World.finish = finish_struck
+"""
+"""Code for `before`: rank 1 has a signal while it waits for rank 0 to finish."""
+
+
+def test_a_signal_to_another_rank_does_not_make_a_finished_run_a_failed_one(tmp_path, server, whole):
+    args, expected, _ = whole
+    codes, output = server.run(*args, tmp_path / "run", n_ranks=3, before=f"{LATE}store.Run.publish = publish_late")
+    assert codes == [0, 0, 0], output
+    assert output.count("struck") == 1
+    assert artifact_hashes(tmp_path / "run") == expected
+
+
+def test_a_signal_to_another_rank_is_obeyed_while_rank_0_still_obeys(tmp_path, server, whole):
+    args, expected, _ = whole
+    out = tmp_path / "run"
+    codes, output = server.run(*args, out, n_ranks=3, before=f"{LATE}artifacts.write = look")
+    assert codes == [75, 75, 75] and "SIGTERM on rank 1" in output
+    assert server.run(*args, out)[0] == [0]
+    assert artifact_hashes(out) == expected
 
 
 # ---- two runs at once

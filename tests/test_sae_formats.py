@@ -8,16 +8,17 @@ import shutil
 import struct
 import zipfile
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 
-from saev_dist.config import Extract
+from saev_dist.config import Extract, SaeRules
 from saev_dist.errors import CheckpointError, ConfigError
 from saev_dist.sae import plain
 from saev_dist.sae.encoder import Encoder
-from saev_dist.sae.load import Overrides, load_sae, recognise
+from saev_dist.sae.load import FORMATS, Overrides, load_sae, recognise
 from saev_dist.sae.model import Gated, Given, GroupMax, LayerNorm, Relu, Sae, Threshold, TopK
 from saev_dist.sae.saev import save_saev
 from saev_dist.sae.safetensors import read_safetensors, write_safetensors
@@ -104,6 +105,10 @@ def test_a_converted_sae_is_the_same_sae(tmp_path, name):
     assert again.rules() == sae.rules() and again.source == sae.source
     assert torch.equal(encode(again, x_bd), encode(sae, x_bd))
     assert all(torch.equal(a, b) for a, b in zip(again.decoder(), sae.decoder(), strict=True))
+
+
+def test_each_format_can_be_asked_for():
+    assert set(get_args(get_type_hints(SaeRules)["sae_format"])) == {"auto", *FORMATS}
 
 
 # README's matrix, cell by cell.

@@ -117,6 +117,7 @@ def test_a_converted_sae_gives_the_same_artifacts(tmp_path, shards, capsys):
     main(["convert", str(source), str(target), *map(str, flags)])
     assert "input_scale 0.5" in capsys.readouterr().out
     assert "is there already" in fails(capsys, "convert", source, target)
+    assert "cannot write: File name too long" in fails(capsys, "convert", source, tmp_path / ("x" * 300))
     main(["convert", str(source), str(target), *map(str, flags), "--force"])
     common = ["extract", "--shards", shards, "--metrics", "--self-check", "off"]
     run(*common, "--sae", source, "--out", tmp_path / "source", *flags)

@@ -72,6 +72,8 @@ class Geometry:
                     f"--grid {self.grid[0]} {self.grid[1]} has {self.grid[0] * self.grid[1]:,} patches; the shards have "
                     f"{self.n_patches:,} per image. These fit: {_listed(_factors(self.n_patches))}."
                 )
+            if (self.resize, self.crop) != (Geometry.resize, Geometry.crop):
+                raise ConfigError("--resize and --crop belong to --fit crop; add it, or leave them out.")
             return
         if self.grid is not None:
             raise ConfigError("--grid belongs to --fit grid; with --fit crop the grid follows from --crop and --patch-size.")

@@ -1,6 +1,7 @@
 """Any SAE: which format a path holds, told by its content, and what the user says that the file cannot.
 
-To add a format: a file with `load(path) -> Sae` and its rules in the docstring, and a line in `FORMATS`.
+To add a format: a file with `load(path) -> Sae` and its rules in the docstring, a line in `FORMATS`, and
+the name in `config.SaeRules.sae_format`.
 """
 
 import base64
