@@ -39,20 +39,20 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, run, and exit: 0 done, 1 an error that the user can mend, 2 wrong usage, 75 (EX_TEMPFAIL)
     stopped by a signal and to be run again, 130 interrupted where there was nothing to keep."""
     argv = sys.argv[1:] if argv is None else argv
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
     try:
         with printing():
             if argv == ["--version"]:
                 print(f"saev-dist {__version__}")
                 return
-            if not sys.platform.startswith("linux"):
-                raise ConfigError(f"saev-dist runs on Linux; this is {sys.platform}. Use a container, or another machine.")
             try:
                 cfg = parse(argv, quiet=not is_first)
             except SaevDistError as err:
                 if not is_first:  # every rank reads the same flags
                     raise PeerError(str(err)) from err
                 raise
+            if not sys.platform.startswith("linux"):
+                raise ConfigError(f"saev-dist runs on Linux; this is {sys.platform}. Use a container, or another machine.")
             job: Callable[[Any], None] = import_module(dict(JOBS.values())[type(cfg)]).run
             job(cfg)
     except Preempted as err:

@@ -10,7 +10,7 @@ import torch
 from saev_dist.accumulators.histogram import N_BINS
 from saev_dist.accumulators.rows import GROUPS_ON_DEVICE, n_samples
 from saev_dist.config import Extract
-from saev_dist.data.reader import most_buffers, room
+from saev_dist.data.reader import buffer_examples, most_buffers
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, warn
 from saev_dist.machine import available_memory
@@ -86,7 +86,9 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     samples = 4 * min(cfg.n_distributions, sae.d_sae) * n_sampled
     host = {
         "weights": weights,
-        "read buffers": most_buffers(plan, shards, cfg.read_ahead, n_ahead) * room(plan, shards) * shards.content_bytes,
+        "read buffers": most_buffers(plan, shards, cfg.read_ahead, n_ahead)
+        * buffer_examples(plan, shards)
+        * shards.content_bytes,
         # the exchange and the last sort of the slots each hold the state a second and a third time
         "accumulators and their merge": 3 * state,
         "distributions, when written": samples,

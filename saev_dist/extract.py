@@ -41,7 +41,7 @@ from saev_dist.sae.encoder import ActivationOverflow, Encoder
 from saev_dist.sae.pieces import batches_ahead
 from saev_dist.selfcheck import check
 from saev_dist.spill import Segment, Spill, covered
-from saev_dist.store import Run, brief, differing
+from saev_dist.store import Run, agree
 from saev_dist.world import World
 
 PARTS_FOR_GPU = 3
@@ -58,7 +58,12 @@ def run(cfg: Extract) -> None:
     """
     with World(cfg.timeout_s) as world, world.obeying_signals(cfg.out / "partials"):
         job = open_job(cfg, world)
-        _agree(job, world)
+        agree(
+            world,
+            job.identity,
+            would="compute something else",
+            mend="Name an SAE and shards that all nodes share, and compute on one kind of device (--device cpu, or GPUs).",
+        )
         if cfg.precision == "tf32" and job.device.type != "cuda":
             raise ConfigError(f"--precision tf32 needs a CUDA device; this run is on {job.device.type}. Use fp32 or bf16.")
         if cfg.screen != "none" and job.device.type != "cpu":
@@ -92,17 +97,6 @@ def run(cfg: Extract) -> None:
                 identity = store.begin(job.identity, as_json(cfg), job.plan.n_batches, afresh=force)
                 job = replace(job, identity=identity)
             work(job, store, world)
-
-
-def _agree(job: Job, world: World) -> None:
-    """Raise RunError unless rank 0 computes the same: on another node a path may lead to other files, or there is no GPU."""
-    first = world.tell(job.identity)
-    if names := differing(job.identity, first):
-        here, there = (brief(identity.get(names[0])) for identity in (job.identity, first))
-        raise RunError(
-            f"rank {world.rank} would compute something else than rank 0: {names[0]} is {here} here, {there} there. All ranks "
-            "must see the same SAE and shards, and compute on the same kind of device; name files that they share."
-        )
 
 
 def work(job: Job, store: Run, world: World, *, encode: bool = True) -> None:
@@ -254,6 +248,7 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
             pin=job.device.type == "cuda",
             n_parts=PARTS_FOR_GPU if job.device.type == "cuda" else 1,
             skip_bad=cfg.skip_bad_shards,
+            check=world.check,
         )
         stack.enter_context(encoder.beside())
         stream = stack.enter_context(closing(_encoded(reader, encoder, shards, n_ahead, clock)))

@@ -67,17 +67,21 @@ def write_all(file: BinaryIO, data: memoryview) -> None:
 
 def sync_file_system(dpath: Path) -> None:
     """Bring what was written to the file system that holds `dpath` to its disk: of thousands of small files sooner done than
-    an fsync of each. By syncfs(2), which Python lacks; sync(2) would also wait for every other file system.
+    an fsync of each. By syncfs(2), which Python lacks; sync(2), where there is no other, also waits for other file systems.
 
     Raises:
         OSError: the disk refuses.
     """
     fd = os.open(dpath, os.O_RDONLY)
     try:
-        if ctypes.CDLL(None, use_errno=True).syncfs(fd):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        if ctypes.CDLL(None, use_errno=True).syncfs(fd) == 0:
+            return
+        number = ctypes.get_errno()
     finally:
         os.close(fd)
+    if number not in (errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP):
+        raise OSError(number, os.strerror(number))
+    os.sync()
 
 
 def fsync_dir(dpath: Path) -> None:

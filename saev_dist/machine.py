@@ -27,11 +27,11 @@ def cpu_threads() -> int:
 def rank_cores(local_size: int) -> int:
     """Cores for a rank that shares them with the others on its node.
 
-    Slurm gives each of its tasks its own; torchrun's ranks share what its task, or a container, has.
+    Where each rank is a task of Slurm's it has its own; torchrun's ranks share what its task, or a container, has.
     """
     n_cores = min([len(os.sched_getaffinity(0)), *map(math.ceil, _cpu_quotas())])
     own = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if own.isdecimal() and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if own.isdecimal() and os.environ.get("SLURM_NTASKS") == os.environ.get("WORLD_SIZE", "1"):
         return max(1, min(n_cores, int(own)))
     return max(1, n_cores // local_size)
 

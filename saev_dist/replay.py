@@ -47,7 +47,7 @@ from saev_dist.render import gallery, plots, tables
 from saev_dist.render.geometry import Geometry, default_fit
 from saev_dist.report import flags_of, table
 from saev_dist.sae.encoder import Encoder, usable_precision
-from saev_dist.store import Run
+from saev_dist.store import Run, agree
 from saev_dist.world import World
 
 CONTENT = (
@@ -108,7 +108,8 @@ def run(cfg: Replay) -> None:
     with World(cfg.timeout_s) as world, world.obeying_signals(cfg.run / "visuals.partial", last="this image"):
         job = open_job(cfg)
         device = world.device(cfg.device)
-        _agree(world, job)
+        mend = "All ranks must see the same run and pictures; name a folder that they share."
+        agree(world, job.identity, would="draw another gallery", mend=mend)
         if world.tell(world.rank == 0 and _is_done(job)):
             if world.rank == 0:
                 with writing(job.visuals_dpath):
@@ -131,13 +132,16 @@ def run(cfg: Replay) -> None:
             report = _draw(job, world, device, deal(todo, world.size)[world.rank])
             reports = world.collect(report)
             _write_features(job, job.features[world.rank :: world.size])
-            if world.local_rank == 0:
+            world.wait()
+            if world.local_rank == 0 and world.rank:  # rank 0 has the page to add
                 with writing(job.partial_dpath):
                     sync_file_system(job.partial_dpath)
             world.wait()
             if world.rank == 0:
                 with writing(job.partial_dpath):
                     _write_page(job)
+                    sync_file_system(job.partial_dpath)
+                    world.check()
                     _publish(job)
             world.finish()
             if world.rank == 0:
@@ -195,18 +199,6 @@ def open_job(cfg: Replay) -> Job:
         slots=slots,
         identity=json.loads(json.dumps(identity)),
     )
-
-
-def _agree(world: World, job: Job) -> None:
-    """Raise RunError unless rank 0 makes the same gallery: on another node the pictures may be others, or not there."""
-    first = world.tell(job.identity)
-    if differing := [name for name in job.identity if job.identity[name] != first[name]]:
-        name = differing[0]
-        here, there = (json.dumps(identity[name]) for identity in (job.identity, first))
-        raise RunError(
-            f"rank {world.rank} would draw another gallery than rank 0: {name} is {here[:200]} here, {there[:200]} there. "
-            "All ranks must see the same run and pictures; name a folder that they share."
-        )
 
 
 def _is_done(job: Job) -> bool:
@@ -478,9 +470,7 @@ def _cards(job: Job) -> list[gallery.Card]:
 
 
 def _publish(job: Job) -> None:
-    """Give the whole gallery its name, when it is on the disk. The records go last: after a kill on the way nothing is drawn
-    again."""
-    sync_file_system(job.partial_dpath)
+    """Give the whole gallery its name. The records go last: after a kill on the way nothing is drawn again."""
     _remove(job.former_dpath)  # of a replay that died between the next two renames
     if job.visuals_dpath.exists():
         os.replace(job.visuals_dpath, job.former_dpath)

@@ -101,8 +101,9 @@ def describe_plan(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, need: Esti
         "device": ", ".join(f"{k} {gb(v)}" for k, v in need.device.items()) or "none: the encoder runs on the CPU",
         "snapshots": f"{gb(need.partial)} per rank, every {cfg.snapshot_every:g} s; twice that while one replaces another",
         **({"kept": kept} if not cfg.force and (kept := describe_kept(Run(cfg.out))) else {}),
-        "disk": f"{gb(need.artifacts)}, and img_acts.npz up to about {gb(need.img_acts)}, twice that while it is put together; "
-        f"{gb(free_disk(cfg.out))} free",
+        "disk": gb(need.artifacts)
+        + (f", and img_acts.npz up to about {gb(need.img_acts)}, twice that while it is put together" if cfg.img_acts else "")
+        + f"; {gb(free_disk(cfg.out))} free",
     }
     return table(lines) + "\ndry run: nothing was computed or written."
 

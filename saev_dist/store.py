@@ -32,6 +32,7 @@ from torch import Tensor
 from saev_dist.errors import RunError, warn
 from saev_dist.fields import Fields
 from saev_dist.files import fsync_dir, retrying, writing
+from saev_dist.world import World
 
 ARTIFACT_PATTERNS = (
     "top_values.pt",
@@ -116,7 +117,8 @@ class Run:
             return False
         theirs = holder.get("identity", dict)
         if names := differing(identity, theirs):
-            details = "; ".join(f"{key}: there {brief(theirs.get(key))}, here {brief(identity.get(key))}" for key in names)
+            pairs = {name: contrast(theirs.get(name), identity.get(name)) for name in names}
+            details = "; ".join(f"{name}: there {there}, here {here}" for name, (there, here) in pairs.items())
             state = "an unfinished run" if under_way else "a run"
             raise RunError(
                 f"{self.dpath} holds {state} of other settings ({details}). Choose another --out, or replace it with --force."
@@ -372,12 +374,37 @@ def _agree(mine: Any, theirs: Any) -> bool:
     return bool(mine == theirs)
 
 
+def agree(world: World, identity: dict[str, Any], *, would: str, mend: str) -> None:
+    """Raise RunError unless rank 0 does the same: on another node a path may lead to other files, or there is no GPU.
+
+    Args:
+        identity: what the bytes depend on.
+        would: what this rank would do otherwise, for the message.
+        mend: what to do about it, the same.
+    """
+    first = world.tell(identity)
+    if names := differing(identity, first):
+        here, there = contrast(identity.get(names[0]), first.get(names[0]), most=200)
+        raise RunError(f"rank {world.rank} would {would} than rank 0: {names[0]} is {here} here, {there} there. {mend}")
+
+
 def differing(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Names under which two identities say different things; either may have been through JSON."""
     return [key for key in sorted(mine | theirs) if not _agree(mine.get(key), theirs.get(key))]
 
 
-def brief(value: Any) -> str:
-    """A value of an identity, for a message."""
+def contrast(mine: Any, theirs: Any, *, most: int = 20) -> tuple[str, str]:
+    """Two values of an identity that differ, for a message; of lists the first entries that differ.
+
+    Args:
+        most: characters of each.
+    """
+    if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
+        i = next(i for i, pair in enumerate(zip(mine, theirs, strict=True)) if None not in pair and pair[0] != pair[1])
+        return f"[{i}] {_brief(mine[i], most)}", f"[{i}] {_brief(theirs[i], most)}"
+    return _brief(mine, most), _brief(theirs, most)
+
+
+def _brief(value: Any, most: int) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 20 else f"{text[:17]}…"
+    return text if len(text) <= most else f"{text[: most - 3]}…"

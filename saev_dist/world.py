@@ -52,7 +52,7 @@ class World:
         self.rank = _env("RANK", 0)
         self.size = _env("WORLD_SIZE", 1, least=1)
         self.local_rank = _env("LOCAL_RANK", _env("SLURM_LOCALID", 0))
-        self.local_size = _env("LOCAL_WORLD_SIZE", 1)
+        self.local_size = _env("LOCAL_WORLD_SIZE", 1, least=1)
         self._timeout = timedelta(seconds=timeout_s)
         self._store: dist.Store | None = None
         self._n_phases = 0
@@ -94,13 +94,15 @@ class World:
         return None if found == "none" else found  # torchrun's default
 
     def __enter__(self) -> Self:
+        if self.rank and "WORLD_SIZE" not in os.environ:
+            raise ConfigError(f"RANK is {self.rank} but WORLD_SIZE is not set; start the ranks with torchrun.")
         if self.rank >= self.size:
             raise ConfigError(f"RANK is {self.rank} of WORLD_SIZE {self.size}; ranks count from 0. Start them with torchrun.")
         if self.size == 1:
             return self
         if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
             raise ConfigError(f"WORLD_SIZE is {self.size} but {', '.join(missing)} is not set; start the ranks with torchrun.")
-        if _env("MASTER_PORT", 0) > MAX_PORT:
+        if _env("MASTER_PORT", 0, least=1) > MAX_PORT:
             raise ConfigError(f"environment variable MASTER_PORT is {os.environ['MASTER_PORT']}; ports end at {MAX_PORT:,}.")
         try:
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=self._timeout))
@@ -189,9 +191,9 @@ class World:
             n_here = self._ask(lambda store: store.add(key, 0))
 
     def finish(self) -> None:
-        """Wait until rank 0 has put the result in place. A signal is passed on to rank 0 and obeyed if it obeys. Where it
-        has begun to replace files it does not look for signals and dead peers any more: they come too late to make a
-        finished job a failed one."""
+        """Wait until rank 0 has put the result in place. A signal is passed on to rank 0, and obeyed if rank 0 obeys it. Where
+        rank 0 has begun to replace files it does not look for signals and dead peers any more: they come too
+        late to make a finished job a failed one."""
         if self._store is None:
             return
         if self.rank == 0:
@@ -199,11 +201,11 @@ class World:
                 self._store.set("finished", "")
             return
         while True:
-            has_left = self._ask(lambda store: store.check(["beat/0"]) and store.get("beat/0") == b"left", obey=False)
-            if self._ask(lambda store: store.check(["finished"]), obey=False):
+            has_left, is_finished = self._ask(_look_at_rank_0, obey=False)  # in this order
+            if is_finished:
                 return
             if has_left:
-                self._ask(lambda store: None)  # raises: rank 0 does not leave for nothing
+                self._ask(lambda store: None)  # raises what rank 0 has left for, as soon as it has said so
             time.sleep(min(CHECK_EVERY_S, self.size / ASKS_PER_S))
 
     def tell(self, message: Any = None) -> Any:
@@ -326,6 +328,12 @@ class World:
             return question(self._store)
         except STORE_ERRORS as err:
             raise RunError(f"rank {self.rank} lost contact with rank 0, which died ({str(err).splitlines()[0]}).") from None
+
+
+def _look_at_rank_0(store: dist.Store) -> tuple[bool, bool]:
+    """Whether it has left, and whether it had finished."""
+    has_left = store.check(["beat/0"]) and store.get("beat/0") == b"left"
+    return has_left, store.check(["finished"])
 
 
 def _died(rank: int, size: int) -> str:

@@ -18,7 +18,7 @@ import tyro
 from saev_dist.cli import with_toml
 from saev_dist.config import Extract, Replay
 from saev_dist.data.shards import Shards
-from saev_dist.errors import ConfigError, SaevDistError, warn
+from saev_dist.errors import ConfigError, RunError, SaevDistError, warn
 from saev_dist.files import writing
 from saev_dist.output import printing
 from saev_dist.sae.hub import is_hub_name
@@ -144,10 +144,12 @@ def _submitted(launcher: Launcher, cfgs: Sequence[Extract | Replay], dependency:
         with writing(dpath):
             dpath.mkdir(parents=True, exist_ok=True)
     jobs = submit(launcher, cfgs, logs, dependency)
-    for job in jobs:  # of one that cannot be noted only this tells
-        print(f"{job.kind} {job.job_id}  {job.run}  logs in {job.folder}", flush=True)
     for job in jobs:
-        remember(job)
+        print(f"{job.kind} {job.job_id}  {job.run}  logs in {job.folder}", flush=True)
+        try:
+            remember(job)
+        except RunError as err:  # the job is there; `status` and `cancel` will not find it
+            warn(f"{job.kind} {job.job_id} could not be noted: {err}")
     return jobs
 
 

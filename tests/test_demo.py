@@ -13,7 +13,7 @@ from saev_dist import demo
 from saev_dist.config import Demo
 from saev_dist.data.images import list_images
 from saev_dist.data.shards import Shards
-from saev_dist.errors import ConfigError, RunError
+from saev_dist.errors import ConfigError, Preempted, RunError
 from saev_dist.sae.saev import load_saev
 
 pytest.importorskip("skimage")
@@ -124,6 +124,15 @@ def test_a_directory_of_the_user_is_refused_untouched(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not a demo's"):
         demo.run(Demo(out=tmp_path, force=True, progress=False))
     assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+def test_a_demo_that_is_told_to_leave_says_that_it_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(*args: object) -> None:
+        raise Preempted("SIGTERM: stopped. Run the same command again, on any number of ranks, to continue.")
+
+    monkeypatch.setattr(demo, "cut", leave)
+    with pytest.raises(Preempted, match=r"^the demo was stopped by a signal; run it again, and it starts over\.$"):
+        demo.run(Demo(out=tmp_path / "out", progress=False))
 
 
 def test_a_missing_scikit_image_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -553,6 +553,18 @@ def test_a_replay_whose_extract_failed_says_so(job):
     assert "did not succeed" in verdict(job, State(name="CANCELLED", reason="DependencyNeverSatisfied"))[1]
 
 
+def test_a_job_that_cannot_be_noted_is_told_of_and_the_others_are_noted(tmp_path, job, monkeypatch, capsys):
+    jobs = [replace(job, run=tmp_path / name, job_id=name) for name in ("a", "b")]
+    (tmp_path / "a/slurm/jobs.jsonl").mkdir(parents=True)
+    monkeypatch.setattr(slurm.launch, "submit", lambda *args: jobs)
+    cfgs = [Extract(shards=tmp_path, sae=tmp_path, out=job.run) for job in jobs]
+    assert slurm.launch._submitted(Launcher(), cfgs) == jobs
+    assert [job.job_id for job in launched(tmp_path / "b")] == ["b"]
+    out, err = capsys.readouterr()
+    assert "extract a " in out and "extract b " in out
+    assert "extract a could not be noted" in err and "Is a directory" in err
+
+
 def test_success_is_the_word_of_all_ranks_whatever_slurm_remembers(job):
     ended(job, *(End(rank=rank, attempt=1, outcome="done") for rank in (0, 1)))
     assert verdict(job, State(name="FORGOTTEN"))[0] and verdict(job, State(name="COMPLETED"))[0]

@@ -64,15 +64,15 @@ def test_no_more_threads_than_a_quota_feeds(groups, monkeypatch, own, files, n_t
         (None, {}, 99, 1),
         ("300000 100000", {}, 1, 3),
         ("300000 100000", {}, 3, 1),
-        (None, {"SLURM_CPUS_PER_TASK": "8"}, 8, 8),
-        (None, {"SLURM_CPUS_PER_TASK": "2"}, 4, 2),
-        (None, {"SLURM_CPUS_PER_TASK": "8", "TORCHELASTIC_RUN_ID": "none"}, 4, 2),
+        (None, {"SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "16", "WORLD_SIZE": "16"}, 8, 8),
+        (None, {"SLURM_CPUS_PER_TASK": "2", "SLURM_NTASKS": "1"}, 1, 2),
+        (None, {"SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "1", "WORLD_SIZE": "4"}, 4, 2),
     ],
 )
 def test_a_rank_has_its_share_of_the_cores(groups, monkeypatch, quota, env, local_size, n_cores):
     groups(V2, {} if quota is None else {"job/cpu.max": quota})
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)))
-    for name in ("SLURM_CPUS_PER_TASK", "TORCHELASTIC_RUN_ID"):
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_NTASKS", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from saev_dist.data import reader
-from saev_dist.data.reader import Reader, most_buffers, room
+from saev_dist.data.reader import Reader, buffer_examples, most_buffers
 from saev_dist.data.shards import Shards, ShardWriter
-from saev_dist.errors import DataError
+from saev_dist.errors import DataError, Preempted
 from saev_dist.plan import Plan
 
 N_IMGS, N_PATCHES, D_MODEL = 61, 3, 4
@@ -64,7 +64,7 @@ def test_batches_come_in_order_and_stay_while_held(tmp_path, monkeypatch, exampl
     assert sorted(stream.left_out) == [batch.index for batch in wanted if batch.index not in good]
     assert stream.n_left_out == sum(batch.n_examples for batch in wanted if batch.index not in good)
     assert stream.n_bytes == sum(batch.n_examples for batch, _ in seen) * shards.content_bytes
-    assert set(n_buffers) == {room(plan, shards) * N_PATCHES * D_MODEL}, "the memory that is stated"
+    assert set(n_buffers) == {buffer_examples(plan, shards) * N_PATCHES * D_MODEL}, "the memory that is stated"
     assert len(n_buffers) <= (3 + hold + 1 if bad else most_buffers(plan, shards, 3, hold))
 
 
@@ -81,6 +81,25 @@ def test_all_before_a_bad_shard_is_delivered_then_the_error(tmp_path, monkeypatc
         next(stream)
 
 
+def test_who_waits_for_a_read_can_be_called_away(tmp_path, monkeypatch):
+    n_read = 0
+
+    def read(*args, **kwargs):
+        nonlocal n_read
+        n_read += 1
+        time.sleep(0.05)
+
+    def leave():
+        raise Preempted("leave")
+
+    monkeypatch.setattr(reader, "CHECK_EVERY_S", 0.01)
+    monkeypatch.setattr(reader, "read_batch", read)
+    shards = write(tmp_path, 1)
+    with pytest.raises(Preempted):
+        list(Reader(shards, Plan(shards.examples, 20), ((0, N_IMGS),), depth=1, check=leave))
+    assert n_read < 10, "of a load of 20"
+
+
 def test_small_shards_are_read_into_one_buffer(tmp_path):
     """One handing over, and not one a shard: `tests.bench.read` has what it saves."""
     shards = write(tmp_path, 1)
@@ -94,14 +113,14 @@ def test_large_batches_of_smaller_shards_take_no_more_memory_than_they_need(tmp_
     shards = write(tmp_path, 20)
     monkeypatch.setattr(reader, "LOAD_BYTES", 10 * shards.content_bytes)
     plan = Plan(shards.examples, 10**9)
-    assert room(plan, shards) == 20
+    assert buffer_examples(plan, shards) == 20
     assert [len(acts_bd) // N_PATCHES for _, acts_bd in Reader(shards, plan, ((0, 4),), depth=1)] == [20, 20, 20, 1]
     assert most_buffers(plan, shards, 3, 2) == 4
     monkeypatch.setattr(reader, "LOAD_BYTES", 30 * shards.content_bytes)
-    assert room(plan, shards) == 30
-    assert room(Plan(shards.examples, 7), shards) == 7
+    assert buffer_examples(plan, shards) == 30
+    assert buffer_examples(Plan(shards.examples, 7), shards) == 7
     monkeypatch.setattr(reader, "LOAD_BYTES", 10**9)
-    assert room(plan, shards) == N_IMGS
+    assert buffer_examples(plan, shards) == N_IMGS
     assert most_buffers(plan, shards, 3, 2) == 1
 
 

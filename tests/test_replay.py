@@ -772,6 +772,22 @@ def test_drawing_processes_import_no_torch():
     assert draw.file_names(3, 17, "webp") == ("003-17.webp", "003-17-heatmap.webp")
 
 
+def test_a_gallery_is_on_the_disk_before_it_takes_the_place_of_another(tmp_path, monkeypatch):
+    done, move = [], os.replace
+
+    def note(old, new):
+        done.append(Path(new).name)
+        move(old, new)
+
+    run = make_run(tmp_path)
+    replay.run(make_replay(run, all=False, n_features=2))
+    monkeypatch.setattr(replay, "sync_file_system", lambda dpath: done.append(f"{dpath.name}, {len(list(dpath.iterdir()))}"))
+    monkeypatch.setattr(replay.os, "replace", note)
+    replay.run(make_replay(run, all=False, n_features=3))
+    n_files = len(list((run / "visuals").iterdir())) + 1  # and the records
+    assert [name for name in done if name.startswith("visuals")] == [f"visuals.partial, {n_files}", "visuals.former", "visuals"]
+
+
 def test_the_gallery_remembers_what_it_was_made_of(tmp_path):
     run = make_run(tmp_path)
     replay.run(make_replay(run, all=False, n_features=5, seed=3))

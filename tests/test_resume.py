@@ -15,7 +15,7 @@ from saev_dist import partials
 from saev_dist.errors import RunError
 from saev_dist.plan import Plan
 from saev_dist.spill import covered
-from saev_dist.store import Run
+from saev_dist.store import Run, contrast
 from tests.crash import N_BATCHES, SLOW, killed, unfinished, wait_for
 from tests.ranks import ENV, artifact_hashes
 from tests.soak import Soak
@@ -151,6 +151,12 @@ def test_ranks_that_see_other_files_are_refused(tmp_path, server, whole):
     assert output.count("error: ") == 1 and not (tmp_path / "run").exists()
 
 
+def test_of_two_lists_the_entries_that_differ_are_named():
+    assert contrast(["a", "b", None, "c"], ["a", None, "b", "d"]) == ('[3] "c"', '[3] "d"')
+    assert contrast(["a"], ["a", "b"]) == ('["a"]', '["a", "b"]')
+    assert contrast("x" * 99, None) == (f'"{"x" * 16}…', "null")
+
+
 def test_another_sae_is_refused(tmp_path, server, whole):
     args, _, _ = whole
     killed(server, args, tmp_path / "run", at=4)
@@ -264,35 +270,42 @@ def test_a_signal_after_the_last_rename_does_not_make_a_finished_run_a_failed_on
     assert artifact_hashes(tmp_path / "run") == expected
 
 
-LATE = """
+STRUCK = """
 import os, signal, time
+from pathlib import Path
 from saev_dist import artifacts, store
 from saev_dist.world import World
-publish, finish = store.Run.publish, World.finish
+publish, finish, is_there = store.Run.publish, World.finish, Path("{}")
 
 def publish_late(*args):
+    is_there.touch()
     time.sleep(1.5)
     publish(*args)
 
 def look(job, store, world, *args):
+    is_there.touch()
     while True:
         world.check()
         time.sleep(0.05)
 
 def finish_struck(self):
     if self.rank == 1:
+        while not is_there.exists():
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
         print("struck", flush=True)
     finish(self)
 
 World.finish = finish_struck
 """
-"""Code for `before`: rank 1 has a signal while it waits for rank 0 to finish."""
+"""Code for `before`: rank 1 has a signal while it waits for rank 0 to finish, once a file says how far that is."""
 
 
 def test_a_signal_to_another_rank_does_not_make_a_finished_run_a_failed_one(tmp_path, server, whole):
     args, expected, _ = whole
-    codes, output = server.run(*args, tmp_path / "run", n_ranks=3, before=f"{LATE}store.Run.publish = publish_late")
+    codes, output = server.run(
+        *args, tmp_path / "run", n_ranks=3, before=f"{STRUCK.format(tmp_path / 'there')}store.Run.publish = publish_late"
+    )
     assert codes == [0, 0, 0], output
     assert output.count("struck") == 1
     assert artifact_hashes(tmp_path / "run") == expected
@@ -301,7 +314,7 @@ def test_a_signal_to_another_rank_does_not_make_a_finished_run_a_failed_one(tmp_
 def test_a_signal_to_another_rank_is_obeyed_while_rank_0_still_obeys(tmp_path, server, whole):
     args, expected, _ = whole
     out = tmp_path / "run"
-    codes, output = server.run(*args, out, n_ranks=3, before=f"{LATE}artifacts.write = look")
+    codes, output = server.run(*args, out, n_ranks=3, before=f"{STRUCK.format(tmp_path / 'there')}artifacts.write = look")
     assert codes == [75, 75, 75] and "SIGTERM on rank 1" in output
     assert server.run(*args, out)[0] == [0]
     assert artifact_hashes(out) == expected

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ MAX_GAP_BYTES = 64 * 1024  # a smaller gap costs less to read than another syste
 MAX_THREADS = 8
 MIN_PART_BYTES = 4 * 1024 * 1024
 """A part of a buffer that is read by itself has at least so many."""
+CHECK_EVERY_S = 1.0
 LOAD_BYTES = 64 * 1024 * 1024
 """So many are read as one where batches are smaller, if the plan allows batches as large."""
 
@@ -37,7 +38,7 @@ class Reader:
     """Iterate over the batches of some intervals as `(batch, acts_bd)`.
 
     `acts_bd` is float32 (batch tokens, d_model); it stays as it is for `hold` more steps of the iteration, and is
-    overwritten after that. Memory: `most_buffers`, each with `room` for some examples, whatever the number of shards.
+    overwritten after that. Memory: `most_buffers`, each of `buffer_examples`, whatever the number of shards.
 
     Args:
         shards: layer to read.
@@ -48,6 +49,7 @@ class Reader:
         pin: use page-locked buffers, for asynchronous copies to a GPU.
         n_parts: parts of a buffer that are read side by side: from the page cache a thread reads some 4 GB a second.
         skip_bad: leave batches out that cannot be read, and note them.
+        check: called once a second while the consumer waits; what it raises ends the iteration.
 
     Raises:
         DataError: while iterating, a shard is missing, unreadable or too short.
@@ -64,9 +66,10 @@ class Reader:
         pin: bool = False,
         n_parts: int = 1,
         skip_bad: bool = False,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.shards, self.plan, self.todo, self.depth, self.hold, self.pin = shards, plan, todo, depth, hold, pin
-        self.n_parts, self.skip_bad = n_parts, skip_bad
+        self.n_parts, self.skip_bad, self.check = n_parts, skip_bad, check
         self.left_out: dict[int, str] = {}
         """Why each batch that was left out could not be read, by its index."""
         self.n_left_out = 0
@@ -86,13 +89,13 @@ class Reader:
 
     def __iter__(self) -> Generator[tuple[Batch, Tensor], None, None]:
         per_example = self.shards.n_patches * self.shards.d_model
-        n_floats = room(self.plan, self.shards) * per_example
+        n_floats = buffer_examples(self.plan, self.shards) * per_example
         free: list[Tensor] = []
         held: deque[_Load] = deque()
         bad_shards: set[int] = set()
         pending = self._pending
         todo = (self.plan[index] for first, stop in self.todo for index in range(first, stop))
-        queue = _loads(todo, room(self.plan, self.shards))
+        queue = _loads(todo, buffer_examples(self.plan, self.shards))
         self._is_over = False
         pool = ThreadPoolExecutor(min(self.depth * self.n_parts, MAX_THREADS), thread_name_prefix="reader")
 
@@ -110,7 +113,8 @@ class Reader:
             while pending:
                 load = pending.popleft()
                 began = time.perf_counter()
-                wait(load.parts)  # for all: the buffer may be used again
+                while wait(load.parts, CHECK_EVERY_S).not_done:  # for all: the buffer may be used again
+                    self.check()
                 errors: dict[int, str] = {}
                 for part in reversed(load.parts):  # of a batch in several parts the first error counts
                     errors |= part.result()
@@ -167,7 +171,7 @@ class _Load:
     parts: list[Future[dict[int, str]]]
 
 
-def room(plan: Plan, shards: Shards) -> int:
+def buffer_examples(plan: Plan, shards: Shards) -> int:
     """Examples that a buffer takes: the largest batch, or more where shards are smaller than a batch may be."""
     return max(plan.largest_batch, min(plan.examples_per_batch, plan.n_examples, LOAD_BYTES // shards.content_bytes))
 
@@ -176,10 +180,10 @@ def most_buffers(plan: Plan, shards: Shards, depth: int, hold: int) -> int:
     """Buffers that a `Reader` needs at most; with bad batches left out it may be `depth + hold + 1`.
 
     Those read ahead, and those of the `hold + 1` batches that the consumer works on. A load and the batch after it are more
-    than a buffer takes: h batches lie in at most 2 h · largest / room loads and one at either end, all batches in at most as
+    than a buffer takes: h batches lie in at most 2 h · largest / size loads and one at either end, all batches in at most as
     many loads as pairs of them fill buffers.
     """
-    size = room(plan, shards)
+    size = buffer_examples(plan, shards)
     held = min(hold + 1, 2 * (hold + 1) * plan.largest_batch // size + 2)
     return min(depth + held, plan.n_batches, 2 * (plan.n_examples // (size + 1)) + 1)
 

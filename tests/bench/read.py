@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from saev_dist.config import Extract
-from saev_dist.data.reader import MAX_GAP_BYTES, Reader, most_buffers, room
+from saev_dist.data.reader import MAX_GAP_BYTES, Reader, buffer_examples, most_buffers
 from saev_dist.data.shards import Shards, ShardWriter
 from saev_dist.plan import Plan
 from tests.bench.record import emit
@@ -162,7 +162,7 @@ def measure(what: str, shards: Shards, big: Shards, depth: int, rounds: int) -> 
     """Print the two lines of one case."""
     checked = check(shards, depth)
     reader = make_reader(shards, depth)
-    n_examples = most_buffers(reader.plan, shards, depth, reader.hold) * room(reader.plan, shards)
+    n_examples = most_buffers(reader.plan, shards, depth, reader.hold) * buffer_examples(reader.plan, shards)
     small, large = memory(PIECE_BYTES), memory(max(PIECE_BYTES, n_examples * shards.content_bytes))
     for cold in (False, True):
         if not cold:  # into the page cache by the same hand: how it got there decides how fast it comes out
