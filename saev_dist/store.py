@@ -367,7 +367,7 @@ def _read_json(fpath: Path) -> Fields | None:
         raise RunError(f"{str(err).rstrip('.')}: damaged. Run extract again with --force, which starts over.") from None
 
 
-def _agree(mine: Any, theirs: Any) -> bool:
+def _same(mine: Any, theirs: Any) -> bool:
     """Whether two values of an identity are the same; None in a list stands for what could not be read."""
     if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
         return all(None in pair or pair[0] == pair[1] for pair in zip(mine, theirs, strict=True))
@@ -390,7 +390,7 @@ def agree(world: World, identity: dict[str, Any], *, would: str, mend: str) -> N
 
 def differing(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Names under which two identities say different things; either may have been through JSON."""
-    return [key for key in sorted(mine | theirs) if not _agree(mine.get(key), theirs.get(key))]
+    return [key for key in sorted(mine | theirs) if not _same(mine.get(key), theirs.get(key))]
 
 
 def contrast(mine: Any, theirs: Any, *, most: int = 20) -> tuple[str, str]:

@@ -191,9 +191,9 @@ class World:
             n_here = self._ask(lambda store: store.add(key, 0))
 
     def finish(self) -> None:
-        """Wait until rank 0 has put the result in place. A signal is passed on to rank 0, and obeyed if rank 0 obeys it. Where
-        rank 0 has begun to replace files it does not look for signals and dead peers any more: they come too
-        late to make a finished job a failed one."""
+        """Wait until rank 0 has put the result in place. A signal is passed on to rank 0, and obeyed if rank 0 obeys it.
+        Where rank 0 has begun to replace files it does not look for signals and dead peers any more: they come too late to
+        make a finished job a failed one."""
         if self._store is None:
             return
         if self.rank == 0:

@@ -134,6 +134,14 @@ def test_the_version_is_told(capsys):
     assert capsys.readouterr().out.startswith("saev-dist 0.")
 
 
+def test_a_rank_that_may_be_alone_says_what_is_wrong(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        main(["extrct"])
+    assert caught.value.code == 2 and "did you mean 'extract'" in capsys.readouterr().err
+
+
 def test_another_system_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(SystemExit) as caught:

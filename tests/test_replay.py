@@ -27,7 +27,7 @@ from saev_dist import draw, extract, replay
 from saev_dist.cli import parse
 from saev_dist.config import Extract, Replay
 from saev_dist.data.images import load_picture
-from saev_dist.errors import DataError, RunError
+from saev_dist.errors import DataError, Preempted, RunError
 from saev_dist.records import Records
 from saev_dist.render.geometry import Geometry
 from saev_dist.render.heatmap import highlight
@@ -782,10 +782,33 @@ def test_a_gallery_is_on_the_disk_before_it_takes_the_place_of_another(tmp_path,
     run = make_run(tmp_path)
     replay.run(make_replay(run, all=False, n_features=2))
     monkeypatch.setattr(replay, "sync_file_system", lambda dpath: done.append(f"{dpath.name}, {len(list(dpath.iterdir()))}"))
+    monkeypatch.setattr(replay, "fsync_dir", lambda dpath: done.append("visuals' folder"))
     monkeypatch.setattr(replay.os, "replace", note)
     replay.run(make_replay(run, all=False, n_features=3))
-    n_files = len(list((run / "visuals").iterdir())) + 1  # and the records
-    assert [name for name in done if name.startswith("visuals")] == [f"visuals.partial, {n_files}", "visuals.former", "visuals"]
+    synced = f"visuals.partial, {len(list((run / 'visuals').iterdir())) + 1}"  # and the records
+    assert [name for name in done if name.startswith("visuals")] == [synced, "visuals.former", "visuals", "visuals' folder"]
+
+
+def test_a_signal_before_the_swap_leaves_the_former_gallery(tmp_path, monkeypatch):
+    run, write_page = make_run(tmp_path), replay._write_page
+    replay.run(make_replay(run, all=False, n_features=2))
+    before = tree(run / "visuals")
+
+    def leave(world):
+        raise Preempted("leave")
+
+    def write_and_strike(job):
+        write_page(job)
+        monkeypatch.setattr(replay.World, "check", leave)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "_write_page", write_and_strike)
+        with pytest.raises(Preempted):
+            replay.run(make_replay(run, all=False, n_features=3))
+    assert tree(run / "visuals") == before
+    monkeypatch.undo()
+    replay.run(make_replay(run, all=False, n_features=3))
+    assert len(list((run / "visuals/features").iterdir())) == 3
 
 
 def test_the_gallery_remembers_what_it_was_made_of(tmp_path):

@@ -160,6 +160,7 @@ ADDRESS = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
         ({"WORLD_SIZE": "0"}, "rank ?: environment variable WORLD_SIZE is '0'; it should be an integer of at least 1."),
         ({"WORLD_SIZE": "2", **ADDRESS, "MASTER_PORT": "abc"}, "rank 0: environment variable MASTER_PORT is 'abc'; it should"),
         ({"WORLD_SIZE": "2", **ADDRESS, "MASTER_PORT": "70000"}, "variable MASTER_PORT is 70000; ports end at 65,535"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "variable LOCAL_WORLD_SIZE is '0'; it should be an integer of at least 1."),
         ({"RANK": "1"}, "error: RANK is 1 but WORLD_SIZE is not set; start the ranks with torchrun."),
         ({"WORLD_SIZE": "2", **ADDRESS, "RANK": "2"}, "rank 2: RANK is 2 of WORLD_SIZE 2; ranks count from 0."),
         ({"WORLD_SIZE": "2", **ADDRESS, "RANK": "1"}, "rank 1: could not meet all 1 others within 2 s"),
