@@ -416,3 +416,10 @@ def test_missing_rows_of_a_rank_stop_the_run(tmp_path, monkeypatch, capsys):
             main(args)
         assert f"the ranks' {name} files hold 0 bytes; the plan promises" in capsys.readouterr().err
         assert not list((tmp_path / "run").glob("*.*"))
+
+
+def test_the_manifest_says_how_large_batches_are(tmp_path):
+    """Not how large they might be: no shard holds as many images as --batch-tokens allows."""
+    shards, sae = make_shards(tmp_path / "shards", make_acts(9), imgs_per_shard=4), make_sae(tmp_path / "sae.pt")
+    run(Extract(shards=shards, sae=sae, out=tmp_path / "run", self_check="off", progress=False))
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["plan"] == {"n_batches": 3, "images_per_batch": 4}

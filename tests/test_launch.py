@@ -30,7 +30,7 @@ from slurm.jobs import End, Job, cancelled_fpath, end_fpath, latest, launched, r
 from slurm.launch import main, run, split
 from slurm.progress import Kept, describe
 from slurm.queue import State, ask
-from slurm.submit import submit
+from slurm.submit import run_here, submit
 from slurm.sweep import configs, is_finished
 from slurm.watch import describe_state, follow, result, verdict
 from tests.ranks import ENV, artifact_hashes, run_ranks
@@ -563,6 +563,12 @@ def test_a_job_that_cannot_be_noted_is_told_of_and_the_others_are_noted(tmp_path
     out, err = capsys.readouterr()
     assert "extract a " in out and "extract b " in out
     assert "extract a could not be noted" in err and "Is a directory" in err
+
+
+def test_logs_that_cannot_be_made_are_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="file/logs: cannot write: Not a directory"):
+        run_here(Extract(shards=tmp_path, sae=tmp_path, out=tmp_path / "run"), tmp_path / "file/logs")
 
 
 def test_success_is_the_word_of_all_ranks_whatever_slurm_remembers(job):
