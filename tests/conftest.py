@@ -1,4 +1,4 @@
-"""Settings for all tests: CI repeats the same examples, a developer's machine looks for new ones.
+"""Settings for all tests: CI repeats the same few examples, a developer's machine looks for new ones.
 
 Tests that run side by side have one thread each: torch's threads wait for each other by spinning, five times as long
 where there are more of them than cores.
@@ -20,7 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
-settings.register_profile("saev-dist", max_examples=60, deadline=None, derandomize="CI" in os.environ, database=None)
+on_ci = "CI" in os.environ
+settings.register_profile("saev-dist", max_examples=30 if on_ci else 60, deadline=None, derandomize=on_ci, database=None)
 settings.load_profile("saev-dist")
 
 

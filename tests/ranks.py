@@ -36,9 +36,16 @@ def run_cli(
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s)
 
 
-def run_ranks(*args: object, n_ranks: int = 1, n_threads: int = 1, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-    """The same, seconds sooner: each rank is forked off a process that has imported torch, and no torchrun watches them."""
-    attempt = server().start(*args, n_ranks=n_ranks, envs=[{"OMP_NUM_THREADS": str(n_threads)}] * n_ranks, apart=True)
+def run_ranks(
+    *args: object, n_ranks: int = 1, n_threads: int = 1, before: str = "", timeout_s: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """The same, seconds sooner: each rank is forked off a process that has imported torch, and no torchrun watches them.
+
+    Args:
+        before: Python code that each rank runs first.
+    """
+    envs = [{"OMP_NUM_THREADS": str(n_threads)}] * n_ranks
+    attempt = server().start(*args, n_ranks=n_ranks, before=before, envs=envs, apart=True)
     codes = server().wait(attempt, timeout_s=timeout_s)
     stderr = "".join(log.read_text() for log in attempt.error_logs)
     return subprocess.CompletedProcess(args, next(filter(None, codes), 0), attempt.output(), stderr)

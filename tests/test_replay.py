@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from saev_dist.render.geometry import Geometry
 from saev_dist.render.heatmap import highlight
 from saev_dist.sae.saev import save_saev
 from saev_dist.store import Run
-from tests.ranks import ENV, run_ranks
+from tests.ranks import run_ranks, server
 from tests.synthetic import BATCH_TOPK, RELU, TOPK, dense_codes, make_acts, make_sae, make_shards, make_weights
 from tests.test_verify import fails
 
@@ -313,18 +314,16 @@ def test_a_replay_that_is_killed_outright_goes_on_with_any_number_of_ranks(tmp_p
     assert run_ranks(*args).returncode == 0
     whole = tree(run / "visuals")
     shutil.rmtree(run / "visuals")
-    command = [sys.executable, "-m", "saev_dist", *map(str, args)]
-    n_left = []
+    n_left = [0]
     for _ in range(2):
-        with subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
-            before = n_left[-1] if n_left else 0
-            while (
-                sum(path.stat().st_size for path in run.glob("visuals.partial/records.*")) <= before and killed.poll() is None
-            ):
-                time.sleep(0.005)
-            killed.kill()
+        killed, until = server().start(*args), time.monotonic() + 60
+        while sum(path.stat().st_size for path in run.glob("visuals.partial/records.*")) <= n_left[-1]:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        server().kill(killed)
+        assert server().wait(killed) == [-signal.SIGKILL]
         n_left.append(sum(path.stat().st_size for path in run.glob("visuals.partial/records.*")))
-    assert 0 < n_left[0] <= n_left[1] and not (run / "visuals").exists()
+    assert 0 < n_left[1] <= n_left[2] and not (run / "visuals").exists()
     done = run_ranks(*args, n_ranks=3)
     assert done.returncode == 0, done.stderr
     assert tree(run / "visuals") == whole
@@ -638,7 +637,15 @@ def test_flat_folders_and_data_sets_are_picture_sources(tmp_path):
     assert found[0] == found[1] == found[2] and found[0]
 
 
-@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs util-linux, to be no root")
+NO_CAPABILITIES = """
+import ctypes
+libc, version_and_pid, none = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+libc.prctl(28, 1)  # PR_SET_SECUREBITS, SECBIT_NOROOT: also in the drawing processes
+assert libc.capset(version_and_pid, none) == 0
+"""
+"""Root is bound by permissions as everybody else; capabilities(7)."""
+
+
 @pytest.mark.parametrize(
     ("closed", "words"),
     [
@@ -655,10 +662,7 @@ def test_what_one_may_not_look_at_is_named(tmp_path, closed, words):
     (run / "visuals").mkdir()
     (run / "visuals/replay.json").touch()
     (tmp_path / closed).chmod(0)
-    command = [sys.executable, "-m", "saev_dist", "replay", "--run", run, "--images", images, "--all", "--n-images", "99"]
-    if os.geteuid() == 0:  # root, but bound by permissions as everybody else
-        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", *command]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
+    done = run_ranks("replay", "--run", run, "--images", images, "--all", "--n-images", 99, before=NO_CAPABILITIES)
     (tmp_path / closed).chmod(0o755)  # so that pytest can remove it
     if not words:
         assert done.returncode == 0 and (run / "visuals/index.html").exists(), done.stderr

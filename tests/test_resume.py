@@ -71,15 +71,15 @@ def test_a_restart_by_torchrun_continues_by_itself(tmp_path, whole):
     assert artifact_hashes(out) == expected
 
 
-def test_force_starts_over_but_not_in_a_restart_of_the_same_job(tmp_path, server, whole, monkeypatch):
+def test_force_starts_over_but_not_in_a_restart_of_the_same_job(tmp_path, server, whole):
     args, expected, _ = whole
     killed(server, args, tmp_path / "a", at=5)
     codes, output = server.run(*args, tmp_path / "a", "--force")
     assert codes == [0] and "done before" not in output
     killed(server, args, tmp_path / "b", at=5)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    done = subprocess.run([sys.executable, "-m", "saev_dist", *map(str, args), tmp_path / "b", "--force"], env={**ENV, "SLURM_RESTART_COUNT": "1"}, capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0 and "done before" in done.stdout, done.stderr
+    restarted = "import os; os.environ['SLURM_RESTART_COUNT'] = '1'; "
+    codes, output = server.run(*args, tmp_path / "b", "--force", before=restarted)
+    assert codes == [0] and "done before" in output
     assert artifact_hashes(tmp_path / "a") == artifact_hashes(tmp_path / "b") == expected
 
 

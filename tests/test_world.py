@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -12,7 +10,7 @@ from torch.distributed import TCPStore
 
 from saev_dist.errors import ConfigError
 from saev_dist.world import World, _slice_sizes
-from tests.ranks import ENV, Attempt, artifact_hashes, rendezvous, run_ranks, server
+from tests.ranks import Attempt, artifact_hashes, run_ranks, server
 from tests.synthetic import make_command
 
 SLOW = """
@@ -78,19 +76,26 @@ def test_a_killed_rank_stops_the_others_and_is_named(tmp_path, args, victim, pha
     assert artifact_hashes(tmp_path / "run") == artifact_hashes(tmp_path / "alone")
 
 
+SAYING_THAT_IT_FINISHES = """
+import saev_dist.world as world
+world.LOST_AFTER_S, finish = 4.0, world.World.finish
+world.World.finish = lambda self: (print("finishes", flush=True), finish(self))
+"""
+
+
 @pytest.mark.parametrize(("victim", "phase"), [(0, "_merge"), (2, "_merge"), (0, "artifacts.write")])
 def test_ranks_that_torchrun_tells_to_leave_do_not_wait_for_the_dead_one(tmp_path, args, victim, phase):
     """Else it would kill them after 30 s. Whoever hosts the store, as torchrun itself may, goes on."""
     host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(host.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    before = SLOW.format(rank=victim, delay_s=300, phase=phase) + "import saev_dist.world as w; w.LOST_AFTER_S = 4.0\n"
+    before = SLOW.format(rank=victim, delay_s=300, phase=phase) + SAYING_THAT_IT_FINISHES
     ranks = server().start(*args, tmp_path / "run", n_ranks=3, before=before, apart=True, envs=[meet] * 3)
-    deadline = time.monotonic() + 60
-    while ranks.logs[victim].read_text() != "delayed\n":
+    others = [rank for rank in range(3) if rank != victim]
+    said, deadline = "" if phase == "_merge" else "finishes\n", time.monotonic() + 60
+    while ranks.logs[victim].read_text() != "delayed\n" or any(ranks.logs[rank].read_text() != said for rank in others):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(ranks.pids[victim], signal.SIGKILL)
-    others = [rank for rank in range(3) if rank != victim]
     for rank in others:
         os.kill(ranks.pids[rank], signal.SIGTERM)
     codes = server().wait(ranks, timeout_s=20)
@@ -111,7 +116,7 @@ def test_a_rank_that_meets_a_peer_that_failed_already_leaves_the_message_to_it(t
 
 
 LEAVES = """
-import os, signal, sys, time
+import os, signal, time
 from pathlib import Path
 from saev_dist.errors import SaevDistError, RunError
 from saev_dist.world import World
@@ -121,15 +126,16 @@ try:
         world.wait()
         began = time.monotonic()
         if world.rank:
-            world.exchange({"a": torch.zeros(1000)})
+            world.exchange(dict(a=torch.zeros(1000)))
         time.sleep(1)
-        if sys.argv[1] == "signal":
+        if {how!r} == "signal":
             os.kill(os.getpid(), signal.SIGTERM)
             world.wait()
         raise RunError("disk full")
 except SaevDistError as err:
     assert time.monotonic() - began < 9, "rank 0 lingers for 10 s or more"
     print(type(err).__name__, str(err)[:17])
+raise SystemExit(0)
 """
 
 
@@ -138,14 +144,9 @@ except SaevDistError as err:
     [("signal", ["Preempted SIGTERM on rank 0"] * 3), ("error", ["RunError disk full"] + ["PeerError rank 0: disk full"] * 2)],
 )
 def test_ranks_inside_a_collective_leave_with_the_one_that_stays_outside(how, said):
-    common = ENV | {"WORLD_SIZE": "3", "TORCH_CPP_LOG_LEVEL": "FATAL"} | rendezvous()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", LEAVES, how], env=common | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(3)
-    ]
-    assert [rank.communicate(timeout=180)[0].strip() for rank in ranks] == said
+    ranks = server().start(n_ranks=3, before=LEAVES.format(how=how), apart=True)
+    assert server().wait(ranks) == [0, 0, 0], ranks.error_logs[0].read_text()
+    assert [log.read_text().strip() for log in ranks.logs] == said
 
 
 ADDRESS = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -167,14 +168,10 @@ ADDRESS = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     ],
 )
 def test_an_environment_in_which_ranks_cannot_meet_is_one_line(args, tmp_path, env, words):
-    done = subprocess.run(
-        [sys.executable, "-m", "saev_dist", *map(str, args), tmp_path / "run", "--timeout-s", "2"],
-        env=ENV | env,
-        capture_output=True,
-        text=True,
-    )
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 1 and line.startswith("saev-dist: error: ") and words in line
+    rank = server().start(*args, tmp_path / "run", "--timeout-s", 2, envs=[env], apart=True)
+    codes = server().wait(rank)
+    (line,) = rank.error_logs[0].read_text().splitlines()
+    assert codes == [1] and line.startswith("saev-dist: error: ") and words in line
 
 
 def test_a_single_process_has_no_process_group():
