@@ -23,6 +23,7 @@ from saev_dist.config import Extract
 from saev_dist.data.shards import Shards, ShardWriter
 from saev_dist.extract import run
 from saev_dist.sae.saev import load_saev, save_saev
+from saev_dist.sae.screen import PAYS, speedup
 from tests.bench.record import emit
 
 PRODUCT = "the bare fp32 product of the same tokens"
@@ -177,12 +178,13 @@ def measure(case: Case, rounds: int, **settings: object) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1, help="runs a case, of some minutes each where a core makes 50 GFLOP/s")
     parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="numbers in CASES; default: all")
-    parser.add_argument("--screen", nargs="*", choices=("none", "bf16"), default=("none", "bf16"))
+    parser.add_argument("--screen", nargs="*", choices=("none", "bf16"), help="default: none, and bf16 where it pays")
     args = parser.parse_args()
+    pays = speedup(CASES[0].d_model) >= PAYS
     for index in args.cases:
-        for screen in args.screen:
+        for screen in args.screen or (("none", "bf16") if pays else ("none",)):
             measure(CASES[index], args.rounds, **({} if screen == "none" else {"screen": screen}))
 
 
