@@ -32,8 +32,9 @@ from saev_dist.sae.encoder import ActivationOverflow, Encoder, batch_threads
 from saev_dist.sae.model import ConstantNorm, Given, LayerNorm, Relu, Sae, Threshold, TopK
 
 N_TOKENS, FEW_TOKENS, N_IMAGES = 4096, 512, 64
-MAX_PRODUCTS = 2**36  # tokens times weights of the encoder
-CHUNK_CODES = 2**20  # dense codes of the tokens that are encoded at a time, should all features fire
+MAX_PRODUCTS, MAX_CODES = 2**36, 2**28  # tokens times weights of the encoder, and times features
+CHUNK_CODES, CHUNK_TOKENS = 2**20, 8  # codes of the tokens that are encoded at a time, or some tokens at least
+GROWTH = 8  # times as many tokens as in the chunk before, where they turn out to have few codes
 TOP_KS = (4, 8, 16, 32, 64, 128, 256)
 CLEARLY, AT_LEAST = 0.8, 0.05
 """Another reading is clearly better with an error below this share of the run's own, and lower by this much."""
@@ -120,7 +121,7 @@ def examine(sae: Sae, shards: Shards, device: torch.device, *, skip_bad: bool = 
 
 def n_tokens(sae: Sae) -> int:
     """How many tokens to look at: fewer for a large SAE, which would take hours."""
-    return min(N_TOKENS, max(FEW_TOKENS, MAX_PRODUCTS // sae.w_enc_ds.numel()))
+    return min(N_TOKENS, max(FEW_TOKENS, min(MAX_PRODUCTS // sae.w_enc_ds.numel(), MAX_CODES // sae.d_sae)))
 
 
 def _sample(shards: Shards, n_tokens: int, *, skip_bad: bool) -> Tensor:
@@ -193,13 +194,19 @@ def _measure(sae: Sae, x_bd: Tensor, device: torch.device, name: str, flags: str
 
 
 def _encoded(encoder: Encoder, x_bd: Tensor) -> Iterator[Codes | DeviceCodes]:
+    """The codes of the tokens, in chunks: at first such that all features may fire, then as large as if the tokens to come
+    had twice the codes of any so far. A reading may fire half of all features, and the memory is planned for few."""
     under_way: deque[Future[Codes] | Future[DeviceCodes]] = deque()
-    for chunk_bd in x_bd.split(max(1, CHUNK_CODES // encoder.sae.d_sae)):
-        under_way.extend(encoder.submit_batch(chunk_bd, img_i=0, n_patches=1))
-        while len(under_way) > encoder.n_threads:
-            yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()
+    first, step, densest = 0, max(CHUNK_TOKENS, CHUNK_CODES // encoder.sae.d_sae), 0.0
+    while first < len(x_bd) or under_way:
+        if first < len(x_bd) and len(under_way) <= encoder.n_threads * bool(densest):
+            under_way.extend(encoder.submit_batch(x_bd[first : first + step], img_i=0, n_patches=1))
+            first += step
+            continue
+        codes = under_way.popleft().result()
+        densest = max(densest, len(codes.value_n) / codes.n_imgs, 0.5)
+        step = max(CHUNK_TOKENS, min(GROWTH * step, int(CHUNK_CODES / (2 * densest))))
+        yield codes
 
 
 def _finding(own: Figures, others: list[Figures], n_tokens: int) -> str | None:

@@ -204,9 +204,28 @@ def test_figures_are_those_of_their_definition(tmp_path, trained):
 def test_a_large_sae_is_tried_on_fewer_tokens(tmp_path, trained, monkeypatch):
     assert n_tokens(trained.sae) == 4096
     assert n_tokens(replace(trained.sae, w_enc_ds=torch.zeros(1).expand(4096, 2**20))) == 512
+    assert n_tokens(replace(trained.sae, w_enc_ds=torch.zeros(1).expand(8, 2**17))) == 2048
     monkeypatch.setattr(selfcheck, "MAX_PRODUCTS", 1000 * trained.sae.w_enc_ds.numel())
     report = examined(tmp_path, trained.acts_epd, replace(trained.sae, activation=Relu()))
     assert 900 < report.n_tokens < 1100 and "use --activation topk:K" in report.finding
+
+
+@pytest.mark.parametrize(("activation", "sizes"), [(TopK(4), [8, 64, 64, 125, 39]), (Relu(), [8] * 37 + [4])], ids=["few", "many"])
+def test_tokens_are_encoded_at_a_time_by_how_many_codes_they_have(trained, monkeypatch, activation, sizes):
+    """A piece of a large SAE is all overhead where it holds few tokens, and all memory where they fire everywhere."""
+    taken, submit = [], selfcheck.Encoder.submit_batch
+
+    def note(encoder, acts_bd, **kwargs):
+        taken.append(len(acts_bd))
+        return submit(encoder, acts_bd, **kwargs)
+
+    monkeypatch.setattr(selfcheck, "CHUNK_CODES", 1000)
+    monkeypatch.setattr(selfcheck.Encoder, "submit_batch", note)
+    x_bd = trained.acts_epd.flatten(0, 1)[:300]
+    with selfcheck.Encoder(replace(trained.sae, activation=activation), CPU, "fp32", 1) as encoder:
+        codes = list(selfcheck._encoded(encoder, x_bd))
+    assert taken == sizes
+    assert sum(part.n_imgs for part in codes) == 300 and torch.equal(torch.cat([part.acts_bd for part in codes]), x_bd)
 
 
 def test_equal_activations_and_overflow_give_no_finding(tmp_path, trained):
