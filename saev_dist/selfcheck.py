@@ -33,8 +33,8 @@ from saev_dist.sae.model import ConstantNorm, Given, LayerNorm, Relu, Sae, Thres
 
 N_TOKENS, FEW_TOKENS, N_IMAGES = 4096, 512, 64
 MAX_PRODUCTS, MAX_CODES = 2**36, 2**28  # tokens times weights of the encoder, and times features
-CHUNK_CODES, CHUNK_TOKENS = 2**20, 8  # codes of the tokens that are encoded at a time, or some tokens at least
-GROWTH = 8  # times as many tokens as in the chunk before, where they turn out to have few codes
+CHUNK_CODES, LEAST_TOKENS = 2**20, 8  # codes of the tokens that are encoded at a time, but some tokens at least
+GROWTH = 8  # times as many tokens at a time, when some turn out to have few codes
 TOP_KS = (4, 8, 16, 32, 64, 128, 256)
 CLEARLY, AT_LEAST = 0.8, 0.05
 """Another reading is clearly better with an error below this share of the run's own, and lower by this much."""
@@ -125,10 +125,11 @@ def n_tokens(sae: Sae) -> int:
 
 
 def _sample(shards: Shards, n_tokens: int, *, skip_bad: bool) -> Tensor:
-    """About `n_tokens` tokens of images spread over all shards, float32 (b, d)."""
+    """About `n_tokens` tokens of images spread over all shards, in random order, float32 (b, d)."""
     step = max(1, min(N_IMAGES, shards.n_examples) * shards.n_patches // n_tokens)
     images = sample_images(shards, N_IMAGES, skip_bad=skip_bad)
-    return torch.cat([torch.empty(0, shards.d_model), *(acts_pd[::step] for acts_pd in images)])
+    x_bd = torch.cat([torch.empty(0, shards.d_model), *(acts_pd[::step] for acts_pd in images)])
+    return x_bd[torch.randperm(len(x_bd), generator=torch.Generator().manual_seed(0))]
 
 
 def _other_readings(sae: Sae, x_bd: Tensor, l0: float) -> list[tuple[str, str, Sae]]:
@@ -194,18 +195,20 @@ def _measure(sae: Sae, x_bd: Tensor, device: torch.device, name: str, flags: str
 
 
 def _encoded(encoder: Encoder, x_bd: Tensor) -> Iterator[Codes | DeviceCodes]:
-    """The codes of the tokens, in chunks: at first such that all features may fire, then as large as if the tokens to come
-    had twice the codes of any so far. A reading may fire half of all features, and the memory is planned for few."""
+    """The codes of the tokens, in chunks: first a small one, for all features may fire; then as large as if the tokens to
+    come had twice as many codes each as those of the densest chunk so far, but at most a thread's share of what is left."""
     under_way: deque[Future[Codes] | Future[DeviceCodes]] = deque()
-    first, step, densest = 0, max(CHUNK_TOKENS, CHUNK_CODES // encoder.sae.d_sae), 0.0
+    first, step, densest = 0, max(LEAST_TOKENS, CHUNK_CODES // encoder.sae.d_sae), 0.0
     while first < len(x_bd) or under_way:
-        if first < len(x_bd) and len(under_way) <= encoder.n_threads * bool(densest):
+        most_under_way = encoder.n_threads if densest else 0  # the first one alone: it tells how dense they are
+        if first < len(x_bd) and len(under_way) <= most_under_way:
             under_way.extend(encoder.submit_batch(x_bd[first : first + step], img_i=0, n_patches=1))
             first += step
             continue
         codes = under_way.popleft().result()
-        densest = max(densest, len(codes.value_n) / codes.n_imgs, 0.5)
-        step = max(CHUNK_TOKENS, min(GROWTH * step, int(CHUNK_CODES / (2 * densest))))
+        densest = max(densest, len(codes.value_n) / codes.n_imgs, 0.5)  # more than 0, be they all silent
+        share = -(-(len(x_bd) - first) // encoder.n_threads)
+        step = max(LEAST_TOKENS, min(GROWTH * step, int(CHUNK_CODES / (2 * densest)), share))
         yield codes
 
 

@@ -24,12 +24,10 @@ ENV = {name: value for name, value in os.environ.items() if name not in ("RANK",
 ENV |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def run_cli(
-    *args: object, n_ranks: int = 1, n_threads: int = 1, timeout_s: float = 300, torchrun: bool = False
-) -> subprocess.CompletedProcess[str]:
+def run_cli(*args: object, n_ranks: int = 1, n_threads: int = 1, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
     """Run `saev-dist ARGS`: plain for one rank, under torchrun for several. A hang fails the test."""
     launcher: list[str] = []
-    if n_ranks > 1 or torchrun:
+    if n_ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
     command = [sys.executable, *launcher, "-m", "saev_dist", *map(str, args)]
     env = ENV | {"OMP_NUM_THREADS": str(n_threads)}

@@ -318,7 +318,7 @@ def test_a_replay_that_is_killed_outright_goes_on_with_any_number_of_ranks(tmp_p
     for _ in range(2):
         killed, until = server().start(*args), time.monotonic() + 60
         while sum(path.stat().st_size for path in run.glob("visuals.partial/records.*")) <= n_left[-1]:
-            assert time.monotonic() < until
+            assert time.monotonic() < until, killed.output()
             time.sleep(0.005)
         server().kill(killed)
         assert server().wait(killed) == [-signal.SIGKILL]
@@ -640,7 +640,7 @@ def test_flat_folders_and_data_sets_are_picture_sources(tmp_path):
 NO_CAPABILITIES = """
 import ctypes
 libc, version_and_pid, none = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-libc.prctl(28, 1)  # PR_SET_SECUREBITS, SECBIT_NOROOT: also in the drawing processes
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS: nor do the drawing processes get them back
 assert libc.capset(version_and_pid, none) == 0
 """
 """Root is bound by permissions as everybody else; capabilities(7)."""

@@ -210,7 +210,9 @@ def test_a_large_sae_is_tried_on_fewer_tokens(tmp_path, trained, monkeypatch):
     assert 900 < report.n_tokens < 1100 and "use --activation topk:K" in report.finding
 
 
-@pytest.mark.parametrize(("activation", "sizes"), [(TopK(4), [8, 64, 64, 125, 39]), (Relu(), [8] * 37 + [4])], ids=["few", "many"])
+@pytest.mark.parametrize(
+    ("activation", "sizes"), [(TopK(4), [8, 64, 64, 125, 39]), (Relu(), [8] * 37 + [4])], ids=["few", "many"]
+)
 def test_tokens_are_encoded_at_a_time_by_how_many_codes_they_have(trained, monkeypatch, activation, sizes):
     """A piece of a large SAE is all overhead where it holds few tokens, and all memory where they fire everywhere."""
     taken, submit = [], selfcheck.Encoder.submit_batch

@@ -178,13 +178,13 @@ def measure(case: Case, rounds: int, **settings: object) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=1, help="runs a case, of some minutes each where a core makes 50 GFLOP/s")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each case, of some minutes each")
     parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="numbers in CASES; default: all")
     parser.add_argument("--screen", nargs="*", choices=("none", "bf16"), help="default: none, and bf16 where it pays")
     args = parser.parse_args()
-    pays = speedup(CASES[0].d_model) >= PAYS
+    screens = args.screen or ["none", *(["bf16"] if speedup(CASES[0].d_model) >= PAYS else [])]
     for index in args.cases:
-        for screen in args.screen or (("none", "bf16") if pays else ("none",)):
+        for screen in screens:
             measure(CASES[index], args.rounds, **({} if screen == "none" else {"screen": screen}))
 
 
