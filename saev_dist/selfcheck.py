@@ -36,6 +36,7 @@ MAX_PRODUCTS, MAX_CODES = 2**36, 2**28  # tokens times weights of the encoder, a
 CHUNK_CODES, LEAST_TOKENS = 2**20, 8  # codes of the tokens that are encoded at a time, but some tokens at least
 GROWTH = 8  # times as many tokens at a time, when some turn out to have few codes
 TOP_KS = (4, 8, 16, 32, 64, 128, 256)
+LONG = 2**25  # tokens times features that take CPUs many seconds
 CLEARLY, AT_LEAST = 0.8, 0.05
 """Another reading is clearly better with an error below this share of the run's own, and lower by this much."""
 
@@ -78,6 +79,8 @@ def check(
 ) -> Report | None:
     """Look at some tokens, and warn or stop where they say that the SAE is misread. None: it did not look.
 
+    It prints a line where that will take a while.
+
     Args:
         skip_bad: leave out images that cannot be read, or are not finite.
 
@@ -88,6 +91,11 @@ def check(
     """
     if mode == "off" or not sae.reconstructs:
         return None
+    if device.type == "cpu" and n_tokens(sae) * sae.d_sae >= LONG:
+        print(
+            f"self-check: up to {n_tokens(sae):,} tokens under each reading of the SAE (--self-check off leaves it out)",
+            flush=True,
+        )
     try:
         report = examine(sae, shards, device, skip_bad=skip_bad)
     except torch.OutOfMemoryError:

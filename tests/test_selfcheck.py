@@ -261,14 +261,20 @@ def test_a_device_too_small_for_it_is_said(tmp_path, trained, monkeypatch, capsy
         check(trained.sae, shards, CPU, "strict")
 
 
-def test_modes(tmp_path, trained, capsys):
+def test_modes(tmp_path, trained, capsys, monkeypatch):
     acts_epd, _, wrong = top_k_as_relu(trained)
     shards = Shards.open(make_shards(tmp_path / "shards", acts_epd[:40].numpy(), imgs_per_shard=9))
     assert check(wrong, shards, CPU, "off") is None
     assert check(replace(wrong, reconstructs=False), shards, CPU, "strict") is None
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr() == ("", "")
     report = check(wrong, shards, CPU, "warn")
-    assert capsys.readouterr().err == f"saev-dist: warning: {report.finding}\n"
+    assert capsys.readouterr() == ("", f"saev-dist: warning: {report.finding}\n")
+    monkeypatch.setattr(selfcheck, "LONG", 4096 * wrong.d_sae)
+    check(wrong, shards, CPU, "warn")
+    assert (
+        capsys.readouterr().out
+        == "self-check: up to 4,096 tokens under each reading of the SAE (--self-check off leaves it out)\n"
+    )
     with pytest.raises(CheckpointError, match="--self-check warn goes on"):
         check(wrong, shards, CPU, "strict")
 
