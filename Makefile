@@ -38,7 +38,7 @@ check: install
 	$(BIN)/mypy
 	$(MAKE) test
 
-# Two hours of a quiet machine; a line of JSON a measurement.
+# Some two hours of a quiet machine; a line of JSON a measurement.
 bench: install
 	set -e; for name in $(BENCHES); do $(BIN)/python -m tests.bench.$$name | tee -a bench.jsonl; done
 	$(BIN)/python -m tests.bench.record bench.jsonl

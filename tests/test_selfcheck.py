@@ -211,9 +211,11 @@ def test_a_large_sae_is_tried_on_fewer_tokens(tmp_path, trained, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("activation", "sizes"), [(TopK(4), [8, 64, 64, 125, 39]), (Relu(), [8] * 37 + [4])], ids=["few", "many"]
+    ("activation", "n_threads", "sizes"),
+    [(TopK(4), 1, [8, 64, 64, 125, 39]), (TopK(4), 2, [8, 64, 64, 64, 50, 25, 13, 8, 4]), (Relu(), 1, [8] * 37 + [4])],
+    ids=["few", "few for two", "many"],
 )
-def test_tokens_are_encoded_at_a_time_by_how_many_codes_they_have(trained, monkeypatch, activation, sizes):
+def test_tokens_are_encoded_at_a_time_by_how_many_codes_they_have(trained, monkeypatch, activation, n_threads, sizes):
     """A piece of a large SAE is all overhead where it holds few tokens, and all memory where they fire everywhere."""
     taken, submit = [], selfcheck.Encoder.submit_batch
 
@@ -224,10 +226,17 @@ def test_tokens_are_encoded_at_a_time_by_how_many_codes_they_have(trained, monke
     monkeypatch.setattr(selfcheck, "CHUNK_CODES", 1000)
     monkeypatch.setattr(selfcheck.Encoder, "submit_batch", note)
     x_bd = trained.acts_epd.flatten(0, 1)[:300]
-    with selfcheck.Encoder(replace(trained.sae, activation=activation), CPU, "fp32", 1) as encoder:
+    with selfcheck.Encoder(replace(trained.sae, activation=activation), CPU, "fp32", n_threads) as encoder:
         codes = list(selfcheck._encoded(encoder, x_bd))
     assert taken == sizes
     assert sum(part.n_imgs for part in codes) == 300 and torch.equal(torch.cat([part.acts_bd for part in codes]), x_bd)
+
+
+def test_the_first_tokens_are_of_many_images(tmp_path):
+    """They tell how many codes the others may have."""
+    acts_epd = torch.arange(64.0)[:, None, None].expand(64, 9, 5)
+    x_bd = selfcheck._sample(Shards.open(make_shards(tmp_path / "shards", acts_epd.numpy())), 576, skip_bad=False)
+    assert len(x_bd[:8, 0].unique()) > 4 and torch.equal(x_bd[:, 0].sort().values, acts_epd[:, :, 0].flatten())
 
 
 def test_equal_activations_and_overflow_give_no_finding(tmp_path, trained):
