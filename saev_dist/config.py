@@ -37,7 +37,7 @@ class SaeRules:
     sae_format: Literal["auto", "saev", "plain", "sae_lens", "sparsify", "dictionary_learning"] = "auto"
     """Format of the SAE. auto: told by its content."""
     pre_bias: TriState = None
-    """Subtract b_dec from the activations before encoding, or do not. Default: as the checkpoint says (saev: no; its files trained before 2025-07-31 need --pre-bias)."""
+    """Subtract b_dec from the activations before encoding, or do not. Default: as the checkpoint says (saev: no; its files trained before 2025-07-31, and some Matryoshka ones after, need --pre-bias)."""
     activation: OptionalText = None
     """relu, or topk:K (such as topk:32), in place of what the checkpoint says."""
     threshold: OptionalFloat = None

@@ -89,7 +89,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
         "read buffers": most_buffers(plan, shards, cfg.read_ahead, n_ahead)
         * buffer_examples(plan, shards)
         * shards.content_bytes,
-        # the exchange and the last sort of the slots each hold the state a second and a third time
+        # the exchange, the last sort of the slots, and going on from several partials hold the state a second and a third time
         "accumulators and their merge": 3 * state,
         "distributions, when written": samples,
         "rows to be written": (MAX_WAITING + 1) * plan.largest_batch * row,

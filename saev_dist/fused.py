@@ -28,7 +28,7 @@ def kernels_on(device: torch.device) -> ModuleType | None:
 
 
 def _try(kernels: ModuleType, device: torch.device) -> None:
-    """Find what is known.
+    """Run each kernel on a few numbers whose results are known.
 
     Raises:
         ValueError: something else was found.

@@ -29,6 +29,8 @@ from saev_dist.sae.model import GroupMax, TopK
 # Largest difference of two evaluations of one score, in shares of the sum of its terms' magnitudes. Products are rounded
 # at 2^-24 (fp32), 2^-11 (tf32) and 2^-9 (bf16) of each term; the rest is room for the sum's own rounding.
 TOLERANCE = {"fp32": 2.0**-16, "tf32": 2.0**-9, "bf16": 2.0**-6}
+SLOTS_AT_ONCE = 4096
+"""Whose terms are added up at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,7 +68,7 @@ def describe_encoded(slots: Slots, n_encoded: int) -> str:
 def reencode(run: FinishedRun, slots: Slots, encoder: Encoder, check: Check, *, read_ahead: int) -> Iterator[Image]:
     """The images of `slots` (in the order of images), each once, in the order of the shards.
 
-    Memory: `read_ahead` images and a few being encoded, whatever the number of slots.
+    Memory: `read_ahead` images and a few being encoded, and the scores on all patches of the features that won in one image.
 
     Raises:
         RunError: a score is not the stored one.
@@ -107,7 +109,10 @@ def _checked(
         raise find_bad_value(acts_pd, Plan(run.shards.examples, 1)[img_i], run.shards, err.limit) from None
     row_n = np.searchsorted(feature_m, slots_n["feature"])
     feature_n = torch.from_numpy(slots_n["feature"].copy())
-    allowed_n = TOLERANCE[run.precision] * encoder.magnitude(acts_pd[slots_n["patch_i"].copy()], feature_n).numpy()
+    patch_n = slots_n["patch_i"].copy()
+    parts = [slice(first, first + SLOTS_AT_ONCE) for first in range(0, len(slots_n), SLOTS_AT_ONCE)]
+    magnitudes = [encoder.magnitude(acts_pd[patch_n[part]], feature_n[part]).numpy() for part in parts]
+    allowed_n = TOLERANCE[run.precision] * np.concatenate(magnitudes)
     distance_n = np.abs(values_mp[row_n, slots_n["patch_i"]] - slots_n["score"])
     for n in np.flatnonzero(~(distance_n <= allowed_n)):
         slot, found = slots_n[n], values_mp[row_n[n], slots_n[n]["patch_i"]]

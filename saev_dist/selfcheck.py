@@ -190,7 +190,7 @@ def _measure(sae: Sae, x_bd: Tensor, device: torch.device, name: str, flags: str
                 n_codes += len(codes.value_n)
                 fired_s[codes.feature_n] = True
                 encoder.wait()
-    except (ActivationOverflow, MergeError):  # for the stream to report with its place, if it is the run's own reading
+    except (ActivationOverflow, CheckpointError, MergeError):  # the stream tells, if it is the run's own reading
         return Figures(reading=name, flags=flags, normalized_mse=None, l0=0.0, dead_share=1.0)
     return Figures(
         reading=name,

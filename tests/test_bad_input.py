@@ -103,7 +103,7 @@ CASES = {
     "layer not said": (lambda c: c.flags.pop("--layer"), "holds layers 9, 4; choose one with --layer"),
     "widths differ": (lambda c: make_sae(c.sae, d_model=7), "takes activations of width 7"),
     "SAE missing": (lambda c: c.sae.unlink(), "sae.pt: No such file"),
-    "SAE a directory": (lambda c: (c.sae.unlink(), c.sae.mkdir()), "sae.pt holds no SAE"),
+    "SAE a directory": (lambda c: (c.sae.unlink(), c.sae.mkdir()), "sae.pt is no SAE by itself; it holds nothing"),
     "SAE empty": (lambda c: c.sae.write_bytes(b""), "sae.pt is no SAE by itself"),
     "SAE header not JSON": (lambda c: c.sae.write_bytes(b"{x\n"), "header is not JSON"),
     "SAE truncated": (lambda c: os.truncate(c.sae, 900), "truncated or damaged"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from saev_dist.errors import CheckpointError
 from saev_dist.sae.encoder import ActivationOverflow, Encoder
 from saev_dist.sae.model import ConstantNorm, Gated, Given, LayerNorm, Relu, Sae, Threshold, TopK
 
@@ -62,12 +63,20 @@ def test_no_finite_activation_gives_a_score_that_is_not(activation):
 
 
 def test_bias_counts_towards_the_largest_score():
-    sae = make_sae(b_enc_s=torch.full((D_SAE,), 3e38))
+    sae = make_sae(b_enc_s=torch.full((D_SAE,), 8e37))
     with pytest.raises(ActivationOverflow):
-        encode(sae, torch.ones(1, D_MODEL))
-    shifted = make_sae(activation=replace(GATED, b_mag_s=torch.full((D_SAE,), 3e38)))
-    with pytest.raises(ActivationOverflow):
-        encode(shifted, torch.ones(1, D_MODEL))
+        encode(sae, torch.full((1, D_MODEL), 1e37))
+    assert torch.isfinite(encode(sae, torch.ones(1, D_MODEL))).all()
+
+
+def test_an_sae_whose_own_numbers_are_too_large_is_refused_itself():
+    """And not the activations for what no activation can mend."""
+    for sae in (
+        make_sae(b_enc_s=torch.full((D_SAE,), torch.finfo(torch.float32).min)),
+        make_sae(activation=replace(GATED, b_mag_s=torch.full((D_SAE,), 3e38))),
+    ):
+        with pytest.raises(CheckpointError, match="has biases up to 3"):
+            encode(sae, torch.ones(1, D_MODEL))
 
 
 @pytest.mark.parametrize("norm", [LayerNorm(), ConstantNorm()], ids=["layer", "constant"])
@@ -76,7 +85,7 @@ def test_tokens_that_are_normalised_may_be_as_large_as_they_like_and_weights_may
     sae = make_sae(input_norm=norm)
     torch.testing.assert_close(encode(sae, acts_bd * 2.0**120), encode(sae, acts_bd * 2.0**60))
     # weights that no token of norm sqrt(d) may meet
-    with pytest.raises(ActivationOverflow):
+    with pytest.raises(CheckpointError, match="whose weights add up to"):
         encode(make_sae(input_norm=norm, w_enc_ds=torch.full((D_MODEL, D_SAE), 5e37)), acts_bd)
 
 

@@ -99,4 +99,4 @@ def test_altered_slots_are_noticed(inputs, capsys):
 
 def test_anything_else_is_refused(inputs, capsys):
     assert "nowhere is not there; inspect takes a directory of shards, an SAE, or a run." in refused(capsys, inputs / "nowhere")
-    assert "holds no SAE" in refused(capsys, inputs)
+    assert "is no SAE by itself; it holds " in refused(capsys, inputs)

@@ -594,7 +594,7 @@ def test_bad_requests_are_refused(tmp_path, capsys):
     assert "seed must not be negative" in fails(capsys, "replay", "--run", run, "--seed", -1)
     assert "has 8 patches; the shards have 6" in fails(capsys, "replay", "--run", run, "--grid", 2, 4)
     assert "is not a run" in fails(capsys, "replay", "--run", tmp_path)
-    assert "holds no SAE. An SAE is one of" in fails(capsys, "replay", "--run", run, "--sae", tmp_path)
+    assert "is no SAE by itself; it holds " in fails(capsys, "replay", "--run", run, "--sae", tmp_path)
     (run / "partials").mkdir()
     (run / "manifest.json").unlink()
     assert "is an unfinished run" in fails(capsys, "replay", "--run", run)

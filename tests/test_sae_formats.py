@@ -217,6 +217,68 @@ def test_an_average_scale_must_be_given(copy, value):
     with pytest.raises(ConfigError, match="give it with --input-scale"):
         load(dpath)
     same_features(encode(load(dpath, input_scale=0.25), 4 * x_bd), feats_bs)
+    same_features(encode(load(dpath, input_norm="none"), x_bd), feats_bs)  # as the self-check may advise
+
+
+def test_the_scale_beside_a_checkpoint_of_training_is_read(copy):
+    dpath = copy("sae_lens/standard_none_pre")
+    x_bd, feats_bs = expected("sae_lens/standard_none_pre")
+    edit(dpath / "cfg.json", normalize_activations="expected_average_only_in")
+    (dpath / "activation_scaler.json").write_text('{"scaling_factor": 0.25}')
+    sae = load(dpath)
+    same_features(encode(sae, 4 * x_bd), feats_bs)
+    assert sae.rules()["input_scale"] == 0.25
+    same_features(encode(load(dpath, input_scale=0.5), 2 * x_bd), feats_bs)  # a flag has the last word
+    mean = np.full(20, 3, "<f4").tobytes()
+    same_features(encode(load(dpath, input_mean=mean), 4 * x_bd + 3), feats_bs, atol=1e-5)
+    (dpath / "activation_scaler.json").write_text('{"scaling_factor": null}')
+    with pytest.raises(ConfigError, match="give it with --input-scale"):
+        load(dpath)
+    for text, why in {
+        '{"scaling_factor": 0}': "should be above zero",
+        '{"scaling_factor": Infinity}': "should be above zero",
+        '{"scaling_factor": "1"}': "should be a number",
+        '{"scaling_factor": 1, "mean": 2}': "fields that this version does not know",
+    }.items():
+        (dpath / "activation_scaler.json").write_text(text)
+        with pytest.raises(CheckpointError, match=why):
+            load(dpath)
+    edit(dpath / "cfg.json", normalize_activations="none")  # folded: nobody asks for it
+    same_features(encode(load(dpath), x_bd), feats_bs)
+
+
+def test_the_earliest_batch_topk_of_dictionary_learning_has_no_threshold(copy):
+    dpath = copy("dictionary_learning/batch_top_k")
+    x_bd, feats_bs = expected("dictionary_learning/batch_top_k")
+    state = torch.load(dpath / "ae.pt", weights_only=True)
+    threshold = float(state["threshold"])
+    edit_tensors(dpath / "ae.pt", threshold=None, k=None)
+    k = json.loads((dpath / "config.json").read_text())["trainer"]["k"]
+    with pytest.raises(ConfigError, match=rf"BatchTopKSAE of K {k}\) holds no threshold"):
+        load(dpath)
+    same_features(encode(load(dpath, threshold=threshold), x_bd), feats_bs)
+    assert load(dpath, activation=f"topk:{k}").activation == TopK(k, relu=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "relu"),
+    [
+        ("sae_lens/standard_none_pre", True),
+        ("dictionary_learning/standard", True),
+        ("../saev-1.1/relu/sae.pt", False),
+        ("../saev-1.1/topk/sae.pt", False),
+        ("sae_lens/topk_none_pre", True),
+    ],
+)
+def test_a_top_k_that_is_asked_for_is_that_of_its_program(path, relu):
+    assert load(DATA / path, activation="topk:3").activation == TopK(3, relu=relu)
+
+
+def test_scores_of_an_autoencoder_are_those_of_its_stored_weights():
+    """As `encode` gives them: `load_dictionary` would multiply each by its column's norm, here about 0.1."""
+    _, feats_bs = expected("dictionary_learning/standard")
+    sae = load(DATA / "dictionary_learning/standard")
+    assert float(sae.w_dec_sd.norm(dim=1).max()) < 0.5 and feats_bs.any()
 
 
 @pytest.mark.parametrize("name", ["AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE", "GatedAutoEncoder", "JumpReluAutoEncoder"])
@@ -417,7 +479,7 @@ REFUSED = {
     "lens: threshold NaN": ("sae_lens/jumprelu_none_pre", tensors(threshold=torch.full((96,), torch.nan)), "96 of 96 values of threshold are NaN"),
     "lens: gate overflows": ("sae_lens/gated_none_pre", tensors(r_mag=torch.full((96,), 1e3)), "exp(r_mag) leaves the range"),
     "lens: zero row": ("sae_lens/topk_rescale", tensors(W_dec=torch.zeros(96, 20)), "a row of W_dec is zero"),
-    "lens: no weights": (LENS, lambda dpath: (dpath / "sae_weights.safetensors").unlink(), "holds no SAE"),
+    "lens: no weights": (LENS, lambda dpath: (dpath / "sae_weights.safetensors").unlink(), "is no SAE by itself; it holds cfg.json"),
     "sparsify: activation": (SPARSIFY, cfg(activation="relu"), "activation is 'relu'; this version reads topk and groupmax"),
     "sparsify: field": (SPARSIFY, cfg(input_norm=True), "does not know (input_norm)"),
     "sparsify: lookup": (SPARSIFY, cfg(gram_lookup=True), "gram_lookup is true"),
@@ -427,7 +489,6 @@ REFUSED = {
     "dictionary: class of other tensors": (DICTIONARY, cfg(dict_class="AutoEncoder", k=None), "unknown tensors (b_dec, k, threshold) for AutoEncoder"),
     "dictionary: field": (DICTIONARY, cfg(use_pca_whitening=True), "does not know (use_pca_whitening)"),
     "dictionary: k stale": (DICTIONARY, cfg(k=9), "holds k tensor(6, dtype=torch.int32)"),
-    "dictionary: threshold": (DICTIONARY, tensors(threshold=None), "no tensor threshold"),
     "dictionary: threshold a vector": (DICTIONARY, tensors(threshold=torch.ones(96)), "threshold is torch.float32 (96,)"),
     "dictionary: integers": (DICTIONARY, tensors(b_dec=torch.ones(20, dtype=torch.int64)), "b_dec is torch.int64 (20,)"),
 }  # fmt: skip

@@ -102,7 +102,7 @@ def test_what_could_overflow_is_refused_and_never_lost(kind):
         w_enc_ds=torch.full((4, 200), 1e-3), b_enc_s=torch.zeros(200), w_dec_sd=torch.ones(200, 4), b_dec_d=torch.zeros(4),
         activation=kind, pre_bias=False, source="",
     )  # fmt: skip
-    for bias, value, fine in ((0.0, 8e37, True), (0.0, 9e37, False), (3.389e38, 3e38, False), (3.389e38, 1.0, False)):
+    for bias, value, fine in ((0.0, 8e37, True), (0.0, 9e37, False), (8.5e37, 3e38, False), (8.5e37, 8e37, False)):
         plain, screened = (
             Encoder(replace(sae, b_enc_s=torch.full((200,), bias)), CPU, "fp32", 1, screen=how) for how in (False, True)
         )

@@ -1,7 +1,8 @@
 """PURE. The contract of an accumulator, and the sparse codes that it is fed.
 
 To add a statistic: one file with a class that derives from `Accumulator`, one line in `job.make_bundle`, one line in
-`tests/laws.py`, whose battery then tests it. It works on a GPU too; `update_on_device` makes it fast there.
+`tests/laws.py`, whose battery then tests it; CONTRIBUTING.md has the rest. It works on a GPU too; `update_on_device` makes it
+fast there.
 
 Names: `b` tokens, `d` model width, `n` codes, `s` features.
 """
@@ -184,7 +185,8 @@ class Accumulator(ABC):
         """
 
     def flush(self) -> None:
-        """Fold in what updates may have put off. Called before the state is read."""
+        """Fold in what updates may have put off. `state_dict`, `check_same_kind` (so each merge) and a bundle's `finalize` call
+        it before the state is read."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state's tensors, not copied."""
@@ -207,7 +209,7 @@ class Accumulator(ABC):
             setattr(self, name, state[name])
 
     def check_same_kind(self, other: "Accumulator") -> None:
-        """Raise MergeError unless `other` is of this type, these settings, and tensors of these shapes."""
+        """Flush both, and raise MergeError unless `other` is of this type, these settings, and tensors of these shapes."""
         if type(self) is not type(other):
             raise MergeError(f"cannot merge {type(self).__name__} with {type(other).__name__}.")
         for name in self.SETTINGS:

@@ -52,6 +52,7 @@ class Bundle(Accumulator):
         return other
 
     def finalize(self, n_tokens: int) -> dict[str, Any]:
+        self.flush()
         artifacts: dict[str, Any] = {"metrics": {}}
         for part in self.parts.values():
             for stem, content in part.finalize(n_tokens).items():

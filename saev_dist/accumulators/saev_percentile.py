@@ -1,7 +1,7 @@
 """PURE. saev's running percentile estimate, for comparison with runs of saev's own scripts.
 
 Not a monoid: the estimate depends on the order of the tokens, so it runs in one process only. The histogram's
-percentile is exact to 3.1 %; this one walks towards the percentile by at most 0.001 a token, and stays far from
+percentile is exact to 3.1 %; this one walks towards the percentile by less than 0.002 a token, and stays far from
 it on fewer than many thousand tokens.
 """
 

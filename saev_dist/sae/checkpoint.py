@@ -84,15 +84,19 @@ def load_torch(fpath: Path, body: bytes) -> Any:
     except (
         RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError, MemoryError,
         NotImplementedError, zipfile.BadZipFile, RecursionError,
-    ):  # fmt: skip
-        raise CheckpointError(f"{fpath}: its weights cannot be read; the file is truncated or damaged.") from None
+    ) as err:  # fmt: skip
+        if isinstance(err, MemoryError) or "allocate memory" in str(err):
+            what = f"{len(body) / 1e9:.1f} GB of weights do not fit into memory; free some, or convert it on a larger machine"
+        else:
+            what = "its weights cannot be read; the file is truncated or damaged"
+        raise CheckpointError(f"{fpath}: {what}.") from None
 
 
 def load_state(fpath: Path, body: bytes) -> dict[str, Any]:
     """A state dict that `torch.save` wrote."""
     state = load_torch(fpath, body)
     if not isinstance(state, dict):
-        raise CheckpointError(f"{fpath} holds a {type(state).__name__}; expected a state dict.")
+        raise CheckpointError(f"{fpath} holds a {type(state).__name__}; expected a state dict: save the SAE's own.")
     return state
 
 

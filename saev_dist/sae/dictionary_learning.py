@@ -11,7 +11,11 @@ encoder.weight (s, d) and decoder.weight (d, s).
     JumpReluAutoEncoder         W_enc (d, s), b_enc, W_dec (s, d), b_dec, threshold (s)      x @ W + b where above threshold
     GatedAutoEncoder            decoder_bias (d), r_mag, gate_bias, mag_bias (s)     as Gated, of x - decoder_bias
 
-AutoEncoderTopK's threshold belongs to training. A threshold below 0 is one that training never set.
+AutoEncoderTopK's threshold belongs to training. A threshold below 0 is one that training never set; the earliest
+BatchTopKSAEs have none (`--threshold`).
+Features are those of `encode` on the weights as they are stored. The library's `load_dictionary` also makes the decoder's
+columns of an AutoEncoder unit vectors and multiplies its features by their norms, which training by the April update
+leaves free: then the same tokens fire in the same order, and each feature's scores differ by one factor.
 A top level {step, ae, optimizer, config, norm_factor} is a training backup: it was trained on activations divided by
 `norm_factor`, and its biases and thresholds still have to be multiplied by it, which is done here.
 Source: dictionary_learning 0.1.0, `dictionary.py`, `trainers/*.py` (`encode`, `scale_biases`), `training.py`.
@@ -44,11 +48,12 @@ TENSORS = {
     "AutoEncoder": (*LINEAR, "bias"),
     "AutoEncoderNew": (*LINEAR, "decoder.bias"),
     "AutoEncoderTopK": (*LINEAR, "b_dec"),
-    "BatchTopKSAE": (*LINEAR, "b_dec", "threshold"),
-    "MatryoshkaBatchTopKSAE": (*PLAIN, "threshold"),
+    "BatchTopKSAE": (*LINEAR, "b_dec"),
+    "MatryoshkaBatchTopKSAE": PLAIN,
     "JumpReluAutoEncoder": (*PLAIN, "threshold"),
     "GatedAutoEncoder": ("encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "gate_bias", "mag_bias"),
 }
+BATCH_TOPK = {"BatchTopKSAE", "MatryoshkaBatchTopKSAE"}
 PRE_BIAS = {"AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE", "GatedAutoEncoder"}
 B_ENC = ("encoder.bias", "b_enc", "gate_bias")
 B_DEC = ("bias", "decoder.bias", "b_dec", "decoder_bias")
@@ -71,7 +76,7 @@ def load(dpath: Path) -> Sae:
 
     fpath = file_in(dpath, WEIGHTS)
     state, norm_factor = _state(fpath)
-    if kind in ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
+    if kind == "AutoEncoderTopK" or kind in BATCH_TOPK:
         _check_k(fpath, state, trainer)
         state.pop("group_sizes", None)  # all groups are active once training is over
     if kind == "AutoEncoderTopK":
@@ -82,7 +87,9 @@ def load(dpath: Path) -> Sae:
         **dict.fromkeys(B_DEC, (d_model,)),
         "threshold": (d_sae,) if kind == "JumpReluAutoEncoder" else (),
     }  # fmt: skip
-    tensors = take(fpath, state, {name: width.get(name, (d_sae,)) for name in TENSORS[kind]}, kind)
+    missing = "--threshold" if kind in BATCH_TOPK and "threshold" not in state else ""
+    names = (*TENSORS[kind], *(["threshold"] if kind in BATCH_TOPK and not missing else []))
+    tensors = take(fpath, state, {name: width.get(name, (d_sae,)) for name in names}, kind)
     for name, tensor in tensors.items():
         if name in (*B_ENC, *B_DEC, "mag_bias", "threshold"):
             tensors[name] = tensor * norm_factor
@@ -92,13 +99,14 @@ def load(dpath: Path) -> Sae:
         case "AutoEncoderTopK":
             activation = TopK(check_k(trainer.where, trainer.positive("k"), d_sae), relu=True)
         case "BatchTopKSAE" | "MatryoshkaBatchTopKSAE":
-            activation = Threshold(float(tensors["threshold"]))
+            activation = Threshold(0.0 if missing else float(tensors["threshold"]))
         case "JumpReluAutoEncoder":
             activation = Threshold(tensors["threshold"])
         case "GatedAutoEncoder":
             activation = gated(fpath, tensors["r_mag"], tensors["mag_bias"])
         case _:
             activation = Relu()
+    of_k = f" of K {trainer.positive('k')}" if missing else ""
     return Sae(
         w_enc_ds=_first(tensors, "W_enc", "encoder.weight"),
         b_enc_s=_first(tensors, *B_ENC),
@@ -106,7 +114,8 @@ def load(dpath: Path) -> Sae:
         b_dec_d=_first(tensors, *B_DEC),
         activation=activation,
         pre_bias=kind in PRE_BIAS,
-        source=f"dictionary_learning, {kind}{'' if norm_factor == 1 else f', training backup, norm factor {norm_factor:g}'}",
+        missing=missing,
+        source=f"dictionary_learning, {kind}{of_k}{'' if norm_factor == 1 else f', training backup, norm factor {norm_factor:g}'}",
     )
 
 

@@ -29,6 +29,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from saev_dist.accumulators.base import Codes, DeviceCodes, stable_order
+from saev_dist.errors import CheckpointError
 from saev_dist.fused import kernels_on
 from saev_dist.machine import cpu_threads
 from saev_dist.sae.model import ConstantNorm, Gated, Given, GroupMax, LayerNorm, Precision, Sae, Threshold, TopK
@@ -39,6 +40,7 @@ from saev_dist.sae.select import select_at_once
 from saev_dist.sae.sieve import Bound, Sieve, keep
 
 FP32_MAX = float(np.finfo(np.float32).max)
+FOLD_FEATURES = 4096  # whose weights are copied at a time, in float64
 
 
 class ActivationOverflow(Exception):
@@ -66,6 +68,7 @@ class Encoder:
         screen: on the CPU, in fp32: make the product in bfloat16 first, and in fp32 only where a code may be.
 
     Raises:
+        CheckpointError: the weights or biases are so large that no product with them is sure to be finite.
         ConfigError: the weights cannot be screened.
 
     Device memory: the weights, once more where NumPy multiplies, and for each thread a block of `block_shape`.
@@ -82,12 +85,16 @@ class Encoder:
             self._scale = sae.input_norm.scale
             shift_d = shift_d + sae.input_norm.mean_d.double() * self._scale
         self._shift_d = shift_d
-        if shift_d.any():  # (scale x - shift) @ W + b = x @ (scale W) + (b - shift @ W), folded once in float64
-            with _one_thread():
-                bias_s = bias_s - shift_d @ sae.w_enc_ds.double()
         w_ds = sae.w_enc_ds if self._scale == 1 else sae.w_enc_ds * self._scale
+        gain_s = torch.empty(sae.d_sae, dtype=torch.float64)
+        with _one_thread():
+            for first in range(0, sae.d_sae, FOLD_FEATURES):
+                part = slice(first, first + FOLD_FEATURES)
+                if shift_d.any():  # (scale x - shift) @ W + b = x @ (scale W) + (b - shift @ W), folded once in float64
+                    bias_s[part] -= shift_d @ sae.w_enc_ds[:, part].double()
+                gain_s[part] = w_ds[:, part].abs().sum(dim=0, dtype=torch.float64)
         # |h| <= max|x| * gain + max|bias|, so one look at x rules out overflow in the whole product.
-        gain_s, offset_s = w_ds.abs().sum(dim=0, dtype=torch.float64), bias_s.abs()
+        offset_s = bias_s.abs()
         if isinstance(sae.activation, Gated):
             scale_s = sae.activation.scale_s.double()
             shift_s = sae.activation.b_mag_s.double() - scale_s * sae.b_enc_s.double()
@@ -97,6 +104,12 @@ class Encoder:
         limit = (most - float(offset_s.max())) / max(float(gain_s.max()), 1e-300)
         if isinstance(sae.input_norm, LayerNorm | ConstantNorm):  # whose tokens have a norm of at most sqrt(d)
             limit = most if limit > math.sqrt(sae.d_model) else 0.0
+        if limit <= 0:
+            raise CheckpointError(
+                f"the SAE ({sae.source}) has biases up to {float(offset_s.max()):.2g} and a feature whose weights add up to "
+                f"{float(gain_s.max()):.2g}, with which a product leaves the range of float32. A bias that silences a feature "
+                "can be as small as -1e30."
+            )
         self._limit = min(most, limit)
         weights_ds, self._b_s = w_ds.to(device, self.dtype), bias_s.to(device, self.dtype)
         self._w_ds: Tensor | None = weights_ds

@@ -33,12 +33,16 @@ class Format:
     load: Callable[[Path], Sae]
     files: tuple[str, ...] = ()
     """Files of a directory that hold the SAE; none: it is one file."""
+    besides: tuple[str, ...] = ()
+    """Files that may be there too, and say what those leave out."""
+    relu_of_top_k: bool = True
+    """Whether its program's top-k drops what is not above zero."""
 
 
 FORMATS = {
-    "saev": Format(saev.load_saev),
-    "plain": Format(plain.load),
-    "sae_lens": Format(sae_lens.load, (sae_lens.CONFIG, sae_lens.WEIGHTS)),
+    "saev": Format(saev.load_saev, relu_of_top_k=False),
+    "plain": Format(plain.load, relu_of_top_k=False),
+    "sae_lens": Format(sae_lens.load, (sae_lens.CONFIG, sae_lens.WEIGHTS), (sae_lens.SCALER,)),
     "sparsify": Format(sparsify.load, (sparsify.CONFIG, sparsify.WEIGHTS)),
     "dictionary_learning": Format(dictionary_learning.load, (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS)),
 }
@@ -92,21 +96,26 @@ class Overrides:
                 raise fields.error(f"{fields.where}: input_mean is damaged; run extract again with --force.") from None
         return cls(**said)
 
-    def apply(self, sae: Sae, path: Path) -> Sae:
+    def apply(self, sae: Sae, path: Path, *, relu_of_top_k: bool) -> Sae:
         """`sae` under these rules.
+
+        Args:
+            sae: what the file holds.
+            path: the file, for messages.
+            relu_of_top_k: whether an SAE that becomes a top-k one drops what is not above zero.
 
         Raises:
             ConfigError: they contradict the file, each other, or leave out what it needs.
         """
-        if sae.missing == "--input-scale" and self.input_scale is None:
+        if sae.missing == "--input-scale" and self.input_scale is None and self.input_norm is None:
             raise ConfigError(
                 f"{path} ({sae.source}) leaves out a number that its encoder needs; give it with --input-scale. "
-                "For a scale that was folded into the weights already that is 1."
+                "For a scale that was folded into the weights already that is 1, or --input-norm none."
             )
         if sae.missing == "--threshold" and self.threshold is None and self.activation is None:
             raise ConfigError(
                 f"{path} ({sae.source}) holds no threshold; give the one of its training with --threshold, "
-                "or --activation topk:K with its K, which is how saev encoded such files."
+                "or --activation topk:K with its K, which is how its program encoded such files."
             )
         sae = replace(sae, missing="", pre_bias=sae.pre_bias if self.pre_bias is None else self.pre_bias)
         if self.activation is not None:
@@ -114,8 +123,9 @@ class Overrides:
                 what = "--threshold" if self.threshold is not None else f"a {sae.activation.name} SAE"
                 raise ConfigError(f"--activation {self.activation} does not go with {what}; leave one out.")
             activation = _parse_activation(self.activation, sae.d_sae)
-            if isinstance(activation, TopK) and isinstance(sae.activation, TopK):  # another k, and nothing else
-                activation = replace(activation, relu=sae.activation.relu)
+            if isinstance(activation, TopK):
+                relu = sae.activation.relu if isinstance(sae.activation, TopK) else relu_of_top_k
+                activation = replace(activation, relu=relu)
             sae = replace(sae, activation=activation)
         if self.threshold is not None:
             if not isinstance(sae.activation, Threshold):
@@ -124,19 +134,20 @@ class Overrides:
         if self.input_norm is not None:
             sae = replace(sae, input_norm=TOKEN_NORMS[self.input_norm])
         if self.input_scale is not None or self.input_mean is not None:
-            if sae.input_norm is not None:
+            file_norm = Given(torch.zeros(sae.d_model), 1.0) if sae.input_norm is None else sae.input_norm
+            if not isinstance(file_norm, Given):
                 raise ConfigError(
-                    f"--input-mean and --input-scale do not go with input_norm {sae.input_norm.name} ({path}); "
+                    f"--input-mean and --input-scale do not go with input_norm {file_norm.name} ({path}); "
                     "add --input-norm none if the file is wrong."
                 )
-            mean_d = torch.zeros(sae.d_model)
+            mean_d = file_norm.mean_d
             if self.input_mean is not None:
                 mean_d = torch.from_numpy(np.frombuffer(self.input_mean, "<f4").copy())
             if mean_d.shape != (sae.d_model,):
                 raise ConfigError(
                     f"--input-mean holds {len(mean_d):,} numbers; {path} takes activations of width {sae.d_model:,}."
                 )
-            sae = replace(sae, input_norm=Given(mean_d, 1.0 if self.input_scale is None else self.input_scale))
+            sae = replace(sae, input_norm=Given(mean_d, file_norm.scale if self.input_scale is None else self.input_scale))
         if isinstance(sae.input_norm, LayerNorm) and sae.d_model == 1:
             raise ConfigError(f"{path} takes activations of width 1, which layer_norm cannot normalise. Use --input-norm none.")
         return sae
@@ -177,7 +188,8 @@ def load_sae(name: Path, overrides: Overrides) -> Loaded:
     """
     path = hub.fetch(name, _names()) if hub.is_hub_name(name) else name
     sae_format = overrides.sae_format or recognise(path)
-    sae = overrides.apply(FORMATS[sae_format].load(path), path)
+    kind = FORMATS[sae_format]
+    sae = overrides.apply(kind.load(path), path, relu_of_top_k=kind.relu_of_top_k)
     return Loaded(sae=sae, path=path, sae_format=sae_format, sha256=fingerprint(path, sae_format))
 
 
@@ -216,7 +228,9 @@ def _recognise_directory(dpath: Path) -> str:
         return found[0]
     if found:
         raise CheckpointError(f"{dpath} holds the files of {' and '.join(found)}; say which with --sae-format.")
-    raise CheckpointError(f"{dpath} holds no SAE. An SAE is one of {_known()}.")
+    names = sorted(fpath.name for fpath in dpath.iterdir())
+    held = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    raise CheckpointError(f"{dpath} is no SAE by itself; it holds {held or 'nothing'}. An SAE is one of {_known()}.")
 
 
 def _known() -> str:
@@ -224,7 +238,7 @@ def _known() -> str:
 
 
 def _names() -> set[str]:
-    return {file for kind in FORMATS.values() for file in kind.files}
+    return {file for kind in FORMATS.values() for file in (*kind.files, *kind.besides)}
 
 
 def _parse_activation(text: str, d_sae: int) -> Relu | TopK:

@@ -12,23 +12,27 @@ each (s), and no b_enc. The input is normalised as `normalize_activations` says,
 
 BatchTopK is saved as jumprelu. Before version 6, `activation_fn` or `activation_fn_str` "topk" with
 `activation_fn_kwargs.k` makes a "standard" SAE a TopK one; a boolean `normalize_activations` means none or
-expected_average_only_in. That one multiplies the input by a scale that training measured and the file does not hold:
-`--input-scale` gives it. `scaling_factor` (s) of files fine-tuned by version 3 to 5 multiplies features in the decoder only.
+expected_average_only_in. That one multiplies the input by a scale that training measured: checkpoints made during training
+have it beside them, in `activation_scaler.json`, and where it is not, `--input-scale` gives it. At the end of training it
+is folded into the weights, and the normalisation is then "none". `scaling_factor` (s) of files fine-tuned by version 3 to 5 multiplies features in the decoder only.
 Source: SAELens 6.54, `sae_lens/saes/*.py` and `loading/pretrained_sae_loaders.py`; the fixtures are the referees.
 """
 
+import math
+import os
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from saev_dist.errors import CheckpointError
 from saev_dist.fields import Fields
 from saev_dist.sae.checkpoint import check_k, file_in, gated, read_fields, read_tensors, take
-from saev_dist.sae.model import TOKEN_NORMS, Activation, Relu, Sae, Threshold, TopK
+from saev_dist.sae.model import TOKEN_NORMS, Activation, Given, InputNorm, Relu, Sae, Threshold, TopK
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 ARCHITECTURES = ("standard", "jumprelu", "topk", "gated")
-NORMS = TOKEN_NORMS | {"expected_average_only_in": None}  # completed by --input-scale
+AVERAGE = "expected_average_only_in"
 # What encoding depends on.
 RULES = {
     "architecture", "d_in", "d_sae", "apply_b_dec_to_input", "normalize_activations", "k", "rescale_acts_by_decoder_norm",
@@ -91,6 +95,7 @@ def load(dpath: Path) -> Sae:
         case _:
             activation = Relu()
     norm = _norm(cfg)
+    input_norm = _scaler(dpath, d_model) if norm == AVERAGE else TOKEN_NORMS[norm]
     return Sae(
         w_enc_ds=w_enc_ds,
         b_enc_s=b_enc_s,
@@ -98,8 +103,8 @@ def load(dpath: Path) -> Sae:
         b_dec_d=tensors["b_dec"],
         activation=activation,
         pre_bias=cfg.get("apply_b_dec_to_input", bool, True),
-        input_norm=NORMS[norm],
-        missing="--input-scale" if norm == "expected_average_only_in" else "",
+        input_norm=input_norm,
+        missing="--input-scale" if norm == AVERAGE and input_norm is None else "",
         source=f"SAELens, {architecture}, input {norm}",
     )
 
@@ -136,12 +141,27 @@ def _norm(cfg: Fields) -> str:
     """The name of the input's normalisation."""
     name = cfg.obj.get("normalize_activations", "none")
     if isinstance(name, bool):
-        name = "expected_average_only_in" if name else "none"
+        name = AVERAGE if name else "none"
     if name is None:
         name = "none"
-    if not isinstance(name, str) or name not in NORMS:
-        raise CheckpointError(f"{cfg.where}: normalize_activations is {name!r}; this version reads {', '.join(NORMS)}.")
+    known = (*TOKEN_NORMS, AVERAGE)
+    if not isinstance(name, str) or name not in known:
+        raise CheckpointError(f"{cfg.where}: normalize_activations is {name!r}; this version reads {', '.join(known)}.")
     return name
+
+
+def _scaler(dpath: Path, d_model: int) -> InputNorm | None:
+    """The scale that lies beside a checkpoint made during training; None: there is none."""
+    if not os.path.lexists(dpath / SCALER):
+        return None
+    fields = read_fields(file_in(dpath, SCALER))
+    fields.refuse_unknown({"scaling_factor"})
+    if fields.obj.get("scaling_factor") is None:
+        return None
+    scale = fields.get("scaling_factor", float)
+    if not 0 < scale < math.inf:
+        raise CheckpointError(f"{fields.where}: scaling_factor is {scale}; it should be above zero, and finite.")
+    return Given(torch.zeros(d_model), scale)
 
 
 def _finetuned(cfg: Fields, fpath: Path, tensors: dict[str, Tensor]) -> Tensor:

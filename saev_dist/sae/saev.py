@@ -6,8 +6,8 @@ config, ReLU), 1 (two forms), 2, 3, 4, 5. They differ in names only (d_vit or d_
 activation.cls), and either name is taken at any schema. The other fields are for training alone.
 Source: saev's `nn/modeling.py` at each version, as FORMATS.md sums them up.
 
-Encode: `x @ W_enc + b_enc`. Files trained before 2025-07-31 meant `x - b_dec` for `x`; nothing in them says so, which is
-what `--pre-bias` is for. Older training also subtracted a mean from the activations and divided them by a number, which
+Encode: `x @ W_enc + b_enc`. Files trained before 2025-07-31 meant `x - b_dec` for `x`, and so did training with the
+Matryoshka objective for some time after; nothing in them says so, which is what `--pre-bias` is for. Older training also subtracted a mean from the activations and divided them by a number, which
 the file does not hold: `--input-mean` and `--input-scale`.
 """
 
@@ -68,7 +68,7 @@ def load_saev(fpath: Path) -> Sae:
     tensors = take(fpath, state, shapes, f"a {kind} SAE")
 
     activation: Activation
-    missing = ""
+    missing, k = "", 0
     match kind:
         case "Relu":
             activation = Relu()
@@ -76,7 +76,8 @@ def load_saev(fpath: Path) -> Sae:
             activation = TopK(check_k(str(fpath), params.positive("top_k", default=DEFAULT_TOP_K), d_sae))
         case "BatchTopK":
             activation = Threshold(float(tensors.get(THRESHOLD, 0.0)))
-            missing = "" if THRESHOLD in tensors else "--threshold"
+            if THRESHOLD not in tensors:
+                missing, k = "--threshold", params.positive("top_k", default=DEFAULT_TOP_K)
         case _:
             raise CheckpointError(f"{fpath}: activation is {kind!r}; this version reads Relu, TopK and BatchTopK.")
     return Sae(
@@ -87,7 +88,7 @@ def load_saev(fpath: Path) -> Sae:
         activation=activation,
         pre_bias=False,
         missing=missing,
-        source=f"saev, {'no schema' if schema is None else f'schema {schema}'}, {kind}",
+        source=f"saev, {'no schema' if schema is None else f'schema {schema}'}, {kind}{f' of K {k}' if missing else ''}",
     )
 
 

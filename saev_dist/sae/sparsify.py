@@ -17,8 +17,8 @@ from saev_dist.sae.model import Activation, GroupMax, Sae, TopK
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 RULES = {"d_in", "num_latents", "expansion_factor", "k", "activation", "transcode", "skip_connection"}
 TRAINING = {"normalize_decoder", "multi_topk"}
-# They take something from the input that a file of activations does not hold.
-OFF = ("embed_skip", "gram_lookup")
+# They take something from the input that a file of activations does not hold, or (of before 2025) rank by magnitude.
+OFF = ("embed_skip", "gram_lookup", "signed")
 WITH_OFF = {"lookup_max_order", "gram_table_hash"}
 
 
@@ -32,7 +32,7 @@ def load(dpath: Path) -> Sae:
     cfg.refuse_unknown(RULES | TRAINING | WITH_OFF | set(OFF))
     for name in OFF:
         if cfg.get(name, bool, False):
-            raise CheckpointError(f"{cfg.where}: {name} is true; it needs more than the stored activations, so it is not read.")
+            raise CheckpointError(f"{cfg.where}: {name} is true; this version reads SAEs without it.")
     d_model = cfg.positive("d_in")
     d_sae = cfg.get("num_latents", int, 0)
     d_sae = cfg.positive("num_latents") if d_sae else d_model * cfg.positive("expansion_factor", default=32)
