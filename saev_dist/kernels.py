@@ -1,8 +1,8 @@
 """What a GPU does with a product and its codes, in Triton, where plain torch would pass over them many times.
 
 Each function has a counterpart in plain torch beside its caller, which is used where Triton does not work, and which the
-tests hold it to, to the bit. `fused.kernels_on` says which it is. Triton comes with torch's CUDA builds; it compiles at first use, and
-needs a C compiler for that.
+tests hold it to, to the bit. `fused.kernels_on` says which it is. Triton comes with torch's CUDA builds; it compiles at
+first use, and needs a C compiler for that.
 
 Selecting goes in two steps. `_scan_*` has a part of a token's row in registers, and notes in which groups of a few
 features there is something to keep: of a TopK it finds the k-th largest, without a sort, by counting how many reach a

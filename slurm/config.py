@@ -1,6 +1,7 @@
 """What a user can set about a launch; the jobs' own flags are `saev_dist.config`'s."""
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class Launcher:
     config: OptionalPath = None
     """TOML file of defaults for these flags, such as configs/slurm/one_node_8gpu.toml."""
     cluster: Literal["slurm", "local", "debug"] = "slurm"
-    """local: processes on this machine, one after another. debug: this process. Both always wait."""
+    """local: on this machine, one job after another. debug: in this process. Both always wait."""
 
     partition: OptionalText = None
     """Default: the cluster's."""
@@ -107,6 +108,12 @@ class Launcher:
         names = ["partition", "account", "qos", "mem_gb", "constraint", "exclude", "slurm_args"]
         names += ["setup"] if self.cluster == "debug" else []
         return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name)]
+
+    @property
+    def n_threads(self) -> int:
+        """Of a rank on CPUs: its cores, unless the environment that the job inherits says otherwise."""
+        said = os.environ.get("OMP_NUM_THREADS", "")
+        return int(said) if said.isdecimal() and int(said) else self.cpus_per_gpu
 
     @property
     def ranks_per_node(self) -> int:

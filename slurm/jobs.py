@@ -38,6 +38,8 @@ class Job:
     max_requeues: int
     time_h: float
     mem_gb: float | None
+    host: str = ""
+    """Of a job of --cluster local: the machine that it runs on."""
 
     def log_fpath(self, rank: int) -> Path:
         return self.folder / f"{self.job_id}_{rank}_log.out"
@@ -116,7 +118,7 @@ def launched(run: Path) -> list[Job]:
     except FileNotFoundError:
         return []
     except OSError as err:
-        raise RunError(f"{fpath}: {err.strerror}.") from None
+        raise RunError(f"{fpath}: {err.strerror}; make it readable, it lists the run's jobs.") from None
     try:
         return [_job(json.loads(line)) for line in lines]
     except (ValueError, TypeError, KeyError):

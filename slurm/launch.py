@@ -25,7 +25,7 @@ from saev_dist.sae.hub import is_hub_name
 from slurm.config import Cancel, Launcher, Status
 from slurm.jobs import Job, latest, remember, tail, warnings
 from slurm.progress import describe
-from slurm.queue import ask, call
+from slurm.queue import ask, call, is_elsewhere
 from slurm.submit import run_here, sbatch_text, submit, tell_to_leave
 from slurm.sweep import configs, is_finished, run_dpath
 from slurm.watch import describe_state, follow, verdict
@@ -73,8 +73,7 @@ def run(argv: list[str]) -> bool:
             return status(_parse(Status, f"{PROG} status", rest))
         case "cancel":
             return cancel(_parse(Cancel, f"{PROG} cancel", rest))
-    _parse(Launcher, PROG, ["--help"])
-    return False
+    raise AssertionError("without a command there was --help, which has been given")
 
 
 def _parse(command: type[Flags], prog: str, args: Sequence[str]) -> Flags:
@@ -116,6 +115,11 @@ def launch(launcher: Launcher, extracts: Sequence[Extract], replays: Sequence[Re
     to_wait_for = {cfg.out for cfg in todo}
     at_once = [cfg for cfg in replays if cfg.run not in to_wait_for]
     later = [cfg for cfg in replays if cfg.run in to_wait_for]
+    if not launcher.gpus_per_node and launcher.cluster != "debug" and launcher.n_threads != launcher.cpus_per_gpu:
+        warn(
+            f"OMP_NUM_THREADS={launcher.n_threads} of this shell will hold in the job, and --cpus-per-gpu "
+            f"{launcher.cpus_per_gpu} only reserve cores. Unset it unless you mean that."
+        )
     if launcher.dry_run or any(cfg.dry_run for cfg in extracts):  # extract's own flag cannot mean a job that only plans
         return show_plan(launcher, todo, at_once, later)
     _check_inputs([*todo, *at_once], later)
@@ -229,8 +233,8 @@ def _check_free(cfgs: Sequence[Extract | Replay]) -> None:
 
 def show_plan(launcher: Launcher, todo: Sequence[Extract], at_once: Sequence[Replay], later: Sequence[Replay]) -> bool:
     """Print what would be submitted."""
-    if todo:
-        print(plan_text(todo[0], launcher), end="\n\n")
+    for extract in todo:
+        print(f"{extract.out}\n{plan_text(extract, launcher)}", end="\n\n")
     after = "aftercorr:EXTRACT" if len(later) > 1 else "afterok:EXTRACT"
     groups: list[tuple[Sequence[Extract | Replay], str]] = [(at_once, ""), (todo, ""), (later, after)]
     for cfgs, dependency in groups:
@@ -260,7 +264,7 @@ def plan_text(cfg: Extract, launcher: Launcher) -> str:
     world.size = launcher.n_ranks
     job = open_job(replace(cfg, device="cpu"), world)
     device = torch.device("cuda" if launcher.gpus_per_node and cfg.device != "cpu" else "cpu")
-    n_threads = batch_threads(device) if device.type == "cuda" else launcher.cpus_per_gpu
+    n_threads = batch_threads(device) if device.type == "cuda" else launcher.n_threads
     room = launcher.mem_gb * 2**30 / launcher.ranks_per_node if launcher.mem_gb else math.inf
     _, need = within(cfg, job.shards, job.sae, job.plan, device, n_threads, room)
     if need.host_total > room:
@@ -279,7 +283,7 @@ def status(cfg: Status) -> bool:
         state = states[job.job_id]
         text = describe_state(job, state) if state.is_under_way else verdict(job, state)[1]
         print(f"{job.run}\n  {job.kind} {job.job_id}  {text.removesuffix(f': {job.run}')}")
-        for line in describe(job) if state.is_under_way else []:
+        for line in describe(job, is_running=state.name == "RUNNING") if state.is_under_way else []:
             print(f"  {line}")
         log_fpath = job.log_fpath(0)
         last = tail(log_fpath, cfg.lines)
@@ -292,16 +296,32 @@ def cancel(cfg: Cancel) -> bool:
     """End the latest jobs of each run, those that are under way."""
     jobs = _latest(cfg.run)
     states = ask(jobs)
+    refused = []
     for job in reversed(jobs):  # else Slurm cancels the replay itself, for want of its extract
         if not states[job.job_id].is_under_way:
             print(f"{job.kind} {job.job_id} has ended already: {job.run}")
             continue
-        if job.cluster == "local":
-            tell_to_leave(job)
-        elif (done := call("scancel", job.job_id)).returncode != 0:
-            raise ConfigError(f"scancel {job.job_id}: {done.stderr.strip()}")
-        print(f"{job.kind} {job.job_id} cancelled: {job.run}")
+        if why := _cancel(job):
+            refused.append(f"{job.kind} {job.job_id} of {job.run}: {why}")
+        else:
+            print(f"{job.kind} {job.job_id} cancelled: {job.run}")
+    if refused:
+        raise ConfigError(f"not cancelled: {'; '.join(refused)}.")
     return True
+
+
+def _cancel(job: Job) -> str:
+    """End a job; why it cannot be done from here, or ""."""
+    if is_elsewhere(job):
+        return f"it runs on {job.host}; cancel it there"
+    if job.cluster == "local":
+        try:
+            tell_to_leave(job)
+        except SaevDistError as err:
+            return str(err).rstrip(".")
+        return ""
+    done = call("scancel", job.job_id)
+    return "" if done.returncode == 0 else (done.stderr.strip().rstrip(".").splitlines() or ["scancel fails"])[-1]
 
 
 def _latest(runs: Sequence[Path]) -> list[Job]:

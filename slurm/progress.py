@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from saev_dist.errors import SaevDistError
 from slurm.jobs import Job, tail
 
 # What `saev_dist.progress` writes, behind the rank.
@@ -18,9 +17,11 @@ TRIES = 5
 MARK = b"saev-dist partial 1\n"
 
 
-def describe(job: Job) -> list[str]:
-    """Lines on the whole and on each rank, as far as anything is known."""
+def describe(job: Job, *, is_running: bool) -> list[str]:
+    """Lines on the whole and, of a job that runs, on each rank, as far as anything is known."""
     kept = _kept(job.run) if job.kind == "extract" else None
+    if not is_running:  # its ranks' logs, and the age of their snapshots, are an earlier attempt's
+        return [kept.share] if kept else []
     lines = [] if kept is None else [kept.text()]
     for rank in range(job.n_ranks):
         said = next((found[0] for line in reversed(tail(job.log_fpath(rank), 50)) if (found := LINE.search(line))), "")
@@ -47,15 +48,18 @@ class Kept:
             if age_s < attempt_s:
                 self._new[int(header["owner"].split("-")[0])] = (_n_batches(header, own=True), age_s)
 
+    @property
+    def share(self) -> str:
+        return f"{self._n_kept / self._n_batches:.1%} of {self._n_batches:,} batches are kept on the disk"
+
     def text(self) -> str:
         """One line on all ranks."""
-        text = f"{self._n_kept / self._n_batches:.1%} of {self._n_batches:,} batches are kept on the disk"
         rate = sum(n / (self._attempt_s - age_s) for n, age_s in self._new.values())
         if not rate:
-            return f"{text}; no snapshot of this attempt yet"
+            return f"{self.share}; no snapshot of this attempt yet"
         done_since = sum(n * age_s / (self._attempt_s - age_s) for n, age_s in self._new.values())
         left_s = max(0.0, (self._n_batches - self._n_kept - done_since) / rate)
-        return f"{text}; ETA {timedelta(seconds=round(left_s))} at the rate of the last snapshots"
+        return f"{self.share}; ETA {timedelta(seconds=round(left_s))} at the rate of the last snapshots"
 
     def of_rank(self, rank: int) -> str:
         if rank not in self._new:
@@ -66,22 +70,16 @@ class Kept:
 
 def _kept(run: Path) -> Kept | None:
     """None where no extract is under way, or its files cannot be read just now."""
-    # NumPy, and no torch: whoever follows a job waits on a login node, which need not even see the shards.
-    from saev_dist.data.shards import Shards
-    from saev_dist.plan import Plan
-
     dpath = run / "partials"
     try:
         now = time.time()
-        config = json.loads((dpath / "run.json").read_bytes())["config"]
-        shards = Shards.open(Path(config["shards"]), config["layer"])
-        plan = Plan(shards.examples, max(1, config["batch_tokens"] // shards.n_patches))
+        n_batches = json.loads((dpath / "run.json").read_bytes())["n_batches"]
         found = _headers(dpath)
         ages = {header["owner"]: (header, now - mtime) for header, mtime in found}  # of an owner the newest is last
         absorbed = {owner for header, _ in found for owner in header["absorbed"]}
         live = [ages[owner] for owner in ages.keys() - absorbed]
-        return Kept(plan.n_batches, live, now - os.stat(dpath / "lock").st_mtime)
-    except (OSError, ValueError, KeyError, SaevDistError):
+        return Kept(n_batches, live, now - os.stat(dpath / "lock").st_mtime)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -20,9 +20,9 @@ class State:
     """One job, as Slurm sees it at the moment."""
 
     name: str
-    """Slurm's word; UNKNOWN where it does not answer, FORGOTTEN where it knows of no such job."""
+    """Slurm's word; UNKNOWN where nobody answers, FORGOTTEN where it knows of no such job."""
     reason: str = ""
-    """Why it waits."""
+    """Why it waits, or why nobody answers."""
     n_requeues: int | None = None
     elapsed: str = ""
     nodes: str = ""
@@ -50,7 +50,7 @@ def _squeue(ids: list[str]) -> dict[str, State]:
     done = call("squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(arrays)}", f"--Format={layout}")
     if done.returncode != 0 and "Invalid job id" not in done.stderr:
         why = (done.stderr.strip().splitlines() or [f"squeue: exit code {done.returncode}"])[-1]
-        return {job_id: State(name="UNKNOWN", reason=why) for job_id in ids}
+        return {job_id: State(name="UNKNOWN", reason=f"no answer from Slurm: {why}") for job_id in ids}
     found: dict[str, State] = {}
     for line in done.stdout.splitlines():
         texts, at = {}, 0
@@ -78,8 +78,15 @@ def _sacct(ids: list[str]) -> dict[str, State]:
     }
 
 
+def is_elsewhere(job: Job) -> bool:
+    """Whether it is a job of --cluster local on another machine, whose processes cannot be seen from here."""
+    return job.cluster == "local" and job.host not in ("", os.uname().nodename)
+
+
 def _process(job: Job) -> State:
     """A job of --cluster local: its controlling process is there, or it is not."""
+    if is_elsewhere(job):
+        return State(name="UNKNOWN", reason=f"it was started on {job.host}: ask there")
     try:
         is_there = b"submitit" in Path(f"/proc/{job.job_id}/cmdline").read_bytes()
     except OSError:

@@ -88,8 +88,10 @@ def submit(launcher: Launcher, cfgs: Sequence[Extract | Replay], logs: Path, dep
                     submitted = executor.submit_array(tasks)
             except FailedJobError as err:
                 raise ConfigError(f"Slurm refuses the {kind} job: {_brief(str(err))}") from None
-            except (OSError, RuntimeError) as err:
+            except RuntimeError as err:  # there is no sbatch
                 raise ConfigError(f"cannot submit: {err} --cluster local runs on this machine.") from None
+            except OSError as err:
+                raise ConfigError(f"cannot submit: {logs}: {err.strerror or err}; choose other --logs.") from None
     return [
         Job(
             cluster=launcher.cluster,  # type: ignore[arg-type]  # debug does not come here
@@ -101,6 +103,7 @@ def submit(launcher: Launcher, cfgs: Sequence[Extract | Replay], logs: Path, dep
             max_requeues=launcher.max_requeues,
             time_h=launcher.time_h,
             mem_gb=launcher.mem_gb,
+            host=os.uname().nodename if launcher.cluster == "local" else "",
         )
         for job, cfg in zip(submitted, cfgs, strict=True)
     ]
@@ -126,15 +129,17 @@ def tell_to_leave(job: Job) -> None:
 
 
 def _visible_gpus(n_wanted: int) -> tuple[int, ...]:
-    """Those that the shell leaves to the job; () for all. submitit by itself would take the machine's first ones.
+    """Those that the shell leaves to the job, by number. () where it says nothing: submitit then takes the first ones.
 
     Raises:
-        ConfigError: they are too few.
+        ConfigError: they are too few, or named otherwise.
     """
-    text = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if not re.fullmatch(r"\d+(,\d+)*", text):
+    text = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if text is None or not n_wanted:
         return ()
-    gpus = tuple(map(int, text.split(",")))
+    if not re.fullmatch(r"(\d+(,\d+)*)?", text):
+        raise ConfigError(f"CUDA_VISIBLE_DEVICES={text} names GPUs otherwise than by number; submitit takes numbers only.")
+    gpus = tuple(map(int, text.split(","))) if text else ()
     if len(gpus) < n_wanted:
         raise ConfigError(f"--gpus-per-node {n_wanted}, but CUDA_VISIBLE_DEVICES={text} leaves {len(gpus)} of this machine's.")
     return gpus

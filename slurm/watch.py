@@ -44,7 +44,7 @@ def follow(jobs: Sequence[Job]) -> bool:
             text = f"{state.name} {state.reason}".strip()
             if text != told.get(job_id) or (state.name == "RUNNING" and time.monotonic() - told_at[job_id] > REPORT_S):
                 told[job_id], told_at[job_id] = text, time.monotonic()
-                lines = describe(job) if state.name == "RUNNING" else []
+                lines = describe(job, is_running=True) if state.name == "RUNNING" else []
                 print("\n  ".join([f"{job.kind} {job_id}  {describe_state(job, state)}", *lines]), flush=True)
         if left:
             time.sleep(min(POLL_S[1], POLL_S[0] + (time.monotonic() - began) / 60))
@@ -87,7 +87,8 @@ def verdict(job: Job, state: State) -> tuple[bool, str]:
     silent = [rank for rank in range(job.n_ranks) if rank not in ends]
     if own:
         first = min(own, key=lambda end: (end.at, end.rank))
-        text = f"{'failed' if first.outcome == 'failed' else 'crashed'}: rank {first.rank}: {first.error}"
+        where = f" on {first.host}" if len({end.host for end in ends.values()}) > 1 else ""
+        text = f"{'failed' if first.outcome == 'failed' else 'crashed'}: rank {first.rank}{where}: {first.error}"
         if silent:
             text += f" ({_ranks(silent)} left no word: killed, perhaps for want of memory.)"
         return False, f"{text} Log: {job.log_fpath(first.rank)}"
@@ -127,7 +128,7 @@ def describe_state(job: Job, state: State) -> str:
         case "RUNNING" | "COMPLETING":
             return f"{' '.join(filter(None, (state.name.lower(), state.elapsed)))} on {state.nodes}{_requeues(state)}"
         case "UNKNOWN":
-            return f"no answer from Slurm: {state.reason}"
+            return state.reason
         case "FORGOTTEN":
             return "Slurm no longer knows it"
     return state.name.lower()

@@ -239,13 +239,16 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 
 def test_a_dry_run_prints_plan_and_sbatch_file_and_needs_no_slurm(tmp_path, args, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
+    saes = [Path(args[3]), tmp_path / "x y.pt", tmp_path / "z.pt"]
+    for fpath in saes[1:]:
+        shutil.copy(saes[0], fpath)
     flags = ["--nodes", "3", "--gpus-per-node", "4", "--mem-gb", "1.5", "--time-h", "0.5", "--qos", "low", "--exclude", "n[1-2]",
              "--constraint", "h200&ib", "--margin-s", "60", "--signal", "USR1", "--max-requeues", "0", "--array-parallelism", "2",
              "--slurm-args", "comment=it's mine", "exclusive", "--setup", "module load cuda", "ulimit -l unlimited"]  # fmt: skip
     with pytest.raises(SystemExit, match="0"):
-        main([*flags, "--dry-run", "pipeline", *args, "--sae", args[3], "x y.pt", "z.pt", "--out", str(tmp_path / "it's")])
+        main([*flags, "--dry-run", "pipeline", *args, "--sae", *map(str, saes), "--out", str(tmp_path / "it's")])
     out = capsys.readouterr().out
-    assert "batches on 12 rank(s)" in out and out.count("#!/bin/bash") == 2
+    assert out.count("batches on 12 rank(s)") == 3 and out.count("#!/bin/bash") == 2
     for line in ("array=0-2%2", "nodes=3", "gpus-per-node=4", "ntasks-per-node=4", "mem=1536M", "time=30", "qos=low", "exclude='n[1-2]'",
                  "constraint='h200&ib'", "no-requeue", "signal=USR1@60", "exclusive", "comment='it'\"'\"'s mine'"):  # fmt: skip
         assert out.count(f"#SBATCH --{line}\n") == 2, line
@@ -254,7 +257,8 @@ def test_a_dry_run_prints_plan_and_sbatch_file_and_needs_no_slurm(tmp_path, args
     assert not (tmp_path / "it's").exists()
 
 
-def test_a_dry_run_states_the_jobs_threads_and_memory_not_this_machines(tmp_path, args, capsys):
+def test_a_dry_run_states_the_jobs_threads_and_memory_not_this_machines(tmp_path, args, capsys, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cpus = ["--gpus-per-node", "0", "--cpus-per-gpu", "7", "--tasks-per-node", "2", "--dry-run"]
     job = ["extract", *args, "--batch-tokens", "5", "--out", str(tmp_path / "run")]
     for flags, n_threads, warning in (
@@ -265,6 +269,11 @@ def test_a_dry_run_states_the_jobs_threads_and_memory_not_this_machines(tmp_path
             main([*cpus, *flags, *job])
         done = capsys.readouterr()
         assert f"per rank, {n_threads} thread(s): " in done.out and warning in done.err and bool(done.err) == bool(warning)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with pytest.raises(SystemExit, match="0"):
+        main([*cpus, *job])
+    done = capsys.readouterr()
+    assert "per rank, 3 thread(s): " in done.out and "OMP_NUM_THREADS=3 of this shell will hold in the job" in done.err
 
 
 def test_extracts_own_dry_run_submits_nothing_either(tmp_path, args, capsys):
@@ -326,7 +335,7 @@ def test_a_local_job_that_is_told_to_leave_comes_back_and_has_the_same_bytes(tmp
             assert not waiting.done(), waiting.result()
             time.sleep(0.02)
         (job,) = launched(run)
-        lines = "\n".join(describe(job))
+        lines = "\n".join(describe(job, is_running=True))
         os.kill(int(job.job_id), signal.SIGTERM)
         done = waiting.result()
     assert re.match(r"[\d.]+% of 3,000 batches are kept on the disk", lines), lines
@@ -428,8 +437,15 @@ def test_the_mark_of_an_earlier_job_of_that_number_is_forgotten(tmp_path, monkey
 
 def test_more_gpus_than_the_shell_leaves_are_refused(tmp_path, args, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    two = ["--cluster", "local", "--gpus-per-node", "2", "extract", *args, "--out", str(tmp_path / "run")]
     with pytest.raises(ConfigError, match="--gpus-per-node 2, but CUDA_VISIBLE_DEVICES=3 leaves 1"):
-        run(["--cluster", "local", "--gpus-per-node", "2", "extract", *args, "--out", str(tmp_path / "run")])
+        run(two)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # none at all
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES= leaves 0"):
+        run(two)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f3c,GPU-11aa")  # submitit would take the machine's first ones
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=GPU-8f3c,GPU-11aa names GPUs otherwise than by number"):
+        run(two)
 
 
 def test_pictures_that_are_not_there_are_missed_before_the_extract(tmp_path, args):
@@ -630,12 +646,18 @@ def test_progress_bears_with_partials_that_are_replaced_meanwhile(tmp_path, monk
     assert slurm.progress._headers(tmp_path) == [({"owner": "00000-a"}, 1.0)]
 
 
-def test_progress_needs_no_sight_of_the_shards(job):
-    (job.run / "partials").mkdir(parents=True)
-    config = {"shards": "/only/on/the/nodes", "layer": None, "batch_tokens": 10}
-    (job.run / "partials" / "run.json").write_text(json.dumps({"config": config}))
+def test_progress_needs_no_sight_of_the_shards(tmp_path, job):
+    """Nor of anything else but the run; and of a job that waits again it does not tell what an earlier attempt said."""
+    shards, sae = make_shards(tmp_path / "shards", make_acts(12)), make_sae(tmp_path / "sae.pt")
+    flags = ["--shards", shards, "--sae", sae, "--batch-tokens", 5, "--snapshot-every", 0, "--out", job.run]
+    die = "import os, saev_dist.extract as e; f, n = e._rows, iter('123'); e._rows = lambda *a: f(*a) if next(n, 0) else os._exit(9)"
+    assert run_ranks("extract", *flags, before=die).returncode == 9
+    shutil.rmtree(shards)
     job.log_fpath(1).write_text("[rank 1] extract  45.2%  ETA 0:01:02\n")
-    assert describe(job) == ["rank 1: extract  45.2%  ETA 0:01:02"]
+    kept, *ranks = describe(job, is_running=True)
+    assert re.match(r"[\d.]+% of 12 batches are kept on the disk; ETA ", kept), kept
+    assert ranks[-1] == "rank 1: extract  45.2%  ETA 0:01:02"
+    assert describe(job, is_running=False) == [kept.split(";")[0]]
 
 
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
@@ -710,6 +732,36 @@ def test_the_directory_of_a_sweep_stands_for_its_runs(job, monkeypatch, capsys):
     assert run(["status", "--run", str(runs[0].parent)])
     said = capsys.readouterr().out
     assert [line for line in said.splitlines() if not line.startswith(" ")] == list(map(str, runs)), said
+
+
+def test_a_job_of_another_machine_is_asked_for_and_cancelled_there(job, monkeypatch, capsys):
+    """Its process number means something else here."""
+    remember(replace(job, cluster="local", job_id=str(os.getpid()), host="workstation-a"))
+    monkeypatch.setattr(slurm.submit.os, "kill", lambda *_: pytest.fail("another process was told to leave"))
+    assert run(["status", "--run", str(job.run)])
+    assert "it was started on workstation-a: ask there" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="it runs on workstation-a; cancel it there"):
+        run(["cancel", "--run", str(job.run)])
+
+
+def test_what_cannot_be_cancelled_keeps_nothing_else_from_it(tmp_path, job, monkeypatch, capsys):
+    commands(tmp_path, monkeypatch, scancel="[ $1 != 12_3 ] || { echo 'scancel: error: Access denied' >&2; exit 1; }")
+    runs = [tmp_path / name for name in ("a", "b", "c")]
+    for i, dpath in enumerate(runs):
+        remember(replace(job, run=dpath, job_id=f"12_{i + 2}"))
+    monkeypatch.setattr(slurm.launch, "ask", lambda jobs: {job.job_id: State(name="RUNNING") for job in jobs})
+    with pytest.raises(ConfigError, match=f"^not cancelled: extract 12_3 of {runs[1]}: scancel: error: Access denied.$"):
+        run(["cancel", "--run", *map(str, runs)])
+    assert capsys.readouterr().out.splitlines() == [f"extract 12_4 cancelled: {runs[2]}", f"extract 12_2 cancelled: {runs[0]}"]
+
+
+def test_of_a_job_that_waits_again_no_rank_is_shown_at_work(job, monkeypatch, capsys):
+    remember(job)
+    job.log_fpath(0).write_text("extract  45.2%  ETA 0:01:02\n")
+    for name, is_shown in (("PENDING", False), ("RUNNING", True)):
+        monkeypatch.setattr(slurm.launch, "ask", lambda jobs, name=name: {job.job_id: State(name=name) for job in jobs})
+        assert run(["status", "--run", str(job.run), "--lines", "0"])
+        assert ("ETA 0:01:02" in capsys.readouterr().out) == is_shown
 
 
 def test_away_from_the_cluster_status_and_cancel_say_so(job, monkeypatch, capsys):

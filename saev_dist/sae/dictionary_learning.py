@@ -106,6 +106,7 @@ def load(dpath: Path) -> Sae:
             activation = gated(fpath, tensors["r_mag"], tensors["mag_bias"])
         case _:
             activation = Relu()
+    backup = "" if norm_factor == 1 else f", training backup, norm factor {norm_factor:g}"
     of_k = f" of K {trainer.positive('k')}" if missing else ""
     return Sae(
         w_enc_ds=_first(tensors, "W_enc", "encoder.weight"),
@@ -115,7 +116,7 @@ def load(dpath: Path) -> Sae:
         activation=activation,
         pre_bias=kind in PRE_BIAS,
         missing=missing,
-        source=f"dictionary_learning, {kind}{of_k}{'' if norm_factor == 1 else f', training backup, norm factor {norm_factor:g}'}",
+        source=f"dictionary_learning, {kind}{of_k}{backup}",
     )
 
 

@@ -14,7 +14,8 @@ BatchTopK is saved as jumprelu. Before version 6, `activation_fn` or `activation
 `activation_fn_kwargs.k` makes a "standard" SAE a TopK one; a boolean `normalize_activations` means none or
 expected_average_only_in. That one multiplies the input by a scale that training measured: checkpoints made during training
 have it beside them, in `activation_scaler.json`, and where it is not, `--input-scale` gives it. At the end of training it
-is folded into the weights, and the normalisation is then "none". `scaling_factor` (s) of files fine-tuned by version 3 to 5 multiplies features in the decoder only.
+is folded into the weights, and the normalisation is then "none". `scaling_factor` (s) of files fine-tuned by version 3 to 5
+multiplies features in the decoder only.
 Source: SAELens 6.54, `sae_lens/saes/*.py` and `loading/pretrained_sae_loaders.py`; the fixtures are the referees.
 """
 

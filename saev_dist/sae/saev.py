@@ -7,8 +7,9 @@ activation.cls), and either name is taken at any schema. The other fields are fo
 Source: saev's `nn/modeling.py` at each version, as FORMATS.md sums them up.
 
 Encode: `x @ W_enc + b_enc`. Files trained before 2025-07-31 meant `x - b_dec` for `x`, and so did training with the
-Matryoshka objective for some time after; nothing in them says so, which is what `--pre-bias` is for. Older training also subtracted a mean from the activations and divided them by a number, which
-the file does not hold: `--input-mean` and `--input-scale`.
+Matryoshka objective for some time after; nothing in them says so, which is what `--pre-bias` is for. Older training also
+subtracted a mean from the activations and divided them by a number, which the file does not hold: `--input-mean` and
+`--input-scale`.
 """
 
 import json
