@@ -36,7 +36,9 @@ def find_left_out(job: Job, segments: list[Segment], why: Mapping[int, str]) -> 
             else:
                 found.append({"shard": shard, "img_i": batch.img_i, "n_images": batch.n_examples, "reason": reason})
     if sum(part["n_images"] for part in found) == plan.n_examples:
-        raise DataError(f"{job.cfg.shards}: no shard can be read; the first: {found[0]['reason']}")
+        raise DataError(
+            f"{job.cfg.shards}: no shard can be read, so there is nothing to write; the first: {found[0]['reason']}"
+        )
     return found
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,13 +167,23 @@ def fit(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device
                 "Lower --batch-tokens."
             )
     free = free_disk(cfg.out)
-    partials = 2 * need.partial * world.size
+    one_each = need.partial * world.size
+    partials = max(one_each, 2 * one_each - _held(cfg.out / "partials"))  # a first one, then another while that is there
     if need.artifacts + partials > free:
         raise ConfigError(
             f"the artifacts need {gb(need.artifacts)} of disk, and snapshots {gb(partials)}; {gb(free)} are free at "
-            f"{cfg.out}. Choose another --out, or lower --top-k or --max-distribution-samples."
+            f"{cfg.out}. Free some there, choose another --out, or lower --top-k or --max-distribution-samples."
         )
     return need
+
+
+def _held(dpath: Path) -> int:
+    """Bytes of the partials of an earlier attempt, which go once new ones stand for them."""
+    sizes = 0
+    for fpath in dpath.glob("*.partial"):
+        with suppress(OSError):  # another process may be at work there
+            sizes += fpath.stat().st_size
+    return sizes
 
 
 def free_disk(dpath: Path) -> int:

@@ -29,7 +29,7 @@ from saev_dist.accumulators.saev_percentile import SaevPercentile
 from saev_dist.config import Extract
 from saev_dist.data.reader import Reader, find_bad_value
 from saev_dist.data.shards import Shards
-from saev_dist.errors import ConfigError, DataError, RunError, SaevDistError, warn
+from saev_dist.errors import ConfigError, DataError, Preempted, RunError, SaevDistError, warn
 from saev_dist.estimate import fit
 from saev_dist.job import Job, as_json, make_bundle, open_job
 from saev_dist.partials import Keeper, Partial
@@ -91,7 +91,9 @@ def run(cfg: Extract) -> None:
         if world.rank == 0 and not cfg.skip_bad_shards:
             job.shards.check_files()
         if world.rank == 0:
-            job = replace(job, self_check=check(job.sae, job.shards, job.device, cfg.self_check, skip_bad=cfg.skip_bad_shards))
+            with _telling_of_memory(job.device):
+                report = check(job.sae, job.shards, job.device, cfg.self_check, skip_bad=cfg.skip_bad_shards)
+            job = replace(job, self_check=report)
         with store.lock() if world.rank == 0 else nullcontext():
             if world.rank == 0:
                 identity = store.begin(job.identity, as_json(cfg), job.plan.n_batches, afresh=force)
@@ -105,11 +107,21 @@ def work(job: Job, store: Run, world: World, *, encode: bool = True) -> None:
     Args:
         encode: False when all batches should be done already.
     """
-    try:
+    with _telling_of_memory(job.device):
         _extract(job, store, world, encode=encode)
-    except (MemoryError, torch.OutOfMemoryError) as err:
+
+
+@contextmanager
+def _telling_of_memory(device: torch.device) -> Iterator[None]:
+    """Turn its want into one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as err:
+        # torch has an error of its own for a GPU's memory only
+        if isinstance(err, RuntimeError) and not (isinstance(err, torch.OutOfMemoryError) or "allocate memory" in str(err)):
+            raise
         why = (str(err).splitlines() or [type(err).__name__])[0]
-        raise ConfigError(f"out of memory on {job.device} ({why}); lower --batch-tokens or --top-k.") from None
+        raise ConfigError(f"out of memory on {device} ({why}); lower --batch-tokens, --read-ahead or --top-k.") from None
 
 
 def _extract(job: Job, store: Run, world: World, *, encode: bool) -> None:
@@ -151,7 +163,7 @@ class Share:
     """Of the run."""
     todo: Intervals
     bad: dict[int, str]
-    """Batches of the share whose shard is known to be bad, and why."""
+    """On rank 0: batches whose shard is known to be bad, and why; they are in nobody's share."""
 
 
 def _take_share(job: Job, store: Run, world: World) -> Share:
@@ -175,7 +187,7 @@ def _take_share(job: Job, store: Run, world: World) -> Share:
         {
             "live": [partial.name for partial in live],
             "done": _done(live),
-            "bad": list(bad_files.items()),
+            "bad": list(bad_files),
             "fingerprint": fingerprint,  # only rank 0 knows what the run began with
         }
     )
@@ -186,6 +198,7 @@ def _take_share(job: Job, store: Run, world: World) -> Share:
     if cfg.percentile_estimator == "saev":
         saev_percentile = SaevPercentile(job.sae.d_sae, cfg.percentile, job.shards.n_tokens)
     for name in news["live"][world.rank :: world.size]:
+        world.check()
         partial, state = partials.load(dpath / name)
         if saev_percentile is not None:  # in order and in one process, so there is one partial, and it covers a beginning
             n_seen = plan.n_examples_in(covered(partial.segments)) * job.shards.n_patches
@@ -194,15 +207,14 @@ def _take_share(job: Job, store: Run, world: World) -> Share:
         absorbed.append(partial)
 
     left = complement(tuple(map(tuple, news["done"])), plan.n_batches)
-    bad_batches = {batch_i: reason for shard_i, reason in news["bad"] for batch_i in range(*plan.shard_batches(shard_i))}
-    bad_intervals = tuple(sorted(plan.shard_batches(shard_i) for shard_i, _ in news["bad"]))
+    bad_intervals = tuple(sorted(plan.shard_batches(shard_i) for shard_i in news["bad"]))
     return Share(
         bundle=bundle,
         saev_percentile=saev_percentile,
         absorbed=absorbed,
         fingerprint=news["fingerprint"],
         todo=plan.deal(subtract(left, bad_intervals), world.size)[world.rank],
-        bad=bad_batches if first_rank else {},
+        bad={i: reason for shard_i, reason in bad_files.items() for i in range(*plan.shard_batches(shard_i))},
     )
 
 
@@ -256,8 +268,9 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
             try:
                 world.check()
                 batch, pieces = next(stream, (None, []))
-            except SaevDistError:  # here the state covers whole batches, so they need not be done again
-                keeper.save(state())
+            except SaevDistError as err:  # here the state covers whole batches, so they need not be done again
+                if not keeper.save(state()) and isinstance(err, Preempted):
+                    raise Preempted(str(err), is_kept=False) from None
                 raise
             if batch is None:
                 break

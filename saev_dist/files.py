@@ -37,6 +37,24 @@ def retrying(read: Callable[[], T], *, patient: bool = True) -> T:
     return read()
 
 
+def read_part(fpath: Path, size: int, offset: int) -> bytes:
+    """`size` bytes of a file from `offset`; fewer only at its end. A second try opens it anew: an open file stays stale.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+
+    def read() -> bytes:
+        parts, start, left = [], offset, size
+        with open(fpath, "rb", buffering=0) as file:
+            while left and (part := os.pread(file.fileno(), left, start)):
+                parts.append(part)
+                start, left = start + len(part), left - len(part)
+        return b"".join(parts)
+
+    return retrying(read)
+
+
 @contextmanager
 def reading(fpath: Path) -> Iterator[None]:
     """Turn an OSError under way into one line that names the file of a run."""

@@ -48,6 +48,7 @@ def run(cfg: Inspect) -> None:
         loaded.check_width(shards)
         if not loaded.sae.reconstructs:
             raise ConfigError(f"{cfg.path} ({loaded.sae.source}) predicts another activation than its input: nothing to check.")
+        shards.check_files()
         print(examine(loaded.sae, shards, torch.device("cpu")))
 
 

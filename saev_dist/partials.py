@@ -39,22 +39,25 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from saev_dist.errors import DamagedError, RunError, warn
-from saev_dist.files import fsync_dir, reading, retrying, write_all, writing
+from saev_dist.files import fsync_dir, read_part, reading, retrying, write_all, writing
 from saev_dist.plan import Intervals, union
-from saev_dist.spill import COPY_BYTES, Segment, Spill, check_extent, covered, read_at
+from saev_dist.spill import COPY_BYTES, Segment, Spill, check_extent, covered
+
+if TYPE_CHECKING:  # the launcher, too, looks at partials
+    from torch import Tensor
 
 MAGIC = b"saev-dist partial 1\n"
 DIGEST_BYTES = 32
 MAX_HEADER_BYTES = 2**28
+TRIES = 5
+"""Looks at a directory whose ranks replace their partials meanwhile; each reads only what is new."""
 
-State = dict[str, Tensor]
+State = dict[str, "Tensor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +115,7 @@ def write(dpath: Path, partial: Partial, state: State) -> None:
     fsync_dir(dpath)
 
 
-def _bytes(tensor: Tensor) -> Any:
+def _bytes(tensor: "Tensor") -> Any:
     return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
 
 
@@ -122,8 +125,12 @@ def read_header(fpath: Path) -> Partial:
     Raises:
         DamagedError: it is none. OSError: it cannot be read.
     """
-    with open(fpath, "rb") as file:
-        return _parse(fpath, file)
+
+    def read() -> Partial:
+        with open(fpath, "rb") as file:
+            return _parse(fpath, file)
+
+    return retrying(read)
 
 
 def load(fpath: Path) -> tuple[Partial, State]:
@@ -132,16 +139,22 @@ def load(fpath: Path) -> tuple[Partial, State]:
     Raises:
         DamagedError: it is not. RunError: it cannot be read.
     """
-    with reading(fpath), open(fpath, "rb") as file:
+    import torch
+
+    def read() -> tuple[Partial, State]:
+        with open(fpath, "rb") as file:
+            partial = _parse(fpath, file)
+            state = {}
+            for name, (dtype, shape) in partial.tensors.items():
+                state[name] = torch.from_numpy(np.empty(shape, dtype))
+                view = memoryview(_bytes(state[name]))
+                while len(view) and (n_bytes := file.readinto(view)):
+                    view = view[n_bytes:]
+        return partial, state
+
+    with reading(fpath):
         check_digest(fpath)
-        partial = _parse(fpath, file)
-        state = {}
-        for name, (dtype, shape) in partial.tensors.items():
-            state[name] = torch.from_numpy(np.empty(shape, dtype))
-            view = memoryview(_bytes(state[name]))
-            while len(view) and (n_bytes := file.readinto(view)):
-                view = view[n_bytes:]
-    return partial, state
+        return retrying(read)
 
 
 def check_digest(fpath: Path) -> None:
@@ -150,12 +163,11 @@ def check_digest(fpath: Path) -> None:
     Raises:
         DamagedError: its digest is wrong. OSError: it cannot be read.
     """
-    digest, size = hashlib.sha256(), fpath.stat().st_size - DIGEST_BYTES
-    with open(fpath, "rb", buffering=0) as file:
-        for start in range(0, size, COPY_BYTES):
-            digest.update(retrying(lambda: read_at(file.fileno(), min(COPY_BYTES, size - start), start)))  # noqa: B023
-        if retrying(lambda: read_at(file.fileno(), DIGEST_BYTES, max(0, size))) != digest.digest():
-            raise DamagedError(f"{fpath}: its checksum is wrong; run again to compute its batches again.")
+    digest, size = hashlib.sha256(), retrying(fpath.stat).st_size - DIGEST_BYTES
+    for start in range(0, size, COPY_BYTES):
+        digest.update(read_part(fpath, min(COPY_BYTES, size - start), start))
+    if read_part(fpath, DIGEST_BYTES, max(0, size)) != digest.digest():
+        raise DamagedError(f"{fpath}: its checksum is wrong; run again to compute its batches again.")
 
 
 def _parse(fpath: Path, file: BinaryIO) -> Partial:
@@ -190,11 +202,12 @@ def fault(fpath: Path, check: Callable[[], None] = lambda: None) -> str:
     """Read a partial and its rows through; what is wrong with them, or "".
 
     Args:
-        check: called between pieces; it may raise to stop, for the rows can be large.
+        check: called first, and between pieces of the rows, which can be large; it may raise to stop.
 
     Raises:
         RunError: it cannot be read.
     """
+    check()
     try:
         with reading(fpath):
             check_digest(fpath)
@@ -207,15 +220,25 @@ def fault(fpath: Path, check: Callable[[], None] = lambda: None) -> str:
 
 
 def newest(dpath: Path) -> list[Partial]:
-    """Headers of the partials that count: the newest of each owner, less those that another one has absorbed.
+    """Headers of the partials that count: the newest of each owner, less those that another one has absorbed. Also while
+    ranks are at work, which replace theirs.
 
     Raises:
         DamagedError: one is none. RunError: it cannot be read.
     """
+    headers: dict[str, Partial] = {}
+    for left in reversed(range(TRIES)):
+        try:
+            for name in names(dpath):
+                if name not in headers:
+                    with reading(dpath / name):
+                        headers[name] = read_header(dpath / name)
+            break
+        except RunError:
+            if not left or (dpath / name).exists():
+                raise
     by_owner: dict[str, Partial] = {}
-    for name in names(dpath):
-        with reading(dpath / name):
-            partial = read_header(dpath / name)
+    for partial in headers.values():
         if partial.number >= by_owner.get(partial.owner, partial).number:
             by_owner[partial.owner] = partial
     for absorbed in {owner for partial in by_owner.values() for owner in partial.absorbed}:
@@ -325,7 +348,8 @@ class Keeper:
         With an interval of 0 it writes at once, after every batch.
         """
         if not self._every_s:
-            return self.save(state())
+            self.save(state())
+            return
         if time.monotonic() - self._saved_s < self._every_s or (self._writing is not None and not self._writing.done()):
             return
         if self._writing is not None:
@@ -334,11 +358,12 @@ class Keeper:
         copied = {name: tensor.clone() for name, tensor in state().items()}
         self._writing = self._pool.submit(self._write, copied, self._spill.segments)
 
-    def save(self, state: State) -> None:
-        """Write now, unless the disk has it all."""
+    def save(self, state: State) -> bool:
+        """Write now, unless the disk has it all. Whether it has, then."""
         if self._writing is not None:
             self._writing.result()
         self._write(state, self._spill.segments)
+        return self._kept == self._spill.segments
 
     def _write(self, state: State, own: tuple[Segment, ...]) -> None:
         if own == self._kept:

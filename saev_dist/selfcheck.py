@@ -70,7 +70,10 @@ class Report:
     def __str__(self) -> str:
         lines = {"self-check": f"{self.n_tokens:,} tokens"}
         lines |= {f"  {figures.reading}": _words(figures) for figures in self.figures}
-        return table(lines | {"finding": self.finding or "none: the SAE gives the activations back best as it is read"})
+        none = "none: the SAE gives the activations back best as it is read"
+        if not any(figures.normalized_mse is not None for figures in self.figures):
+            none = "none: nothing can be told from activations that are all equal, or beyond what the SAE can be given"
+        return table(lines | {"finding": self.finding or none})
 
 
 def check(
@@ -92,7 +95,7 @@ def check(
         return None
     if device.type == "cpu" and n_tokens(sae) * sae.d_sae >= LONG:
         print(
-            f"self-check: up to {n_tokens(sae):,} tokens under each reading of the SAE (--self-check off leaves it out)",
+            f"self-check: about {n_tokens(sae):,} tokens under each reading of the SAE (--self-check off leaves it out)",
             flush=True,
         )
     try:
@@ -127,7 +130,7 @@ def examine(sae: Sae, shards: Shards, device: torch.device, *, skip_bad: bool = 
 
 
 def n_tokens(sae: Sae) -> int:
-    """How many tokens to look at: fewer for a large SAE, which would take hours."""
+    """About how many tokens to look at: fewer for a large SAE, which would take hours."""
     return min(N_TOKENS, max(FEW_TOKENS, min(MAX_PRODUCTS // sae.w_enc_ds.numel(), MAX_CODES // sae.d_sae)))
 
 
@@ -221,17 +224,16 @@ def _encoded(encoder: Encoder, x_bd: Tensor) -> Iterator[Codes | DeviceCodes]:
 
 def _finding(own: Figures, others: list[Figures], n_tokens: int) -> str | None:
     """What to tell the user, or None."""
-    if own.normalized_mse is None:
-        return None
+    own_error = math.inf if own.normalized_mse is None else own.normalized_mse
     measured = [(figures.normalized_mse, figures) for figures in others if figures.normalized_mse is not None]
     lowest = min((error for error, _ in measured), default=math.inf)
     # Of those that reconstruct about equally well the sparsest: more features always can.
     good = [pair for pair in measured if pair[0] <= lowest + AT_LEAST]
     error, best = min(good, key=lambda pair: (pair[1].l0, pair[0]), default=(math.inf, own))
     start = f"on {n_tokens:,} tokens the SAE as it is read gives {_words(own)}"
-    if error < min(CLEARLY * own.normalized_mse, own.normalized_mse - AT_LEAST, 1):
+    if error < min(CLEARLY * own_error, own_error - AT_LEAST, 1):
         return f"{start}; {best.reading}: {_words(best)}. If it was trained so, use {best.flags}."
-    if own.normalized_mse > 1:
+    if own.normalized_mse is not None and own.normalized_mse > 1:
         return (
             f"{start}: worse than the mean activation would do, and no other reading that was tried does better. "
             "Is it the SAE of this model and layer, and were the activations normalised?"
@@ -240,5 +242,6 @@ def _finding(own: Figures, others: list[Figures], n_tokens: int) -> str | None:
 
 
 def _words(figures: Figures) -> str:
-    error = "not computable" if figures.normalized_mse is None else f"{figures.normalized_mse:.4f}"
-    return f"normalized MSE {error}, L0 {figures.l0:.1f}, {figures.dead_share:.1%} of features silent"
+    if figures.normalized_mse is None:
+        return "normalized MSE not computable"
+    return f"normalized MSE {figures.normalized_mse:.4f}, L0 {figures.l0:.1f}, {figures.dead_share:.1%} of features silent"

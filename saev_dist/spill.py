@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saev_dist.errors import DamagedError, RunError
-from saev_dist.files import reading, retrying, writing
+from saev_dist.files import read_part, reading, writing
 from saev_dist.plan import Intervals, complement, union
 
 T = TypeVar("T")
@@ -316,8 +316,8 @@ def _read_chunk(dpath: Path, segment: Segment, name: str, position: int, size: i
     fpath = segment.fpath(dpath, name)
     if not fpath.exists():
         raise DamagedError(f"{fpath} is gone; run again to compute its batches again.")
-    with reading(fpath), open(fpath, "rb", buffering=0) as file:
-        data = retrying(lambda: read_at(file.fileno(), size, position))
+    with reading(fpath):
+        data = read_part(fpath, size, position)
     if len(data) < size:
         raise _damaged(segment, fpath)
     return data
@@ -345,15 +345,6 @@ def check_extent(dpath: Path, segment: Segment, name: str, check: Callable[[], N
         crc = zlib.crc32(_read_chunk(dpath, segment, name, position, min(COPY_BYTES, end - position)), crc)
     if crc != expected:
         raise _damaged(segment, segment.fpath(dpath, name))
-
-
-def read_at(fd: int, size: int, offset: int) -> bytes:
-    """`size` bytes from `offset`; fewer only at the end of the file."""
-    parts = []
-    while size and (part := os.pread(fd, size, offset)):
-        parts.append(part)
-        size, offset = size - len(part), offset + len(part)
-    return b"".join(parts)
 
 
 def read_columns(rows: Rows | None, n_columns: int, n_rows: int) -> NDArray[np.float32]:

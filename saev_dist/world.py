@@ -77,9 +77,12 @@ class World:
             with self._signals:
                 yield
         except Preempted as err:
+            what = (
+                "what is done is kept" if err.is_kept else "what was done since this rank's last snapshot is lost, the rest is"
+            )
             raise Preempted(
-                f"{err}: stopped, and what is done is kept in {kept}. "
-                "Run the same command again, on any number of ranks, to continue."
+                f"{err}: stopped, and {what} in {kept}. Run the same command again, on any number of ranks, to continue.",
+                is_kept=err.is_kept,
             ) from None
 
     @property
@@ -121,7 +124,10 @@ class World:
                     raise PeerError(self._store.get("error").decode()) from err
             first = str(err).splitlines()[0]
             limit_s = self._timeout.total_seconds()
-            raise RunError(f"could not meet all {self.size - 1} others within {limit_s:.0f} s: {first}") from None
+            raise RunError(
+                f"could not meet all {self.size - 1} others ({first}; the limit is {limit_s:.0f} s, --timeout-s). Start all "
+                "ranks with the same MASTER_ADDR and MASTER_PORT, a port that nothing else uses."
+            ) from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
@@ -150,13 +156,14 @@ class World:
         if not first:  # the same fault was found, and shown, by another rank
             raise PeerError(str(err)) from err
         if dead and isinstance(err, Preempted):  # torchrun asks all to leave when one of them has died
-            raise Preempted(f"{err} ({_died(dead[0], self.size)})") from err
+            raise Preempted(f"{err} ({_died(dead[0], self.size)})", is_kept=err.is_kept) from err
 
     def device(self, wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
         """This rank's device: its own GPU by local rank, also where the cluster shows each rank only one.
 
         Raises:
-            ConfigError: CUDA is asked for and absent, or there are more local ranks than GPUs.
+            ConfigError: CUDA is asked for and absent, or there are more local ranks than GPUs. (Where only one is visible it
+            is taken for this rank's own.)
         """
         if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
             return torch.device("cpu")
@@ -327,7 +334,11 @@ class World:
                 raise Preempted(self._store.get("leave").decode())
             return question(self._store)
         except STORE_ERRORS as err:
-            raise RunError(f"rank {self.rank} lost contact with rank 0, which died ({str(err).splitlines()[0]}).") from None
+            first = str(err).splitlines()[0]
+            raise RunError(
+                f"rank {self.rank} lost contact with the host of all ranks' store: rank 0, or torchrun on its node, died "
+                f"({first}). Run the same command again to continue."
+            ) from None
 
 
 def _look_at_rank_0(store: dist.Store) -> tuple[bool, bool]:
@@ -337,7 +348,7 @@ def _look_at_rank_0(store: dist.Store) -> tuple[bool, bool]:
 
 
 def _died(rank: int, size: int) -> str:
-    return f"rank {rank} of {size} died or hangs: no sign of life for {LOST_AFTER_S:.0f} s."
+    return f"rank {rank} of {size} died or hangs: no sign of life for {LOST_AFTER_S:.0f} s. Run the same command again."
 
 
 def _env(name: str, default: int, *, least: int = 0) -> int:

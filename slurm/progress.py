@@ -4,17 +4,18 @@ import json
 import os
 import re
 import time
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from saev_dist.errors import RunError
 from slurm.jobs import Job, tail
+
+if TYPE_CHECKING:
+    from saev_dist.partials import Partial
 
 # What `saev_dist.progress` writes, behind the rank.
 LINE = re.compile(r"(?:extract|replay) +[\d.]+%.*ETA .*")
-TRIES = 5
-MARK = b"saev-dist partial 1\n"
 
 
 def describe(job: Job, *, is_running: bool) -> list[str]:
@@ -36,17 +37,18 @@ class Kept:
 
     Args:
         n_batches: of the plan.
-        headers: of the partials that count, each with its age in seconds.
+        partials: those that count, each with its age in seconds.
         attempt_s: how long the attempt under way has run.
     """
 
-    def __init__(self, n_batches: int, headers: list[tuple[dict[str, Any], float]], attempt_s: float) -> None:
+    def __init__(self, n_batches: int, partials: list[tuple["Partial", float]], attempt_s: float) -> None:
         self._n_batches, self._attempt_s = n_batches, attempt_s
-        self._n_kept = sum(_n_batches(header, own=False) for header, _ in headers)
+        self._n_kept = sum(segment.stop - segment.first for partial, _ in partials for segment in partial.segments)
         self._new: dict[int, tuple[int, float]] = {}
-        for header, age_s in headers:
+        for partial, age_s in partials:
             if age_s < attempt_s:
-                self._new[int(header["owner"].split("-")[0])] = (_n_batches(header, own=True), age_s)
+                own = sum(segment.stop - segment.first for segment in partial.segments if segment.owner == partial.owner)
+                self._new[int(partial.owner.split("-")[0])] = own, age_s
 
     @property
     def share(self) -> str:
@@ -70,35 +72,13 @@ class Kept:
 
 def _kept(run: Path) -> Kept | None:
     """None where no extract is under way, or its files cannot be read just now."""
+    from saev_dist.partials import newest  # it brings NumPy
+
     dpath = run / "partials"
     try:
         now = time.time()
         n_batches = json.loads((dpath / "run.json").read_bytes())["n_batches"]
-        found = _headers(dpath)
-        ages = {header["owner"]: (header, now - mtime) for header, mtime in found}  # of an owner the newest is last
-        absorbed = {owner for header, _ in found for owner in header["absorbed"]}
-        live = [ages[owner] for owner in ages.keys() - absorbed]
-        return Kept(n_batches, live, now - os.stat(dpath / "lock").st_mtime)
-    except (OSError, ValueError, KeyError, TypeError):
+        ages = [(partial, now - os.stat(dpath / partial.name).st_mtime) for partial in newest(dpath)]
+        return Kept(n_batches, ages, now - os.stat(dpath / "lock").st_mtime)
+    except (OSError, ValueError, KeyError, TypeError, RunError):
         return None
-
-
-def _headers(dpath: Path) -> list[tuple[dict[str, Any], float]]:
-    """Of all partials, by name: each owner's from old to new."""
-    for _ in range(TRIES - 1):
-        with suppress(FileNotFoundError):  # replaced by a newer one since the directory was read
-            return [_header(fpath) for fpath in sorted(dpath.glob("*.partial"))]
-    return [_header(fpath) for fpath in sorted(dpath.glob("*.partial"))]
-
-
-def _header(fpath: Path) -> tuple[dict[str, Any], float]:
-    """A partial's header and when it was written; `saev_dist.partials` has the format."""
-    with open(fpath, "rb") as file:
-        if file.readline() != MARK:
-            raise ValueError
-        header: dict[str, Any] = json.loads(file.readline())
-        return header, os.fstat(file.fileno()).st_mtime
-
-
-def _n_batches(header: dict[str, Any], *, own: bool) -> int:
-    return sum(s["stop"] - s["first"] for s in header["segments"] if not own or s["owner"] == header["owner"])

@@ -13,10 +13,10 @@ import pytest
 import scipy.sparse
 import torch
 
-from saev_dist import partials, progress
+from saev_dist import files, partials, progress
 from saev_dist.cli import main
 from saev_dist.data import reader
-from saev_dist.errors import DamagedError, DataError
+from saev_dist.errors import DamagedError, DataError, RunError
 from tests.crash import Fault, killed, unfinished
 from tests.ranks import artifact_hashes
 from tests.synthetic import N_IMGS, N_PATCHES, RELU, dense_codes, make_acts, make_sae, make_shards, make_weights
@@ -72,6 +72,57 @@ def test_the_newest_partial_is_told_by_its_number_not_by_its_name(tmp_path):
         partial = partials.Partial(fingerprint="f", owner="00000-x", number=number, absorbed=(), segments=(), tensors={})
         partials.write(tmp_path, partial, {})
     assert [partial.number for partial in partials.newest(tmp_path)] == [1_000_000]
+
+
+def test_partials_are_read_while_ranks_replace_theirs(tmp_path, monkeypatch):
+    """A file that is gone when it is opened is looked for under its next name, and what was read is not read again."""
+
+    def put(rank: int, number: int, **fields) -> partials.Partial:
+        partial = partials.Partial(
+            fingerprint="f", owner=f"{rank:05d}-x", number=number, segments=(), tensors={}, **{"absorbed": (), **fields}
+        )
+        partials.write(tmp_path, partial, {})
+        return partial
+
+    for rank in range(3):
+        put(rank, 0)
+    read, opened = partials.read_header, []
+
+    def slowly(fpath: Path) -> partials.Partial:
+        opened.append(fpath.name)
+        if len(opened) == 2:
+            (tmp_path / "00001-x.000000.partial").unlink()
+            put(1, 1)
+        if len(opened) == 4:
+            put(3, 0, absorbed=("00002-x",))
+            (tmp_path / "00002-x.000000.partial").unlink()
+        return read(fpath)
+
+    monkeypatch.setattr(partials, "read_header", slowly)
+    found = {(partial.owner, partial.number) for partial in partials.newest(tmp_path)}
+    assert found == {("00000-x", 0), ("00001-x", 1), ("00003-x", 0)}
+    assert len(opened) == 5 and opened.count("00000-x.000000.partial") == 1
+    (tmp_path / "00004-x.000000.partial").symlink_to("nowhere")  # listed, and never there
+    with pytest.raises(RunError, match="cannot read: No such file"):
+        partials.newest(tmp_path)
+
+
+def test_a_second_try_opens_the_file_anew(tmp_path, monkeypatch):
+    """What an NFS server's failover made stale stays stale."""
+    (tmp_path / "file").write_bytes(b"0123456789")
+    pread, stale = os.pread, []
+
+    def failing(fd: int, size: int, offset: int) -> bytes:
+        if not stale:
+            stale.append(os.fstat(fd).st_ino)
+            os.dup2(os.open("/dev/null", os.O_RDONLY), fd)
+            raise OSError(errno.ESTALE, "stale")
+        return pread(fd, min(size, 4), offset)
+
+    monkeypatch.setattr(files.os, "pread", failing)
+    monkeypatch.setattr(files, "DELAYS_S", (0.0,))
+    assert files.read_part(tmp_path / "file", 7, 2) == b"2345678" and stale
+    assert files.read_part(tmp_path / "file", 7, 6) == b"6789"
 
 
 def test_a_partial_of_another_run_is_refused(tmp_path, server, whole):

@@ -633,19 +633,6 @@ def test_a_logs_last_lines_are_those_of_the_job(job):
     assert tail(job.log_fpath(1), 3) == []
 
 
-def test_progress_bears_with_partials_that_are_replaced_meanwhile(tmp_path, monkeypatch):
-    (tmp_path / "00000-a.1.partial").touch()
-    answers = iter([FileNotFoundError(), ({"owner": "00000-a"}, 1.0)])
-
-    def header(fpath: Path):
-        if isinstance(answer := next(answers), OSError):
-            raise answer
-        return answer
-
-    monkeypatch.setattr(slurm.progress, "_header", header)
-    assert slurm.progress._headers(tmp_path) == [({"owner": "00000-a"}, 1.0)]
-
-
 def test_progress_needs_no_sight_of_the_shards(tmp_path, job):
     """Nor of anything else but the run; and of a job that waits again it does not tell what an earlier attempt said."""
     shards, sae = make_shards(tmp_path / "shards", make_acts(12)), make_sae(tmp_path / "sae.pt")
@@ -708,8 +695,9 @@ def test_a_requeue_that_looks_like_an_end_for_a_moment_is_none(monkeypatch, job,
 
 
 def test_a_rate_is_that_of_this_attempt():
-    def header(rank: int, owner: str, first: int, stop: int) -> dict:
-        return {"owner": f"{rank:05d}-{owner}", "segments": [{"first": first, "stop": stop, "owner": f"{rank:05d}-{owner}"}]}
+    def header(rank: int, owner: str, first: int, stop: int) -> SimpleNamespace:
+        owner = f"{rank:05d}-{owner}"
+        return SimpleNamespace(owner=owner, segments=[SimpleNamespace(first=first, stop=stop, owner=owner)])
 
     old, new = header(0, "aa", 0, 400), header(1, "bb", 400, 500)
     text = Kept(1000, [(old, 5000.0), (new, 100.0)], attempt_s=200.0).text()

@@ -243,6 +243,28 @@ def test_a_second_signal_leaves_at_once_unless_it_may_be_the_first_passed_on(
     assert server.wait(attempt) == [code or -signal.SIGKILL]
 
 
+def test_who_leaves_without_a_last_snapshot_does_not_say_that_all_is_kept(tmp_path, server, long_run):
+    out = tmp_path / "run"
+    full = "\nimport saev_dist.partials as p\ndef full(*_): raise OSError(28, 'No space left on device')\np.write = full"
+    attempt = server.start(*long_run, out, before=SLOW + full)
+    wait_for(lambda: list(out.glob("partials/*.bin")))
+    os.kill(attempt.pids[0], signal.SIGTERM)
+    assert server.wait(attempt) == [75]
+    said = attempt.output()
+    assert "no snapshot: " in said and "what was done since this rank's last snapshot is lost, the rest is in " in said
+    assert "is kept" not in said
+
+
+def test_a_signal_is_obeyed_between_partials(tmp_path, server, whole):
+    """There may be a thousand, and no rows in whose midst to look."""
+    args, out = [*whole[0][:-1], "--no-img-acts", "--n-distributions", 0, "--out"], tmp_path / "run"
+    killed(server, args, out, at=4, n_ranks=2)
+    assert len(list(out.glob("partials/*.partial"))) >= 2
+    for function in ("check_digest", "load"):
+        codes, output = server.run(*args, out, before=HIT.format("partials", function))
+        assert codes == [75] and output.count("struck") == 1, output
+
+
 HIT = """
 import os, signal, saev_dist.{0} as m
 f = m.{1}
@@ -406,7 +428,17 @@ def test_merge_makes_the_artifacts_when_all_is_done(tmp_path, server, whole, fla
     )
 
 
-def test_memory_that_runs_out_without_a_word_is_one_line(tmp_path, server, whole):
-    code = "import saev_dist.extract as e\ndef full(*_): raise MemoryError\ne._rows = full\n"
+@pytest.mark.parametrize(
+    ("cause", "why"),
+    [
+        ("raise MemoryError", r"MemoryError"),
+        ("import torch; torch.empty(2**50)", r"\[enforce fail .*can't allocate memory: you tried to allocate .* bytes.*"),
+        ("raise RuntimeError('a bug')", ""),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(tmp_path, server, whole, cause, why):
+    code = f"import saev_dist.extract as e\ndef full(*_): {cause}\ne._rows = full\n"
     codes, output = server.run(*whole[0], tmp_path / "run", before=code)
-    assert codes == [1] and "error: out of memory on cpu (MemoryError); lower --batch-tokens or --top-k." in output
+    assert codes == [1 if why else 70]  # an error of ours has a traceback
+    said = re.search(rf"error: out of memory on cpu \({why}\); lower --batch-tokens, --read-ahead or --top-k.", output)
+    assert bool(said) == bool(why), output

@@ -242,6 +242,8 @@ def test_the_first_tokens_are_of_many_images(tmp_path):
 def test_equal_activations_and_overflow_give_no_finding(tmp_path, trained):
     report = examined(tmp_path / "equal", torch.ones(3, 4, D), trained.sae)
     assert report.finding is None and report.figures[0].normalized_mse is None
+    assert "none: nothing can be told from activations that are all equal" in str(report)
+    assert "L0" not in str(report)
     report = examined(tmp_path / "large", torch.full((3, 4, D), 1e38), trained.sae)
     assert report.finding is None and report.figures[0].normalized_mse is None
 
@@ -257,6 +259,13 @@ def test_bad_shards_are_passed_over_where_the_run_does_so(tmp_path, trained):
     for fpath in dpath.glob("acts*"):
         fpath.unlink()
     assert check(trained.sae, shards, CPU, "strict", skip_bad=True).figures == []
+
+
+def test_a_reading_that_overflows_where_another_does_not_is_a_finding(tmp_path, trained):
+    """A scale that training never had, so large that no error can be added up."""
+    report = examined(tmp_path, trained.acts_epd[:40], replace(trained.sae, input_norm=Given(torch.zeros(D), 1e-30)))
+    assert report.figures[0].normalized_mse is None
+    assert "as it is read gives normalized MSE not computable; not scaled: normalized MSE 0." in report.finding
 
 
 def test_a_device_too_small_for_it_is_said(tmp_path, trained, monkeypatch, capsys):
@@ -282,7 +291,7 @@ def test_modes(tmp_path, trained, capsys, monkeypatch):
     check(wrong, shards, CPU, "warn")
     assert (
         capsys.readouterr().out
-        == "self-check: up to 4,096 tokens under each reading of the SAE (--self-check off leaves it out)\n"
+        == "self-check: about 4,096 tokens under each reading of the SAE (--self-check off leaves it out)\n"
     )
     with pytest.raises(CheckpointError, match="--self-check warn goes on"):
         check(wrong, shards, CPU, "strict")

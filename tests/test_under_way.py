@@ -4,6 +4,7 @@ import json
 import time
 from collections import defaultdict
 from concurrent.futures import CancelledError
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -218,6 +219,22 @@ def test_no_more_is_stated_than_a_small_run_can_use(tmp_path):
     assert few == many
     assert few.n_threads == 3
     assert few.host["read buffers"] == 3 * shards.content_bytes
+
+
+def test_partials_that_will_go_are_no_want_of_disk(tmp_path, monkeypatch):
+    """A first snapshot needs room beside them, the second replaces it when they are gone."""
+    shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
+    args = ["extract", "--shards", str(shards), "--sae", str(sae), "--dry-run", "--out", str(tmp_path / "run")]
+    estimated, asked = estimate.estimate, []
+    monkeypatch.setattr(estimate, "estimate", lambda *args: asked.append(estimated(*args)) or asked[-1])
+    main(args)
+    need = asked[0]
+    (tmp_path / "run/partials").mkdir(parents=True)
+    for held, free, fits in ((0, 2, True), (0, 1.9, False), (0.5, 1.5, True), (0.5, 1.4, False), (3, 1, True), (3, 0.9, False)):
+        (tmp_path / "run/partials/00000-a.000000.partial").write_bytes(bytes(int(held * need.partial)))
+        monkeypatch.setattr(estimate, "free_disk", lambda dpath, free=free: need.artifacts + free * need.partial + 1)
+        with nullcontext() if fits else pytest.raises(SystemExit, match="1"):
+            main(args)
 
 
 def test_nobody_waits_for_what_nobody_wants(monkeypatch):

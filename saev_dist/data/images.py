@@ -120,7 +120,7 @@ def list_images(root: Path, *, allow_none: bool = False) -> list[Path]:
     """
     if not root.is_dir():
         found = "a file" if root.exists() else "nothing"
-        raise DataError(f"{root}: found {found}, expected a folder of images with one folder per class")
+        raise DataError(f"{root}: found {found}, expected a folder of images with one folder per class. Name another.")
 
     def refuse(error: OSError) -> None:
         raise error
@@ -132,12 +132,13 @@ def list_images(root: Path, *, allow_none: bool = False) -> list[Path]:
             for dpath, _, names in sorted(os.walk(class_dpath, followlinks=True, onerror=refuse)):
                 fpaths += [Path(dpath, name) for name in sorted(names) if name.lower().endswith(EXTENSIONS)]
     except OSError as error:
-        raise DataError(f"{error.filename or root}: cannot list the images ({error.strerror})") from error
+        raise _cannot_list(error, root) from error
     if not fpaths and not allow_none:
         loose = sum(path.name.lower().endswith(EXTENSIONS) for path in root.iterdir())
         raise DataError(
             f"{root}: found {len(class_dpaths)} class folders and no image in them ({loose} images beside them), "
-            f"expected {root.name}/<class>/<image> with an extension out of {' '.join(EXTENSIONS)}"
+            f"expected {root.name}/<class>/<image> with an extension out of {' '.join(EXTENSIONS)}. "
+            "Name the folder above the classes."
         )
     return fpaths
 
@@ -174,11 +175,16 @@ def load_picture(root: Path, name: str, *, in_data_set: bool) -> Image.Image:
         raise DataError(f"{where} cannot be read: {reason}. Replace it, or use --no-pictures.") from None
 
 
+def _cannot_list(error: OSError, root: Path) -> DataError:
+    what = f"{error.filename or root}: cannot list the images ({error.strerror})"
+    return DataError(f"{what}. Make it readable, or name another folder.")
+
+
 def _flat(root: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in os.scandir(root) if entry.name.lower().endswith(EXTENSIONS) and entry.is_file())
     except OSError as error:
-        raise DataError(f"{error.filename or root}: cannot list the images ({error.strerror})") from error
+        raise _cannot_list(error, root) from error
 
 
 def _labels(root: Path) -> Any:

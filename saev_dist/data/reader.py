@@ -250,7 +250,7 @@ def read_batch(shards: Shards, batch: Batch, buffer: Tensor, *, patient: bool = 
         retrying(lambda: _read_runs(fpath, shards, runs), patient=patient)
     except EOFError as err:
         raise DataError(
-            f"{fpath} ends at byte {err}; it was longer when the run began. Write the shard again, "
+            f"{fpath} ends at byte {err}; its images need more than that. Write the shard again, "
             "or leave it out with extract --skip-bad-shards."
         ) from None
     except OSError as err:

@@ -9,6 +9,7 @@ Source: saev's `activations.py` (1.x) and `saev/data/shards.py` (2.1), as FORMAT
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,7 +224,7 @@ def _read_shard_list(fpath: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
         names.append(name)
         examples.append(fields.positive("n_examples", "n_imgs"))
     if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        ((twice, _),) = Counter(names).most_common(1)
         raise DataError(f"{fpath} lists {twice} more than once.")
     return tuple(names), tuple(examples)
 
