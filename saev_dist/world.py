@@ -122,10 +122,10 @@ class World:
                 if self._store is not None and self._store.check(["error"]):  # a peer that was here first has left already
                     self._store.add("gone", 1)
                     raise PeerError(self._store.get("error").decode()) from err
-            first = str(err).splitlines()[0]
+            first = str(err).splitlines()[0].rstrip(".")
             limit_s = self._timeout.total_seconds()
             raise RunError(
-                f"could not meet all {self.size - 1} others ({first}; the limit is {limit_s:.0f} s, --timeout-s). Start all "
+                f"could not meet all {self.size} ranks ({first}; the limit is {limit_s:.0f} s, --timeout-s). Start all "
                 "ranks with the same MASTER_ADDR and MASTER_PORT, a port that nothing else uses."
             ) from None
         return self
