@@ -5,6 +5,7 @@ Names: `s` features, `k` slots, `m` images of a feature, `n` chosen slots.
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,21 @@ Sort = Literal["random", "freq", "mean", "max"]
 Slots = NDArray[np.void]
 SLOT = np.dtype([("img_i", "<i8"), ("feature", "<i8"), ("patch_i", "<i8"), ("place", "<i4"), ("slot", "<i4"), ("score", "<f4")])
 """A slot: `place` counts the feature's distinct images, strongest first; `slot` is its column in the artifacts."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FeatureTable:
+    """Every feature of the SAE; arrays of length d_sae."""
+
+    log10_freq_s: NDArray[np.float64]
+    """Share of tokens on which it is above zero; -inf for a dead one."""
+    log10_mean_s: NDArray[np.float64]
+    """Mean over those tokens; NaN for a dead one."""
+    max_s: NDArray[np.float32]
+    """Largest score; -inf for a dead one."""
+    percentile_s: NDArray[np.float32]
+    n_active_s: NDArray[np.int64]
+    """Tokens on which it is above zero."""
 
 
 def choose_features(

@@ -83,7 +83,7 @@ def run(cfg: Demo) -> None:
 
 
 def _run(cfg: Demo, source_dpath: Path) -> None:
-    """The five steps."""
+    """The steps, as it prints them."""
     sheet_fpath = cfg.out / "contact-sheet.png"
     settings = f"seed {cfg.seed}, {cfg.n_steps} steps\n"
     marker_fpath = cfg.out / "demo.txt"  # says that the directory is a demo's, and of which settings

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saev_dist.accumulators.rows import n_samples
+from saev_dist.choose import FeatureTable
 from saev_dist.data.shards import Shards
 from saev_dist.errors import RunError
 from saev_dist.fields import Fields
@@ -132,19 +133,11 @@ class FinishedRun:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Statistics:
+class Statistics(FeatureTable):
     """Figures of all features."""
 
-    log10_freq_s: NDArray[np.float64]
-    """Of the share of tokens on which the feature is above zero; -inf for one that never is."""
-    log10_mean_s: NDArray[np.float64]
-    """Of its mean on those tokens; NaN for one that never fired."""
-    max_s: NDArray[np.float32]
-    """Largest score; -inf for one that never fired."""
     percentile: float
-    percentile_s: NDArray[np.float32]
-    n_active_s: NDArray[np.int64]
-    """Tokens on which it is above zero."""
+    """Which one `percentile_s` is."""
     counts_sh: NDArray[np.int64]
     edges_h: NDArray[np.float32]
 

@@ -96,7 +96,7 @@ def describe_sae(path: Path, sae: Sae) -> list[tuple[str, str]]:
 
 
 def describe_run(dpath: Path) -> list[tuple[str, str]]:
-    """Check a run's slots against the promises: order, bounds, and the same places filled in all three."""
+    """Check a run's slots: scores descend, places exist, and the same slots are filled in all three files."""
     store = Run(dpath)
     under_way, manifest = store.under_way(), store.manifest()
     if under_way is not None:

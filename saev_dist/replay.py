@@ -413,7 +413,7 @@ def _write_page(job: Job) -> None:
         sae=f"{finished.sae.source}, {finished.sae_path}",
         shards=str(finished.shards.dpath),
         dataset=str(job.pictures.root) if job.pictures else "",
-        fit=job.geometry.describe(),
+        fit=job.geometry.describe(with_pictures=job.pictures is not None),
         family=finished.shards.family,
         ckpt=finished.shards.ckpt,
         layer=finished.shards.layer,
@@ -433,19 +433,12 @@ def _write_page(job: Job) -> None:
         features=tuple(sorted(set(job.cfg.features))),
         flags=tuple(flags_of(job.cfg, without={"run", "features", *INERT})),
     )
-    features = gallery.FeatureTable(
-        log10_freq_s=statistics.log10_freq_s,
-        log10_mean_s=statistics.log10_mean_s,
-        max_s=statistics.max_s,
-        percentile_s=statistics.percentile_s,
-        n_active_s=statistics.n_active_s,
-    )
     (dpath / "index.html").write_text(gallery.index_html(facts), encoding="utf-8")
-    (dpath / "data.js").write_text(gallery.data_js(facts, features, _cards(job)), encoding="utf-8")
+    (dpath / "data.js").write_text(gallery.data_js(facts, statistics, _cards(job)), encoding="utf-8")
     with open(dpath / "features.parquet", "wb") as file:
-        tables.write_features_parquet(file, features, finished.imgs_sk)
+        tables.write_features_parquet(file, statistics, finished.imgs_sk)
     with open(dpath / "features.csv", "wb") as file:
-        tables.write_features_csv(file, features, finished.imgs_sk)
+        tables.write_features_csv(file, statistics, finished.imgs_sk)
     if job.pictures:
         with open(dpath / "images.parquet", "wb") as file:
             tables.write_images_parquet(file, job.pictures.rows())
@@ -509,7 +502,7 @@ def _summary(job: Job, reports: list[dict[str, Any]]) -> str:
         "verified": f"{total['n_slots']:,} scores equal the stored ones, {total['n_on_edge']} on the edge of their token",
         "drawn": f"{total['n_pictures']:,} heatmaps, {total['n_pictures'] / max(seconds, 1e-9):,.0f} per second",
         "pictures": ground,
-        **({"fit": job.geometry.describe()} if job.pictures else {}),
+        "fit": job.geometry.describe(with_pictures=job.pictures is not None),
         "gallery": f"{job.visuals_dpath / 'index.html'}: open it in a browser",
     }
     if job.finished.n_left_out:

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from saev_dist.accumulators.histogram import edges
-from saev_dist.render.gallery import Facts, FeatureTable, FeatureView, TopImage, card, data_js, feature_js, index_html
+from saev_dist.choose import FeatureTable
+from saev_dist.render.gallery import Facts, FeatureView, TopImage, card, data_js, feature_js, index_html
 
 N_COLS, N_ROWS, PATCH = 6, 4, 16
 N_PATCHES = N_COLS * N_ROWS

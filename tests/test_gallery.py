@@ -5,7 +5,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +20,9 @@ from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from saev_dist import replay
+from saev_dist.choose import FeatureTable
 from saev_dist.render.gallery import (
     MAX_BARS,
-    FeatureTable,
     FeatureView,
     TopImage,
     card,
@@ -256,6 +258,48 @@ def test_search_finds_ids_whatever_the_filters_and_says_what_it_did_not_understa
     expect(page.locator("#none")).to_be_visible()
     page.locator("#none").get_by_role("button").click()
     wait_for_cards(page, in_order(small, list(SHOWN), "id", descending=False))
+
+
+def test_the_tools_are_there_however_the_window_grew(visit: Open, small: Gallery):
+    """Folded where there is one column; where they stand beside the pictures nothing could unfold them."""
+    page = visit(small)
+    search = page.get_by_label("Search ids")
+    expect(search).to_be_visible()
+    page.set_viewport_size({"width": 600, "height": 800})
+    expect(search).to_be_hidden()
+    page.keyboard.press("/")
+    expect(search).to_be_focused()
+    page.set_viewport_size({"width": 500, "height": 800})
+    expect(search).to_be_visible()
+    page.reload()
+    expect(search).to_be_hidden()
+    page.set_viewport_size({"width": 1300, "height": 800})
+    expect(search).to_be_visible()
+
+
+def test_a_number_that_is_chosen_otherwise_is_no_longer_marked_as_wrong(visit: Open, small: Gallery):
+    page = visit(small)
+    field = page.locator("#max-to")
+    field.fill("abc")
+    expect(field).to_have_attribute("aria-invalid", "true")
+    page.locator("#show").focus()
+    page.evaluate("location.hash = '#max=..15'")
+    expect(field).to_have_value("15")
+    expect(field).not_to_have_attribute("aria-invalid", "true")
+
+
+def test_without_pictures_nothing_is_said_of_labels(visit: Open, small: Gallery, tmp_path: Path):
+    shutil.copytree(small.dpath, tmp_path / "visuals")
+    view = small.views[small.shown[0]]
+    bare = replace(view, images=[replace(image, label="", path="") for image in view.images])
+    (tmp_path / "visuals" / "features" / str(view.feature) / "data.js").write_text(feature_js(bare))
+    for gallery, says in ((small, True), (replace(small, dpath=tmp_path / "visuals"), False)):
+        page = visit(gallery, f"#feature={view.feature}")
+        first = page.locator("#images > li").first
+        expect(first.locator(".score")).to_be_visible()
+        text = first.inner_text()
+        assert f"image {view.images[0].img_i}" in text and (" · " in text, "class 0" in text) == (says, says), text
+        assert ("class 0" in first.locator(".stage").get_attribute("aria-label")) == says and "no label" not in text
 
 
 def test_enter_in_the_search_opens_the_first_found(visit: Open, small: Gallery):

@@ -144,4 +144,7 @@ def test_a_geometry_that_does_not_fit_names_those_that_would(settings, words):
     ],
 )
 def test_what_is_taken_for_the_preparation_is_told(geometry, text):
-    assert geometry.describe() == text
+    assert geometry.describe(with_pictures=True) == text
+    alone = geometry.describe(with_pictures=False)
+    assert (alone == text) == (geometry.fit == "crop" or geometry.grid is not None)
+    assert alone == text or alone.startswith("grid: 7 × 10 of 70 patches, the nearest to a square: ")

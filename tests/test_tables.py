@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from saev_dist.choose import FeatureTable
 from saev_dist.render import tables
-from saev_dist.render.gallery import FeatureTable
 from saev_dist.render.tables import write_features_csv, write_features_parquet, write_images_parquet
 
 D_SAE, TOP_K = 11, 4

@@ -25,6 +25,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from saev_dist.choose import FeatureTable
+
 CARD_IMAGES = 4
 """Pictures of a feature on the first screen."""
 MAX_BARS = 48
@@ -68,21 +70,6 @@ class Facts:
     """That were asked for by number."""
     flags: tuple[str, ...]
     """Of the `replay` that makes this gallery, but --run and --features."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FeatureTable:
-    """Every feature of the SAE; arrays of length d_sae."""
-
-    log10_freq_s: NDArray[np.float64]
-    """Share of tokens on which it is above zero; -inf for a dead one."""
-    log10_mean_s: NDArray[np.float64]
-    """Mean over those tokens; NaN for a dead one."""
-    max_s: NDArray[np.float32]
-    """Largest score; -inf for a dead one."""
-    percentile_s: NDArray[np.float32]
-    n_active_s: NDArray[np.int64]
-    """Tokens on which it is above zero."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -92,8 +92,14 @@ class Geometry:
                 f"patches; the shards have {self.n_patches:,} per image. These sizes fit: {', '.join(map(str, fitting))}."
             )
 
-    def describe(self) -> str:
+    def describe(self, *, with_pictures: bool) -> str:
         """How pictures are taken to have been prepared: a wrong guess puts every heatmap in the wrong place."""
+        if self.fit == "grid" and self.grid is None and not with_pictures:
+            columns, rows = nearest_grid(self.n_patches, 1)
+            return (
+                f"grid: {columns} × {rows} of {self.n_patches:,} patches, the nearest to a square: without pictures nothing "
+                "tells the shape, but --grid can"
+            )
         if self.fit == "grid":
             patches = f"whole patches of {self.patch_size or 16} px"
             if self.grid:

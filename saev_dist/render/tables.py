@@ -18,7 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from saev_dist.render.gallery import FeatureTable
+from saev_dist.choose import FeatureTable
 
 BATCH_ROWS = 65_536
 

@@ -121,7 +121,11 @@ const inputs = Object.fromEntries(RANGES.map((key) => [key, [$(`${key}-from`), $
 const UNIT = { freq: 100, mean: 1, max: 1 }; // frequencies are typed as percentages
 
 function renderControls() {
-  const put = (input, text) => { if (input.value !== text && document.activeElement !== input) input.value = text; };
+  const put = (input, text) => {
+    if (document.activeElement === input) return; // it is being typed in
+    input.value = text;
+    input.removeAttribute("aria-invalid");
+  };
   put($("ids"), state.ids);
   for (const key of ["show", "sort"]) $(key).value = state[key];
   for (const key of RANGES) inputs[key].forEach((input, i) => put(input, state[key][i] === null ? "" : String(Number((state[key][i] * UNIT[key]).toPrecision(6)))));
@@ -130,7 +134,7 @@ function renderControls() {
   for (const button of document.querySelectorAll("[data-view]")) button.setAttribute("aria-pressed", String(button.dataset.view === state.view));
   const search = searched(state.ids), wrong = search?.wrong ?? [];
   $("ids").setAttribute("aria-invalid", String(wrong.length > 0));
-  $("ids-note").textContent = wrong.length ? `No feature ${wrong.join(", ")}: ids are 0 to ${count(N - 1)}, like 17, 40-60.` : search ? "Found among all features, whatever the filters below." : "";
+  $("ids-note").textContent = wrong.length ? `No feature ${wrong.join(", ")}: ids are 0 to ${N - 1}, like 17, 40-60.` : search ? "Found among all features, whatever the filters below." : "";
   for (const control of $("filters").querySelectorAll("fieldset, #show")) control.disabled = Boolean(search);
 }
 
@@ -539,7 +543,7 @@ function drawHistogram({ edges, counts }) {
 
 function drawImages({ feature, upper, images }) {
   $("f-pictures").hidden = !images.length;
-  $("f-heading").textContent = images.length === 1 ? "The image that drives it" : `The ${count(images.length)} strongest`;
+  $("f-heading").textContent = images.length === 1 ? "The strongest image" : `The ${count(images.length)} strongest`;
   $("f-upper").textContent = score(upper);
   $("images").replaceChildren(...images.map((image, rank) => figureOf(feature, image, rank)));
 }
@@ -561,10 +565,11 @@ function figureOf(feature, image, rank) {
   put(part(".won"), image.patch_i);
   part(".score").textContent = score(image.score);
   value.textContent = describe(image.patch_i);
-  part(".label").textContent = image.label || "no label";
-  part(".path").textContent = `image ${count(image.img_i)} · ${image.path}`;
+  const label = image.label || (image.path ? "no label" : ""); // without pictures nobody knows
+  part(".label").textContent = label;
+  part(".path").textContent = [`image ${count(image.img_i)}`, image.path].filter(Boolean).join(" · ");
   part(".path").title = image.path;
-  stage.setAttribute("aria-label", `Patches of image ${image.img_i}, ${image.label || "no label"}, number ${rank + 1}, score ${score(image.score)}`);
+  stage.setAttribute("aria-label", [`Patches of image ${image.img_i}`, label, `number ${rank + 1}`, `score ${score(image.score)}`].filter(Boolean).join(", "));
   stage.ariaValueMax = values.length - 1;
   stage.ariaRoleDescription = "heatmap";
 
@@ -628,7 +633,7 @@ document.addEventListener("keydown", (event) => {
   if (event.defaultPrevented || event.altKey || event.ctrlKey || event.metaKey) return;
   const typing = event.target.matches?.("input:not([type=checkbox]), select, textarea");
   if (state.feature === null) {
-    if (event.key === "/" && !typing) { event.preventDefault(); $("ids").focus(); }
+    if (event.key === "/" && !typing) { event.preventDefault(); $("side").open = true; $("ids").focus(); }
     return;
   }
   if (event.key === "Escape") go({ feature: null }, { push: true });
@@ -676,7 +681,10 @@ function render() {
 }
 
 const title = document.title;
-if (matchMedia("(max-width: 900px)").matches) $("side").open = false; // pictures first where there is one column
+const oneColumn = matchMedia("(max-width: 900px)");
+const fold = () => { $("side").open = !oneColumn.matches; }; // pictures first where there is one column; beside them it cannot be folded
+fold();
+oneColumn.addEventListener("change", fold);
 listenToControls();
 addEventListener("hashchange", render);
 render();
