@@ -175,7 +175,10 @@ def photographs_dpath() -> Path:
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError("the demo needs the photographs in scikit-image: pip install 'saev-dist[demo]'.")
-    return Path(spec.submodule_search_locations[0]) / "data"
+    dpath = Path(spec.submodule_search_locations[0]) / "data"
+    if missing := [name for name in PHOTOGRAPHS if not (dpath / name).is_file()]:
+        raise ConfigError(f"{dpath / missing[0]} is not part of this scikit-image; the demo was made with 0.26.")
+    return dpath
 
 
 def cut(source_dpath: Path, images_dpath: Path) -> list[Path]:

@@ -142,6 +142,13 @@ def test_a_missing_scikit_image_says_what_to_install(tmp_path: Path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
+def test_a_scikit_image_without_a_photograph_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "PHOTOGRAPHS", demo.PHOTOGRAPHS | {"of-the-future.png": 1.0})
+    with pytest.raises(ConfigError, match=r"of-the-future\.png is not part of this scikit-image"):
+        demo.run(Demo(out=tmp_path / "out", progress=False))
+    assert not (tmp_path / "out").exists()
+
+
 def test_force_removes_nothing_that_the_user_put_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "N_IN_GALLERY", 1)  # quickly
     out = tmp_path / "out"
