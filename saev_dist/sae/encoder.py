@@ -121,12 +121,11 @@ class Encoder:
                 self._threshold = _not_above(threshold.clamp(min=0), self.dtype).to(device)
             else:
                 self._threshold = float(_not_above(torch.tensor(max(threshold, 0.0)), self.dtype))
-        self._screen: Screen | None = None
         self._product: Product | None = None
         if screen:
             assert device.type == "cpu" and precision == "fp32"
             with _one_thread():
-                self._screen = Screen(weights_ds, self._b_s, self._threshold)
+                self._product, self._w_ds = Screen(weights_ds, self._b_s, self._threshold), None
         self._by_numpy = uses_numpy(device, precision, screen=screen)
         self._making = threading.Lock()
         self._own = _Own()
@@ -196,7 +195,6 @@ class Encoder:
             The codes, once they are made. They raise ActivationOverflow where a value is NaN, infinite, or too large for a
             float32 product.
         """
-        assert lift_s is None or self._screen is None
         return self._pool.submit(self._encode, acts_bd, img_i, n_patches, lift_s, only)
 
     @property
@@ -207,7 +205,7 @@ class Encoder:
     @property
     def recomputed_per_token(self) -> float | None:
         """Entries that were made a second time, in fp32; None without `screen`."""
-        return self._screen.recomputed_per_token if self._screen else None
+        return self._product.recomputed_per_token if isinstance(self._product, Screen) else None
 
     def magnitude(self, acts_nd: Tensor, feature_n: Tensor) -> Tensor:
         """What the rounding error of a score is relative to: the sum of the magnitudes of its terms.
@@ -310,27 +308,20 @@ class Encoder:
         n_tokens, d_sae, activation = len(x_bd), self.sae.d_sae, self.sae.activation
         _, n_first, step = block_shape(n_tokens, activation, d_sae, self.device)
         threshold: Bound = self._threshold.float().numpy() if isinstance(self._threshold, Tensor) else self._threshold
-        exact = partial(self._screen.recompute, x_bd=x_bd) if self._screen else None
-        sieve = Sieve(activation, 0.0 if self._screen else threshold, n_tokens, d_sae, exact)
-        rounded = self._screen.round(x_bd) if self._screen else None
-        product = None if self._screen else self._made_product()
-        prepared = product.prepare(x_bd) if product else None
+        product = self._made_product()
+        prepared = product.prepare(x_bd)
+        exact = partial(product.recompute, x_bd=x_bd) if isinstance(product, Screen) else None
+        sieve = Sieve(activation, 0.0 if exact else threshold, n_tokens, d_sae, exact)
         # Features are rows, so that codes are found in their final order; rows begin at cache lines, or the product is slow.
         width = -(-n_tokens // 16) * 16
-        dtype = torch.bfloat16 if self._screen else self.dtype
-        block_cw = self._block(n_first * width, dtype).view(n_first, width)
+        block_cw = self._block(n_first * width, product.dtype).view(n_first, width)
         cuts = [0, *range(n_first, d_sae, step), d_sae]
         for first, stop in pairwise(cuts):
             if self._is_closing:  # nobody waits for this any more
                 raise CancelledError
-            margin = None
             h_cw = block_cw[: stop - first]
-            out_cb = h_cw[:, :n_tokens]
-            if self._screen is not None and rounded is not None:
-                margin = self._screen.product(first, rounded, out_cb)
-            elif product is not None:
-                product.into(out_cb, slice(first, stop), prepared, lift_s)
-            sieve.take(first, (h_cw if dtype == torch.float32 else h_cw.view(torch.int16)).numpy(), margin)
+            margin = product.into(h_cw[:, :n_tokens], slice(first, stop), prepared, lift_s)
+            sieve.take(first, (h_cw if product.dtype == torch.float32 else h_cw.view(torch.int16)).numpy(), margin)
         candidates = sieve.candidates()
         if exact:
             candidates = exact(candidates)

@@ -19,18 +19,22 @@ from threadpoolctl import threadpool_info
 from torch import Tensor
 
 from saev_dist.sae.model import Precision
+from saev_dist.sae.sieve import Margin
 
 CPUINFO = Path("/proc/cpuinfo")
 
 
 class Product(Protocol):
-    """Products of tokens with an encoder's weights, plus its bias."""
+    """Products of tokens with an encoder's weights, plus its bias. (A third one is `screen.Screen`.)"""
+
+    dtype: torch.dtype
+    """Of a block of them."""
 
     def prepare(self, x_bd: Tensor) -> Any:
         """Tokens as `into` takes them."""
 
-    def into(self, out_cb: Tensor, features: slice, prepared: Any, lift_s: Tensor | None) -> None:
-        """Write the product of some features, plus bias and lift."""
+    def into(self, out_cb: Tensor, features: slice, prepared: Any, lift_s: Tensor | None) -> Margin | None:
+        """Write the product of some features, plus bias and lift; how far its entries may be off, or None: they are exact."""
 
 
 class TorchProduct:
@@ -42,7 +46,7 @@ class TorchProduct:
     """
 
     def __init__(self, w_ds: Tensor, b_s: Tensor) -> None:
-        self._w_ds, self._b_s = w_ds, b_s
+        self._w_ds, self._b_s, self.dtype = w_ds, b_s, w_ds.dtype
 
     def prepare(self, x_bd: Tensor) -> Tensor:
         return x_bd
@@ -61,6 +65,8 @@ class NumpyProduct:
 
     Memory: the weights once more.
     """
+
+    dtype = torch.float32
 
     def __init__(self, w_ds: Tensor, b_s: Tensor) -> None:
         self._w_se = torch.cat([w_ds.T, b_s[:, None]], dim=1).numpy()

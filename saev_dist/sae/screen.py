@@ -61,7 +61,7 @@ class Rounded:
 
 
 class Screen:
-    """The weights of an SAE's encoder, in bfloat16 and in float32, on the CPU.
+    """A `product.Product` in bfloat16, and what of it matters in float32, on the CPU.
 
     Args:
         w_ds: float32 (d, s).
@@ -73,6 +73,8 @@ class Screen:
 
     Memory: `w_ds` once more, and half of it.
     """
+
+    dtype = torch.bfloat16
 
     def __init__(self, w_ds: Tensor, bias_s: Tensor, threshold: float | Tensor) -> None:
         d_model, d_sae = w_ds.shape
@@ -103,7 +105,7 @@ class Screen:
             warnings.simplefilter("ignore")
             torch.sparse_csr_tensor([0, 0], [], torch.zeros(0), (1, 1))
 
-    def round(self, x_bd: Tensor) -> Rounded:
+    def prepare(self, x_bd: Tensor) -> Rounded:
         """float32 (b, d), no value of which is infinite in bfloat16."""
         n_tokens, d_model = x_bd.shape
         x_be = torch.ones(n_tokens, self._w_se.shape[1], dtype=torch.bfloat16)
@@ -113,24 +115,25 @@ class Screen:
             self._n_tokens += n_tokens
         return Rounded(x_be, off_b, norm_b + off_b)
 
-    def product(self, first: int, tokens: Rounded, out_cb: Tensor) -> Margin:
-        """Write the fast product, less the threshold, of as many features from `first` on as `out_cb` has rows.
+    def into(self, out_cb: Tensor, features: slice, prepared: Rounded, lift_s: Tensor | None) -> Margin:
+        """Write the fast product of some features, bias less threshold added.
 
         Args:
-            first: the first feature.
-            tokens: from `round`.
             out_cb: bfloat16 (c, b).
+            features: c of them.
+            prepared: the tokens.
+            lift_s: None.
 
         Returns:
             How far each entry may be off its code's float32 value, less the threshold.
         """
-        rows = slice(first, first + len(out_cb))
-        torch.mm(self._w_se[rows], tokens.x_be.T, out=out_cb)
-        parts_4c = self._parts_4s[:, rows]
-        bound_c = self._bound(tokens.off_b.max(keepdims=True), tokens.size_b.max(keepdims=True), parts_4c)
+        assert lift_s is None
+        torch.mm(self._w_se[features], prepared.x_be.T, out=out_cb)
+        parts_4c = self._parts_4s[:, features]
+        bound_c = self._bound(prepared.off_b.max(keepdims=True), prepared.size_b.max(keepdims=True), parts_4c)
         ordered_c = np.sort(bound_c)
         is_loud_c = bound_c > max(LOUD * ordered_c[len(ordered_c) // 2], ordered_c[-1 - len(ordered_c) // LOUDEST])
-        bound_b = self._bound(tokens.off_b, tokens.size_b, parts_4c[:, ~is_loud_c].max(axis=1, keepdims=True))
+        bound_b = self._bound(prepared.off_b, prepared.size_b, parts_4c[:, ~is_loud_c].max(axis=1, keepdims=True))
         return Margin((bound_b * ROOM).astype(np.float32), RELATIVE, np.flatnonzero(is_loud_c))
 
     def _bound(self, off: NDArray[np.float64], size: NDArray[np.float64], parts: NDArray[np.float64]) -> NDArray[np.float64]:
