@@ -360,7 +360,7 @@ def _read_json(fpath: Path) -> Fields | None:
     except FileNotFoundError:
         return None
     except OSError as err:
-        raise RunError(f"{fpath}: cannot read: {err.strerror or err}; run again.") from None
+        raise RunError(f"{fpath}: cannot read: {err.strerror or err}; make it readable, then run again.") from None
     try:
         return Fields.parse(content, str(fpath), RunError)
     except RunError as err:

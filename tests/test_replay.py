@@ -649,7 +649,7 @@ assert libc.capset(version_and_pid, none) == 0
 @pytest.mark.parametrize(
     ("closed", "words"),
     [
-        ("run", "run/manifest.json: Permission denied"),
+        ("run", "run/manifest.json: cannot read: Permission denied; make it readable"),
         ("images", "cannot list the images (Permission denied)"),
         ("images/class1", "class1: cannot list the images (Permission denied)"),
         ("images/class1/010.png", "010.png cannot be read: Permission denied"),
