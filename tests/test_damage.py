@@ -1,5 +1,6 @@
 """Damaged files, a disk that refuses, bad shards: nothing is silently wrong, and nothing whole is lost."""
 
+import ctypes
 import errno
 import json
 import os
@@ -123,6 +124,23 @@ def test_a_second_try_opens_the_file_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "DELAYS_S", (0.0,))
     assert files.read_part(tmp_path / "file", 7, 2) == b"2345678" and stale
     assert files.read_part(tmp_path / "file", 7, 6) == b"6789"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP, errno.EIO])
+def test_where_one_file_system_cannot_be_synced_all_are(tmp_path, monkeypatch, number):
+    """Old kernels and odd file systems know no syncfs; a disk that refuses is another thing."""
+    synced = []
+
+    class Libc:
+        def syncfs(self, fd: int) -> int:
+            ctypes.set_errno(number)
+            return -1
+
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda name, use_errno: Libc())
+    monkeypatch.setattr(files.os, "sync", lambda: synced.append(True))
+    with pytest.raises(OSError, match="Input/output error") if number == errno.EIO else nullcontext():
+        files.sync_file_system(tmp_path)
+    assert bool(synced) == (number != errno.EIO)
 
 
 def test_a_partial_of_another_run_is_refused(tmp_path, server, whole):

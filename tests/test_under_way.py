@@ -25,7 +25,7 @@ from saev_dist.sae.model import Relu, Sae, Threshold
 from saev_dist.sae.pieces import batches_ahead
 from saev_dist.sae.sieve import Sieve
 from tests.ranks import artifact_hashes
-from tests.synthetic import RELU, make_acts, make_sae, make_shards, make_weights
+from tests.synthetic import N_IMGS, N_PATCHES, RELU, make_acts, make_sae, make_shards, make_weights
 
 CPU = torch.device("cpu")
 
@@ -219,6 +219,20 @@ def test_no_more_is_stated_than_a_small_run_can_use(tmp_path):
     assert few == many
     assert few.n_threads == 3
     assert few.host["read buffers"] == 3 * shards.content_bytes
+
+
+def test_the_plan_tells_what_img_acts_can_take(tmp_path, capsys):
+    shards, sae = (
+        make_shards(tmp_path / "shards", make_acts()),
+        make_sae(tmp_path / "sae.pt", {"cls": "TopK", "params": {"top_k": 2}}),
+    )
+    args = ["extract", "--shards", str(shards), "--sae", str(sae), "--dry-run", "--out", str(tmp_path / "run")]
+    main(args)
+    d_sae = make_weights()["w_enc_ds"].shape[1]
+    most = estimate.gb(N_IMGS * (8 * min(d_sae, 2 * N_PATCHES) + 8))
+    assert f", and img_acts.npz up to about {most}, twice that while it is put together; " in capsys.readouterr().out
+    main([*args, "--no-img-acts"])
+    assert "img_acts" not in capsys.readouterr().out
 
 
 def test_partials_that_will_go_are_no_want_of_disk(tmp_path, monkeypatch):
