@@ -45,16 +45,7 @@ class OutputError(SaevDistError):
 
 
 class Preempted(SaevDistError):
-    """A signal asked the run to leave. What it has done is kept, and the same command continues; exit code 75.
-
-    Args:
-        text: the signal.
-        is_kept: False where the disk did not take the last snapshot.
-    """
-
-    def __init__(self, text: str, *, is_kept: bool = True) -> None:
-        super().__init__(text)
-        self.is_kept = is_kept
+    """A signal asked the run to leave. What it has done is kept, and the same command continues; exit code 75."""
 
 
 class MergeError(SaevDistError):

@@ -178,7 +178,7 @@ def fit(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device
 
 
 def _held(dpath: Path) -> int:
-    """Bytes of the partials of an earlier attempt, which go once new ones stand for them."""
+    """Bytes of the partials of an earlier attempt, which go once new ones stand for them (a damaged one stays)."""
     sizes = 0
     for fpath in dpath.glob("*.partial"):
         with suppress(OSError):  # another process may be at work there

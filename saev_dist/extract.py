@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,9 +28,10 @@ from saev_dist.accumulators.saev_percentile import SaevPercentile
 from saev_dist.config import Extract
 from saev_dist.data.reader import Reader, find_bad_value
 from saev_dist.data.shards import Shards
-from saev_dist.errors import ConfigError, DataError, Preempted, RunError, SaevDistError, warn
+from saev_dist.errors import ConfigError, DataError, RunError, SaevDistError, warn
 from saev_dist.estimate import fit
 from saev_dist.job import Job, as_json, make_bundle, open_job
+from saev_dist.machine import memory_wanted
 from saev_dist.partials import Keeper, Partial
 from saev_dist.plan import Batch, Intervals, complement, subtract
 from saev_dist.progress import Progress
@@ -91,9 +91,7 @@ def run(cfg: Extract) -> None:
         if world.rank == 0 and not cfg.skip_bad_shards:
             job.shards.check_files()
         if world.rank == 0:
-            with _telling_of_memory(job.device):
-                report = check(job.sae, job.shards, job.device, cfg.self_check, skip_bad=cfg.skip_bad_shards)
-            job = replace(job, self_check=report)
+            job = replace(job, self_check=check(job.sae, job.shards, job.device, cfg.self_check, skip_bad=cfg.skip_bad_shards))
         with store.lock() if world.rank == 0 else nullcontext():
             if world.rank == 0:
                 identity = store.begin(job.identity, as_json(cfg), job.plan.n_batches, afresh=force)
@@ -107,21 +105,13 @@ def work(job: Job, store: Run, world: World, *, encode: bool = True) -> None:
     Args:
         encode: False when all batches should be done already.
     """
-    with _telling_of_memory(job.device):
-        _extract(job, store, world, encode=encode)
-
-
-@contextmanager
-def _telling_of_memory(device: torch.device) -> Iterator[None]:
-    """Turn its want into one line."""
     try:
-        yield
+        _extract(job, store, world, encode=encode)
     except (MemoryError, RuntimeError) as err:
-        # torch has an error of its own for a GPU's memory only
-        if isinstance(err, RuntimeError) and not (isinstance(err, torch.OutOfMemoryError) or "allocate memory" in str(err)):
+        if not (where := memory_wanted(err, job.device)):
             raise
         why = (str(err).splitlines() or [type(err).__name__])[0]
-        raise ConfigError(f"out of memory on {device} ({why}); lower --batch-tokens, --read-ahead or --top-k.") from None
+        raise ConfigError(f"out of memory on {where} ({why}); lower --batch-tokens, --read-ahead or --top-k.") from None
 
 
 def _extract(job: Job, store: Run, world: World, *, encode: bool) -> None:
@@ -268,9 +258,9 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
             try:
                 world.check()
                 batch, pieces = next(stream, (None, []))
-            except SaevDistError as err:  # here the state covers whole batches, so they need not be done again
-                if not keeper.save(state()) and isinstance(err, Preempted):
-                    raise Preempted(str(err), is_kept=False) from None
+            except SaevDistError:  # here the state covers whole batches, so they need not be done again
+                if not keeper.save(state()):
+                    world.note_loss()
                 raise
             if batch is None:
                 break
@@ -291,7 +281,8 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
         if reader.n_left_out:  # maybe the last ones
             progress.advance(0, reader.n_left_out * shards.n_patches)
         with clock("snapshot"):
-            keeper.save(state())
+            if not keeper.save(state()):
+                world.note_loss()
     seconds = max(time.perf_counter() - began, 1e-9)
     report = {
         "rank": world.rank,

@@ -56,6 +56,14 @@ def available_memory() -> int:
     return max(0, available)
 
 
+def memory_wanted(err: BaseException, device: torch.device) -> str:
+    """What has run out of memory, if an error that came of work on `device` says that; else ""."""
+    if isinstance(err, torch.OutOfMemoryError):  # torch's own, of a GPU only
+        return str(device)
+    is_torchs = isinstance(err, RuntimeError) and "allocate memory" in str(err)
+    return "the host" if is_torchs or isinstance(err, MemoryError) else ""
+
+
 def _cpu_quotas() -> list[float]:
     """CPUs that each of the groups may use, of those that have a limit."""
     found = []

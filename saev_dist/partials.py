@@ -235,7 +235,7 @@ def newest(dpath: Path) -> list[Partial]:
                         headers[name] = read_header(dpath / name)
             break
         except RunError:
-            if not left or (dpath / name).exists():
+            if not left or os.path.exists(dpath / name):  # unlike Path.exists, False also where a disk does not answer
                 raise
     by_owner: dict[str, Partial] = {}
     for partial in headers.values():

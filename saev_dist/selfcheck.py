@@ -26,6 +26,7 @@ from saev_dist.accumulators.reconstruction import Reconstruction
 from saev_dist.data.reader import sample_images
 from saev_dist.data.shards import Shards
 from saev_dist.errors import CheckpointError, ConfigError, MergeError, warn
+from saev_dist.machine import memory_wanted
 from saev_dist.report import table
 from saev_dist.sae.encoder import ActivationOverflow, Encoder, batch_threads
 from saev_dist.sae.model import ConstantNorm, Given, LayerNorm, Relu, Sae, Threshold, TopK
@@ -71,7 +72,7 @@ class Report:
         lines = {"self-check": f"{self.n_tokens:,} tokens"}
         lines |= {f"  {figures.reading}": _words(figures) for figures in self.figures}
         none = "none: the SAE gives the activations back best as it is read"
-        if not any(figures.normalized_mse is not None for figures in self.figures):
+        if not self.figures or self.figures[0].normalized_mse is None:
             none = "none: nothing can be told from activations that are all equal, or beyond what the SAE can be given"
         return table(lines | {"finding": self.finding or none})
 
@@ -88,7 +89,7 @@ def check(
 
     Raises:
         CheckpointError: there is a finding, and `mode` is strict.
-        ConfigError: the device's memory is too small for a look, and `mode` is strict.
+        ConfigError: there is not enough memory for a look, and `mode` is strict.
         DataError: a token is not finite.
     """
     if mode == "off" or not sae.reconstructs:
@@ -100,8 +101,10 @@ def check(
         )
     try:
         report = examine(sae, shards, device, skip_bad=skip_bad)
-    except torch.OutOfMemoryError:
-        missed = f"the self-check needs more memory than {device} has: the SAE was not tried under other readings."
+    except (MemoryError, RuntimeError) as err:
+        if not (where := memory_wanted(err, device)):
+            raise
+        missed = f"the self-check needs more memory than {where} has: the SAE was not tried under other readings."
         if mode == "strict":
             raise ConfigError(f"{missed} (--self-check warn goes on.)") from None
         warn(missed)
@@ -163,7 +166,11 @@ def _other_readings(sae: Sae, x_bd: Tensor, l0: float) -> list[tuple[str, str, S
             instead = "the --threshold of training, or " if is_threshold else ""
             for k in TOP_KS:
                 if k < l0:  # a top-k SAE without its top-k fires too much
-                    add(f"top {k}", f"{instead}--activation topk:K with the K of training, about {k}", activation=TopK(k))
+                    add(
+                        f"top {k}",
+                        f"{instead}--activation topk:K with the K of training, about {k}",
+                        activation=TopK(k, relu=sae.relu_of_top_k),
+                    )
 
     match sae.input_norm:
         case None:
@@ -233,7 +240,7 @@ def _finding(own: Figures, others: list[Figures], n_tokens: int) -> str | None:
     start = f"on {n_tokens:,} tokens the SAE as it is read gives {_words(own)}"
     if error < min(CLEARLY * own_error, own_error - AT_LEAST, 1):
         return f"{start}; {best.reading}: {_words(best)}. If it was trained so, use {best.flags}."
-    if own.normalized_mse is not None and own.normalized_mse > 1:
+    if measured and own_error > 1:
         return (
             f"{start}: worse than the mean activation would do, and no other reading that was tried does better. "
             "Is it the SAE of this model and layer, and were the activations normalised?"

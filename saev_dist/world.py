@@ -59,6 +59,7 @@ class World:
         self._checked = time.monotonic()
         self._left = threading.Event()
         self._lost = ""
+        self._has_lost = False
         self._signals = Signals(self.rank)
 
     @contextmanager
@@ -77,13 +78,18 @@ class World:
             with self._signals:
                 yield
         except Preempted as err:
-            what = (
-                "what is done is kept" if err.is_kept else "what was done since this rank's last snapshot is lost, the rest is"
-            )
+            what = "what was done before the last snapshot" if self._has_lost else "what is done"
             raise Preempted(
-                f"{err}: stopped, and {what} in {kept}. Run the same command again, on any number of ranks, to continue.",
-                is_kept=err.is_kept,
+                f"{err}: stopped, and {what} is kept in {kept}. "
+                "Run the same command again, on any number of ranks, to continue."
             ) from None
+
+    def note_loss(self) -> None:
+        """The disk did not take this rank's last snapshot: where ranks leave now, nobody is to say that all is kept."""
+        self._has_lost = True
+        with suppress(*STORE_ERRORS):
+            if self._store is not None:
+                self._store.set("loss", str(self.rank))
 
     @property
     def restarted(self) -> bool:
@@ -135,7 +141,7 @@ class World:
             return
         self._left.set()
         self._watcher.join(ACKNOWLEDGE_S)
-        first, dead = True, list[int]()
+        first, dead, loss = True, list[int](), ""
         with suppress(*STORE_ERRORS):
             if err is not None and not isinstance(err, (PeerError, Preempted)):
                 first = self._store.add("errors", 1) == 1
@@ -152,11 +158,18 @@ class World:
             while lingers and n_gone < self.size - max(bool(self._lost), len(dead)) and time.monotonic() < until:
                 time.sleep(0.05)
                 n_gone, dead = self._store.add("gone", 0), next(looks)
+            if isinstance(err, Preempted) and not self._has_lost and self._store.check(["loss"]):
+                rank = self._store.get("loss").decode()
+                loss = (
+                    f" (But the disk did not take the last snapshot of rank {rank}: what it did since the one before is lost.)"
+                )
         self._store = None
         if not first:  # the same fault was found, and shown, by another rank
             raise PeerError(str(err)) from err
         if dead and isinstance(err, Preempted):  # torchrun asks all to leave when one of them has died
-            raise Preempted(f"{err} ({_died(dead[0], self.size)})", is_kept=err.is_kept) from err
+            raise Preempted(f"{err} ({_died(dead[0], self.size)}){loss}") from err
+        if loss:
+            raise Preempted(f"{err}{loss}") from err
 
     def device(self, wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
         """This rank's device: its own GPU by local rank, also where the cluster shows each rank only one.

@@ -111,8 +111,8 @@ class Launcher:
 
     @property
     def n_threads(self) -> int:
-        """Of a rank on CPUs: its cores, unless the environment that the job inherits says otherwise."""
-        said = os.environ.get("OMP_NUM_THREADS", "")
+        """Of a rank on CPUs: its cores, unless the environment that the job inherits says otherwise and no --setup does."""
+        said = os.environ.get("OMP_NUM_THREADS", "") if "OMP_NUM_THREADS" not in " ".join(self.setup) else ""
         return int(said) if said.isdecimal() and int(said) else self.cpus_per_gpu
 
     @property

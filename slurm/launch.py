@@ -115,7 +115,8 @@ def launch(launcher: Launcher, extracts: Sequence[Extract], replays: Sequence[Re
     to_wait_for = {cfg.out for cfg in todo}
     at_once = [cfg for cfg in replays if cfg.run not in to_wait_for]
     later = [cfg for cfg in replays if cfg.run in to_wait_for]
-    if not launcher.gpus_per_node and launcher.cluster != "debug" and launcher.n_threads != launcher.cpus_per_gpu:
+    on_cpus = bool(todo or at_once) and launcher.cluster != "debug" and not launcher.gpus_per_node
+    if on_cpus and launcher.n_threads != launcher.cpus_per_gpu:
         warn(
             f"OMP_NUM_THREADS={launcher.n_threads} of this shell will hold in the job, and --cpus-per-gpu "
             f"{launcher.cpus_per_gpu} only reserve cores. Unset it unless you mean that."
@@ -283,7 +284,7 @@ def status(cfg: Status) -> bool:
         state = states[job.job_id]
         text = describe_state(job, state) if state.is_under_way else verdict(job, state)[1]
         print(f"{job.run}\n  {job.kind} {job.job_id}  {text.removesuffix(f': {job.run}')}")
-        for line in describe(job, is_running=state.name == "RUNNING") if state.is_under_way else []:
+        for line in describe(job, is_running=not state.is_waiting) if state.is_under_way else []:
             print(f"  {line}")
         log_fpath = job.log_fpath(0)
         last = tail(log_fpath, cfg.lines)
@@ -313,7 +314,7 @@ def cancel(cfg: Cancel) -> bool:
 def _cancel(job: Job) -> str:
     """End a job; why it cannot be done from here, or ""."""
     if is_elsewhere(job):
-        return f"it runs on {job.host}; cancel it there"
+        return f"it was started on {job.host}; cancel it there"
     if job.cluster == "local":
         try:
             tell_to_leave(job)

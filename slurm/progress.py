@@ -19,7 +19,7 @@ LINE = re.compile(r"(?:extract|replay) +[\d.]+%.*ETA .*")
 
 
 def describe(job: Job, *, is_running: bool) -> list[str]:
-    """Lines on the whole and, of a job that runs, on each rank, as far as anything is known."""
+    """Lines on the whole and, unless it waits, on each rank, as far as anything is known."""
     kept = _kept(job.run) if job.kind == "extract" else None
     if not is_running:  # its ranks' logs, and the age of their snapshots, are an earlier attempt's
         return [kept.share] if kept else []
@@ -78,7 +78,15 @@ def _kept(run: Path) -> Kept | None:
     try:
         now = time.time()
         n_batches = json.loads((dpath / "run.json").read_bytes())["n_batches"]
-        ages = [(partial, now - os.stat(dpath / partial.name).st_mtime) for partial in newest(dpath)]
+        ages = [(partial, _age_s(dpath / partial.name, now)) for partial in newest(dpath)]
         return Kept(n_batches, ages, now - os.stat(dpath / "lock").st_mtime)
     except (OSError, ValueError, KeyError, TypeError, RunError):
         return None
+
+
+def _age_s(fpath: Path, now: float) -> float:
+    """Of a partial; 0 where a newer one has just replaced it."""
+    try:
+        return now - os.stat(fpath).st_mtime
+    except FileNotFoundError:
+        return 0.0

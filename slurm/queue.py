@@ -8,10 +8,10 @@ from pathlib import Path
 from slurm.jobs import Job
 
 FIELDS = {"JobArrayID": 40, "State": 20, "Reason": 50, "RestartCnt": 12, "TimeUsed": 20, "NodeList": 200}
+WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 # Any other state is an end, unless a requeue follows.
 UNDER_WAY = {
-    "PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING",
-    "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "UNKNOWN",
+    *WAITING, "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING", "UNKNOWN",
 }  # fmt: skip
 
 
@@ -30,6 +30,11 @@ class State:
     @property
     def is_under_way(self) -> bool:
         return self.name in UNDER_WAY
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether what its ranks have left is an earlier attempt's."""
+        return self.name in WAITING
 
 
 def ask(jobs: list[Job]) -> dict[str, State]:
@@ -79,13 +84,21 @@ def _sacct(ids: list[str]) -> dict[str, State]:
 
 
 def is_elsewhere(job: Job) -> bool:
-    """Whether it is a job of --cluster local on another machine, whose processes cannot be seen from here."""
+    """Whether it is a job of --cluster local of another machine, whose processes cannot be seen from here."""
     return job.cluster == "local" and job.host not in ("", os.uname().nodename)
+
+
+def _has_ended(job: Job) -> bool:
+    """Whether all ranks say so, and none that it will come back."""
+    ends = job.ends()
+    return len(ends) == job.n_ranks and (job.is_cancelled or all(end.outcome != "left" for end in ends))
 
 
 def _process(job: Job) -> State:
     """A job of --cluster local: its controlling process is there, or it is not."""
     if is_elsewhere(job):
+        if _has_ended(job):
+            return State(name="ENDED", nodes=job.host)
         return State(name="UNKNOWN", reason=f"it was started on {job.host}: ask there")
     try:
         is_there = b"submitit" in Path(f"/proc/{job.job_id}/cmdline").read_bytes()

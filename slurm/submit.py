@@ -8,6 +8,7 @@ from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from importlib import import_module
 from io import StringIO
+from itertools import takewhile
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,13 @@ def submit(launcher: Launcher, cfgs: Sequence[Extract | Replay], logs: Path, dep
                     submitted = executor.submit_array(tasks)
             except FailedJobError as err:
                 raise ConfigError(f"Slurm refuses the {kind} job: {_brief(str(err))}") from None
-            except RuntimeError as err:  # there is no sbatch
+            except RuntimeError as err:  # there is no srun
                 raise ConfigError(f"cannot submit: {err} --cluster local runs on this machine.") from None
             except OSError as err:
-                raise ConfigError(f"cannot submit: {logs}: {err.strerror or err}; choose other --logs.") from None
+                hint = (
+                    "choose other --logs" if Path(err.filename or "").is_relative_to(logs) else "is this machine of a cluster?"
+                )
+                raise ConfigError(f"cannot submit: {err.filename or 'sbatch'}: {err.strerror or err}; {hint}") from None
     return [
         Job(
             cluster=launcher.cluster,  # type: ignore[arg-type]  # debug does not come here
@@ -137,9 +141,11 @@ def _visible_gpus(n_wanted: int) -> tuple[int, ...]:
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
     if text is None or not n_wanted:
         return ()
-    if not re.fullmatch(r"(\d+(,\d+)*)?", text):
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    words = list(takewhile(lambda word: not word.startswith("-"), words))  # so CUDA ends the list
+    if not all(word.isdecimal() for word in words):
         raise ConfigError(f"CUDA_VISIBLE_DEVICES={text} names GPUs otherwise than by number; submitit takes numbers only.")
-    gpus = tuple(map(int, text.split(","))) if text else ()
+    gpus = tuple(map(int, words))
     if len(gpus) < n_wanted:
         raise ConfigError(f"--gpus-per-node {n_wanted}, but CUDA_VISIBLE_DEVICES={text} leaves {len(gpus)} of this machine's.")
     return gpus

@@ -440,9 +440,10 @@ def test_more_gpus_than_the_shell_leaves_are_refused(tmp_path, args, monkeypatch
     two = ["--cluster", "local", "--gpus-per-node", "2", "extract", *args, "--out", str(tmp_path / "run")]
     with pytest.raises(ConfigError, match="--gpus-per-node 2, but CUDA_VISIBLE_DEVICES=3 leaves 1"):
         run(two)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # none at all
-    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES= leaves 0"):
-        run(two)
+    for text, n in (("", 0), ("-1", 0), ("4, -1, 5", 1), (" 3,", 1)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
+        with pytest.raises(ConfigError, match=f"CUDA_VISIBLE_DEVICES={text} leaves {n}"):
+            run(two)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f3c,GPU-11aa")  # submitit would take the machine's first ones
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=GPU-8f3c,GPU-11aa names GPUs otherwise than by number"):
         run(two)
@@ -728,8 +729,13 @@ def test_a_job_of_another_machine_is_asked_for_and_cancelled_there(job, monkeypa
     monkeypatch.setattr(slurm.submit.os, "kill", lambda *_: pytest.fail("another process was told to leave"))
     assert run(["status", "--run", str(job.run)])
     assert "it was started on workstation-a: ask there" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="it runs on workstation-a; cancel it there"):
+    with pytest.raises(ConfigError, match="it was started on workstation-a; cancel it there"):
         run(["cancel", "--run", str(job.run)])
+    (job.run / "slurm" / "jobs.jsonl").unlink()
+    remember(ended(replace(job, cluster="local", host="gone"), *(End(rank=rank, attempt=0, outcome="done") for rank in (0, 1))))
+    assert run(["status", "--run", str(job.run)]) and run(["cancel", "--run", str(job.run)])
+    said = capsys.readouterr().out
+    assert "done\n" in said and "has ended already" in said, said
 
 
 def test_what_cannot_be_cancelled_keeps_nothing_else_from_it(tmp_path, job, monkeypatch, capsys):

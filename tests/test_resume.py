@@ -251,8 +251,29 @@ def test_who_leaves_without_a_last_snapshot_does_not_say_that_all_is_kept(tmp_pa
     os.kill(attempt.pids[0], signal.SIGTERM)
     assert server.wait(attempt) == [75]
     said = attempt.output()
-    assert "no snapshot: " in said and "what was done since this rank's last snapshot is lost, the rest is in " in said
-    assert "is kept" not in said
+    assert "no snapshot: " in said and "what was done before the last snapshot is kept in " in said
+    assert "what is done is kept" not in said
+
+
+@pytest.mark.parametrize("when", ["amid the stream", "after its share"])
+def test_rank_0_says_so_of_another_ranks_loss(tmp_path, server, long_run, when):
+    out = tmp_path / "run"
+    full = "\nimport os, saev_dist.partials as p\nw = p.write\ndef full(*_): raise OSError(28, 'No space left on device')"
+    full += (
+        "\nif os.environ['RANK'] == '1': p.write = full; e._rows = f"
+        if when == "after its share"
+        else "\nif os.environ['RANK'] == '1': p.write = full"
+    )
+    attempt = server.start(*long_run, out, n_ranks=2, before=SLOW + full)
+    if when == "after its share":
+        wait_for(lambda: "no snapshot: " in attempt.output())
+    wait_for(lambda: all(list(out.glob(f"partials/*.{rank:05d}-*.bin")) for rank in range(2)))
+    os.kill(attempt.pids[0], signal.SIGTERM)
+    assert server.wait(attempt) == [75, 75], attempt.output()
+    (line,) = (line for line in attempt.output().splitlines() if "stopped, and" in line)
+    assert line.endswith(
+        "(But the disk did not take the last snapshot of rank 1: what it did since the one before is lost.)"
+    ), line
 
 
 def test_a_signal_is_obeyed_between_partials(tmp_path, server, whole):
@@ -440,5 +461,5 @@ def test_memory_that_runs_out_is_one_line(tmp_path, server, whole, cause, why):
     code = f"import saev_dist.extract as e\ndef full(*_): {cause}\ne._rows = full\n"
     codes, output = server.run(*whole[0], tmp_path / "run", before=code)
     assert codes == [1 if why else 70]  # an error of ours has a traceback
-    said = re.search(rf"error: out of memory on cpu \({why}\); lower --batch-tokens, --read-ahead or --top-k.", output)
+    said = re.search(rf"error: out of memory on the host \({why}\); lower --batch-tokens, --read-ahead or --top-k.", output)
     assert bool(said) == bool(why), output

@@ -102,7 +102,7 @@ def test_a_converted_sae_is_the_same_sae(tmp_path, name):
     sae = load(DATA / name)
     plain.save(tmp_path / "sae.safetensors", sae)
     again = load(tmp_path / "sae.safetensors")
-    assert again.rules() == sae.rules() and again.source == sae.source
+    assert again.rules() == sae.rules() and again.source == sae.source and again.relu_of_top_k == sae.relu_of_top_k
     assert torch.equal(encode(again, x_bd), encode(sae, x_bd))
     assert all(torch.equal(a, b) for a, b in zip(again.decoder(), sae.decoder(), strict=True))
 
@@ -270,15 +270,19 @@ def test_the_earliest_batch_topk_of_dictionary_learning_has_no_threshold(copy):
         ("sae_lens/topk_none_pre", True),
     ],
 )
-def test_a_top_k_that_is_asked_for_is_that_of_its_program(path, relu):
+def test_a_top_k_that_is_asked_for_is_that_of_its_program(tmp_path, path, relu):
     assert load(DATA / path, activation="topk:3").activation == TopK(3, relu=relu)
+    plain.save(tmp_path / "sae.safetensors", load(DATA / path))
+    assert load(tmp_path / "sae.safetensors", activation="topk:3").activation == TopK(3, relu=relu)
 
 
 def test_scores_of_an_autoencoder_are_those_of_its_stored_weights():
     """As `encode` gives them: `load_dictionary` would multiply each by its column's norm, here about 0.1."""
-    _, feats_bs = expected("dictionary_learning/standard")
+    x_bd, feats_bs = expected("dictionary_learning/standard")
     sae = load(DATA / "dictionary_learning/standard")
-    assert float(sae.w_dec_sd.norm(dim=1).max()) < 0.5 and feats_bs.any()
+    found_bs, norm_s = encode(sae, x_bd), sae.w_dec_sd.norm(dim=1)
+    same_features(found_bs, feats_bs)
+    assert not torch.allclose(found_bs, feats_bs * norm_s, rtol=0.5)
 
 
 @pytest.mark.parametrize("name", ["AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE", "GatedAutoEncoder", "JumpReluAutoEncoder"])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from saev_dist.errors import CheckpointError
 from saev_dist.fields import Fields
+from saev_dist.machine import memory_wanted
 from saev_dist.sae.model import Gated
 from saev_dist.sae.safetensors import read_safetensors
 
@@ -85,7 +86,7 @@ def load_torch(fpath: Path, body: bytes) -> Any:
         RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError, MemoryError,
         NotImplementedError, zipfile.BadZipFile, RecursionError,
     ) as err:  # fmt: skip
-        if isinstance(err, MemoryError) or "allocate memory" in str(err):
+        if memory_wanted(err, torch.device("cpu")):
             what = f"{len(body) / 1e9:.1f} GB of weights do not fit into memory; free some, or convert it on a larger machine"
         else:
             what = "its weights cannot be read; the file is truncated or damaged"

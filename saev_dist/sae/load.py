@@ -35,13 +35,11 @@ class Format:
     """Files of a directory that hold the SAE; none: it is one file."""
     besides: tuple[str, ...] = ()
     """Files that may be there too, and say what those leave out."""
-    relu_of_top_k: bool = True
-    """Whether its program's top-k drops what is not above zero."""
 
 
 FORMATS = {
-    "saev": Format(saev.load_saev, relu_of_top_k=False),
-    "plain": Format(plain.load, relu_of_top_k=False),
+    "saev": Format(saev.load_saev),
+    "plain": Format(plain.load),
     "sae_lens": Format(sae_lens.load, (sae_lens.CONFIG, sae_lens.WEIGHTS), (sae_lens.SCALER,)),
     "sparsify": Format(sparsify.load, (sparsify.CONFIG, sparsify.WEIGHTS)),
     "dictionary_learning": Format(dictionary_learning.load, (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS)),
@@ -96,13 +94,8 @@ class Overrides:
                 raise fields.error(f"{fields.where}: input_mean is damaged; run extract again with --force.") from None
         return cls(**said)
 
-    def apply(self, sae: Sae, path: Path, *, relu_of_top_k: bool) -> Sae:
+    def apply(self, sae: Sae, path: Path) -> Sae:
         """`sae` under these rules.
-
-        Args:
-            sae: what the file holds.
-            path: the file, for messages.
-            relu_of_top_k: whether an SAE that becomes a top-k one drops what is not above zero.
 
         Raises:
             ConfigError: they contradict the file, each other, or leave out what it needs.
@@ -124,7 +117,7 @@ class Overrides:
                 raise ConfigError(f"--activation {self.activation} does not go with {what}; leave one out.")
             activation = _parse_activation(self.activation, sae.d_sae)
             if isinstance(activation, TopK):
-                relu = sae.activation.relu if isinstance(sae.activation, TopK) else relu_of_top_k
+                relu = sae.activation.relu if isinstance(sae.activation, TopK) else sae.relu_of_top_k
                 activation = replace(activation, relu=relu)
             sae = replace(sae, activation=activation)
         if self.threshold is not None:
@@ -188,8 +181,7 @@ def load_sae(name: Path, overrides: Overrides) -> Loaded:
     """
     path = hub.fetch(name, _names()) if hub.is_hub_name(name) else name
     sae_format = overrides.sae_format or recognise(path)
-    kind = FORMATS[sae_format]
-    sae = overrides.apply(kind.load(path), path, relu_of_top_k=kind.relu_of_top_k)
+    sae = overrides.apply(FORMATS[sae_format].load(path), path)
     return Loaded(sae=sae, path=path, sae_format=sae_format, sha256=fingerprint(path, sae_format))
 
 

@@ -153,6 +153,8 @@ class Sae:
     input_norm: InputNorm | None = None
     reconstructs: bool = True
     """False for a transcoder, and for one with a skip connection: its decoder alone does not give the activations back."""
+    relu_of_top_k: bool = True
+    """Whether a top-k of its program drops what is not above zero: what --activation topk:K then means."""
     missing: str = ""
     """Flag that must say what the file leaves out, before anything is encoded."""
     source: str

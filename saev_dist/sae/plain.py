@@ -10,6 +10,7 @@ Tensors, float32: W_enc (d, s), b_enc (s), W_dec (s, d), b_dec (d), and by the r
     pre_bias     whether b_dec is subtracted from the (normalised) input.
     input_norm   none; layer_norm; constant_norm_rescale; given: (x - input_mean) * `input_scale`. As `model` defines them.
     reconstructs whether the decoder gives the input back (a transcoder's does not).
+    relu_of_top_k   what `--activation topk:K` means: with "relu": true or (also where this is left out) false.
 
 with h = x @ W_enc + b_enc of the normalised x.
 """
@@ -38,7 +39,7 @@ from saev_dist.sae.model import (
 from saev_dist.sae.safetensors import METADATA, read_safetensors, write_safetensors
 
 FORMAT, VERSION = "saev_dist.sae", "1"
-RULES = {"activation", "k", "relu", "threshold", "pre_bias", "input_norm", "input_scale", "reconstructs"}
+RULES = {"activation", "k", "relu", "threshold", "pre_bias", "input_norm", "input_scale", "reconstructs", "relu_of_top_k"}
 
 
 def recognises(header: Fields) -> bool:
@@ -93,6 +94,7 @@ def load(fpath: Path) -> Sae:
         pre_bias=rules.get("pre_bias", bool),
         input_norm=_norm(rules, norm_name, tensors),
         reconstructs=rules.get("reconstructs", bool),
+        relu_of_top_k=rules.get("relu_of_top_k", bool, False),
         source=source,
     )
 
@@ -107,7 +109,8 @@ def save(fpath: Path, sae: Sae) -> None:
             tensors |= {"mag_scale": scale_s, "b_mag": b_mag_s}
     if isinstance(sae.input_norm, Given):
         tensors["input_mean"] = sae.input_norm.mean_d
-    metadata = {"format": FORMAT, "version": VERSION, "source": sae.source, "rules": json.dumps(sae.rules())}
+    rules = sae.rules() | {"relu_of_top_k": sae.relu_of_top_k}
+    metadata = {"format": FORMAT, "version": VERSION, "source": sae.source, "rules": json.dumps(rules)}
     write_safetensors(fpath, tensors, metadata)
 
 

@@ -88,6 +88,7 @@ def load_saev(fpath: Path) -> Sae:
         b_dec_d=tensors["b_dec"],
         activation=activation,
         pre_bias=False,
+        relu_of_top_k=False,
         missing=missing,
         source=f"saev, {'no schema' if schema is None else f'schema {schema}'}, {kind}{f' of K {k}' if missing else ''}",
     )
