@@ -80,7 +80,7 @@ class Extraction:
     rank_by: Literal["patch", "image"] = "patch"
     """patch: rank every patch, so an image may hold several slots. image: only an image's best patch, so slots are distinct images."""
     percentile: float = 99.0
-    """Percentile of each feature's scores over all tokens, zeros included."""
+    """Percentile of each feature's scores over all tokens, zeros included; 0 to 100."""
     percentile_estimator: Literal["histogram", "saev"] = "histogram"
     """histogram: within 3.1 % of the true one, any number of ranks. saev: its running sign-step estimate, for comparison; one process only."""
     n_distributions: int = 25

@@ -37,6 +37,7 @@ from saev_dist.render.sheet import Row, Slot, contact_sheet
 from saev_dist.sae.saev import load_saev, save_saev
 from saev_dist.store import Run
 
+TELL_S = 10.0  # from one line on the training to the next, where there is no terminal
 # Photographs in the wheel, and the scale at which their structure is as large as a patch.
 PHOTOGRAPHS = {
     "astronaut.png": 1.0,
@@ -120,7 +121,12 @@ def _run(cfg: Demo, source_dpath: Path) -> None:
     write_shards(acts_epd, shards_dpath, images_dpath)
     print(f"3. Train an SAE of {D_SAE} features, {TOP_K} active per patch: {sae_fpath}", flush=True)
     began = time.monotonic()
-    train(acts_epd.flatten(0, 1), sae_fpath, cfg)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # products are small: two threads gain little, and on a busy machine wait for each other
+    try:
+        train(acts_epd.flatten(0, 1), sae_fpath, cfg)
+    finally:
+        torch.set_num_threads(n_threads)
     print(f"   {cfg.n_steps:,} steps in {time.monotonic() - began:.1f} s", flush=True)
 
     job = Extract(
@@ -253,8 +259,12 @@ def train(acts_bd: Tensor, sae_fpath: Path, cfg: Demo) -> None:
     weights = [tensor.requires_grad_() for tensor in (w_enc, b_enc, w_dec, b_dec)]
     optimizer = torch.optim.Adam(weights, lr=LEARNING_RATE, betas=(0.9, 0.99))
     idle_s = torch.zeros(D_SAE, dtype=torch.int64)
-    steps = trange(cfg.n_steps, desc="train", unit="step", disable=not cfg.progress or not sys.stderr.isatty())
-    for step in steps:
+    is_shown = cfg.progress and sys.stderr.isatty()
+    told = time.monotonic()
+    for step in trange(cfg.n_steps, desc="train", unit="step", disable=not is_shown):
+        if cfg.progress and not is_shown and time.monotonic() - told > TELL_S:
+            told = time.monotonic()
+            print(f"   {step:,} of {cfg.n_steps:,} steps", flush=True)
         x_bd = acts_bd[torch.randint(len(acts_bd), (BATCH_TOKENS,), generator=random)]
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / 50, (cfg.n_steps - step) / (0.3 * cfg.n_steps))
         h_bs = x_bd @ w_enc + b_enc

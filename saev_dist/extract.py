@@ -79,6 +79,9 @@ def run(cfg: Extract) -> None:
             return
         need = fit(cfg, job.shards, job.sae, job.plan, job.device, job.n_threads, world)
         job = replace(job, n_threads=need.n_threads)
+        if 0 < cfg.percentile < 1 and world.rank == 0:
+            meant = f"{100 * cfg.percentile:g}"
+            warn(f"--percentile {cfg.percentile:g} is below the 1st percentile; for the {meant}th write {meant}.")
         if cfg.screen == "bf16" and world.rank == 0 and (rate := screen.speedup(job.sae.d_model)) < screen.PAYS:
             warn(
                 f"--screen bf16: this machine makes a product in bfloat16 {rate:.2g} times as fast as in fp32, which does not "

@@ -242,7 +242,8 @@ def _finding(own: Figures, others: list[Figures], n_tokens: int) -> str | None:
         return f"{start}; {best.reading}: {_words(best)}. If it was trained so, use {best.flags}."
     if measured and own_error > 1:
         return (
-            f"{start}: worse than the mean activation would do, and no other reading that was tried does better. "
+            f"{start}: worse than the mean activation would do, and no other reading that was tried does much better (the "
+            f"best, {best.reading}: {error:.4f}). "
             "Is it the SAE of this model and layer, and were the activations normalised?"
         )
     return None

@@ -24,12 +24,12 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from saev_dist.errors import RunError, warn
+from saev_dist.errors import ConfigError, RunError, warn
 from saev_dist.fields import Fields
 from saev_dist.files import fsync_dir, retrying, writing
 from saev_dist.world import World
@@ -104,6 +104,9 @@ class Run:
             raise RunError(f"{self.dpath} is a file; --out takes a directory to make, or that of an earlier run.")
         if os.path.lexists(self.dpath / "metadata.json"):
             raise RunError(f"{self.dpath} holds metadata.json: it is a directory of shards. Choose another --out.")
+        with suppress(RunError):  # a damaged one --force may replace
+            if (found := self.manifest()) is not None and "identity" not in found.obj:
+                raise ConfigError(f"{self.manifest_fpath} is not that of a run of saev-dist. Choose another --out.")
         if force:
             return False
         under_way = self.under_way()
@@ -139,7 +142,7 @@ class Run:
         fpath = self.partials_dpath / "lock"
         with writing(fpath):
             self.partials_dpath.mkdir(parents=True, exist_ok=True)
-            file = open(fpath, "a+")
+            file = open(fpath, "ab+", buffering=0)  # closing it writes nothing, on a full disk
         with ExitStack() as stack:
             stack.callback(self._drop_partials)
             stack.enter_context(file)
@@ -151,18 +154,17 @@ class Run:
             except OSError as err:
                 warn(f"{fpath}: cannot lock ({err.strerror}); see to it that no other run uses {self.dpath}.")
             if not is_ours:
-                holder = ""
+                holder = b""
                 with suppress(OSError):  # there are locks that keep others from reading
                     file.seek(0)
                     holder = file.read(200)
-                raise self._in_use(holder)
+                raise self._in_use(os.fsdecode(holder))
             if not fpath.exists() or not os.path.samestat(os.stat(fpath), os.fstat(file.fileno())):
                 raise self._in_use("a run that is just ending")
+            stack.callback(self._drop_lock, fpath)
             with writing(fpath):
                 file.truncate(0)
-                file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-                file.flush()
-            stack.callback(self._drop_lock, fpath)
+                file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
             yield
 
     def _drop_lock(self, fpath: Path) -> None:
@@ -321,7 +323,7 @@ class Run:
             raise RunError(f"{fpath} is damaged; run extract again with --force.") from None
 
 
-def _try_lock(file: TextIO, kind: int) -> bool:
+def _try_lock(file: IO[Any], kind: int) -> bool:
     """Whether the lock could be had.
 
     Raises:

@@ -77,7 +77,7 @@ def submit(launcher: Launcher, cfgs: Sequence[Extract | Replay], logs: Path, dep
                 setup=list(launcher.setup),
                 stderr_to_stdout=True,
             )
-            with _beyond_ctrl_c():
+            with writing(logs), _beyond_ctrl_c():
                 submitted = local.submit_array(tasks)
             for job in submitted:  # its number is a process's, and may have been an earlier job's
                 cancelled_fpath(job.paths.folder, job.job_id).unlink(missing_ok=True)
@@ -85,17 +85,12 @@ def submit(launcher: Launcher, cfgs: Sequence[Extract | Replay], logs: Path, dep
             try:
                 executor = submitit.SlurmExecutor(logs, max_num_timeout=NO_LIMIT)
                 executor.update_parameters(**_parameters(launcher, kind, dependency))
-                with redirect_stderr(StringIO()):  # submitit prints what it raises
-                    submitted = executor.submit_array(tasks)
+                with writing(logs), redirect_stderr(StringIO()):  # submitit prints what it raises
+                    submitted = _submit(executor, tasks)
             except FailedJobError as err:
                 raise ConfigError(f"Slurm refuses the {kind} job: {_brief(str(err))}") from None
             except RuntimeError as err:  # there is no srun
                 raise ConfigError(f"cannot submit: {err} --cluster local runs on this machine.") from None
-            except OSError as err:
-                hint = (
-                    "choose other --logs" if Path(err.filename or "").is_relative_to(logs) else "is this machine of a cluster?"
-                )
-                raise ConfigError(f"cannot submit: {err.filename or 'sbatch'}: {err.strerror or err}; {hint}") from None
     return [
         Job(
             cluster=launcher.cluster,  # type: ignore[arg-type]  # debug does not come here
@@ -111,6 +106,17 @@ def submit(launcher: Launcher, cfgs: Sequence[Extract | Replay], logs: Path, dep
         )
         for job, cfg in zip(submitted, cfgs, strict=True)
     ]
+
+
+def _submit(executor: submitit.SlurmExecutor, tasks: Sequence[Task]) -> list[submitit.Job[None]]:
+    try:
+        return executor.submit_array(tasks)
+    except FileNotFoundError as err:
+        if err.filename != "sbatch":
+            raise
+        raise ConfigError(
+            "cannot submit: there is srun, but no sbatch on PATH. --cluster local runs on this machine."
+        ) from None
 
 
 def tell_to_leave(job: Job) -> None:

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import saev_dist
+import slurm.launch
 from saev_dist.cli import main
 from tests.ranks import ENV, run_cli, run_ranks
 from tests.synthetic import TOPK, make_acts, make_sae, make_shards, make_weights
@@ -246,6 +248,64 @@ def test_a_full_disk_is_one_line_and_leaves_no_artifact(tmp_path, small_disk, ca
     case.flags["--top-k"] = 20
     main([*case.args[:1], "--force", *case.args[1:]])
     assert (small_disk / "run/manifest.json").exists()
+
+
+@pytest.mark.parametrize("command", ["replay", "launcher"])
+def test_a_disk_that_is_quite_full_is_one_line_in_every_job(tmp_path, small_disk, capsys, command):
+    """Not a byte is left for the lock, or for what submitit writes."""
+    case = Case(tmp_path / "case")
+    case.flags |= {"--out": small_disk / "run", "--top-k": 5}
+    main(case.args)
+    capsys.readouterr()
+    with suppress(OSError), open(small_disk / "other", "wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    start, args = main, ["replay", "--run", str(small_disk / "run"), "--no-pictures"]
+    if command == "launcher":
+        start, args = slurm.launch.main, ["--cluster", "local", "--gpus-per-node", "0", "--logs", str(small_disk)]
+        args += [*case.args, "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match="1"):
+        start(args)
+    *warnings, line = capsys.readouterr().err.splitlines()
+    assert all(warning.startswith("saev-dist: warning: ") for warning in warnings)
+    assert line.split(": ")[1] == "error" and str(small_disk) in line and "No space left on device; free some space" in line
+    assert not (small_disk / "run/partials").exists()
+
+
+def test_another_programs_manifest_is_left_alone(tmp_path, capsys):
+    case = Case(tmp_path / "case")
+    out = tmp_path / "app"
+    out.mkdir()
+    (out / "manifest.json").write_text('{"name": "app"}')
+    for more in ([], ["--force"]):
+        with pytest.raises(SystemExit, match="1"):
+            main([*case.args, "--out", str(out), *more])
+        assert "app/manifest.json is not that of a run of saev-dist. Choose another --out." in capsys.readouterr().err
+    assert (out / "manifest.json").read_text() == '{"name": "app"}'
+
+
+def test_a_percentile_that_is_meant_as_a_share_is_warned_of(tmp_path, capsys):
+    case = Case(tmp_path / "case")
+    main([*case.args, "--percentile", "0.99"])
+    assert "warning: --percentile 0.99 is below the 1st percentile; for the 99th write 99." in capsys.readouterr().err
+
+
+def test_what_lies_one_step_away_is_named(tmp_path, capsys):
+    case = Case(tmp_path / "case")
+    main(["convert", str(case.sae), str(tmp_path / "case" / "plain")])
+    capsys.readouterr()
+    for flags, words in (
+        (["--sae", str(case.sae.parent)], None),
+        (["--sae", str(case.shards)], f"{case.shards} is a directory of shards; give it to --shards, and an SAE to --sae."),
+    ):
+        with pytest.raises(SystemExit, match="1"):
+            main([*case.args, *flags])
+        err = capsys.readouterr().err
+        assert (words in err) if words else "Did you mean" not in err, err  # there are two
+    case.sae.unlink()
+    with pytest.raises(SystemExit, match="1"):
+        main([*case.args, "--sae", str(case.sae.parent)])
+    assert f"Did you mean {tmp_path / 'case' / 'plain'}?" in capsys.readouterr().err
 
 
 def test_a_disk_too_small_is_refused_before_the_start(tmp_path, small_disk, capsys):

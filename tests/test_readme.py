@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from saev_dist.data.shards import Shards
 from saev_dist.store import ARTIFACT_PATTERNS
 from tests.ranks import ENV
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
-(PYTHON,) = re.findall(r"```python\n(.*?)```", README, re.S)
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_every_example_runs_from_top_to_bottom(tmp_path):
@@ -26,8 +27,14 @@ def test_every_example_runs_from_top_to_bottom(tmp_path):
         done = subprocess.run(line, shell=True, cwd=tmp_path, env=ENV | {"PATH": path}, capture_output=True, text=True)
         assert done.returncode == 0, (line, done.stderr)
         assert "saev-dist" not in line or done.stdout, line
-    done = subprocess.run([sys.executable, "-c", PYTHON], cwd=tmp_path, env=ENV, capture_output=True, text=True)
-    assert re.match(r"feature \d+ scores [\d.]+ on image \d+, patch \d+", done.stdout), done.stderr
+    done = [
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, capture_output=True, text=True) for code in PYTHON
+    ]
+    assert [(run.returncode, run.stderr) for run in done] == [(0, "")] * 2
+    assert re.match(r"feature \d+ scores [\d.]+ on image \d+, patch \d+", done[0].stdout)
+    shards = Shards.open(tmp_path / "runs/my-shards")
+    shards.check_files()
+    assert (shards.n_examples, shards.n_patches, shards.d_model) == (24, 196, 768)
 
 
 @pytest.mark.parametrize("pattern", ARTIFACT_PATTERNS)

@@ -257,7 +257,7 @@ class ShardWriter:
 
     def __init__(
         self,
-        dpath: Path,
+        dpath: Path | str,
         *,
         family: str,
         ckpt: str,
@@ -269,7 +269,7 @@ class ShardWriter:
         dataset: Path | str = "",
         data: Mapping[str, Any] | None = None,
     ) -> None:
-        self.dpath = dpath
+        self.dpath = Path(dpath)
         self.n_tokens = content_tokens_per_example + cls_token
         self.examples_per_shard = max_tokens_per_shard // (self.n_tokens * len(layers))
         if self.examples_per_shard < 1:

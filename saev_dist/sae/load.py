@@ -220,9 +220,23 @@ def _recognise_directory(dpath: Path) -> str:
         return found[0]
     if found:
         raise CheckpointError(f"{dpath} holds the files of {' and '.join(found)}; say which with --sae-format.")
+    if (dpath / "metadata.json").exists():
+        raise CheckpointError(f"{dpath} is a directory of shards; give it to --shards, and an SAE to --sae.")
     names = sorted(fpath.name for fpath in dpath.iterdir())
     held = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    if len(within := [name for name in names if _is_sae(dpath / name)]) == 1:
+        raise CheckpointError(f"{dpath} is no SAE by itself; it holds {held}. Did you mean {dpath / within[0]}?")
     raise CheckpointError(f"{dpath} is no SAE by itself; it holds {held or 'nothing'}. An SAE is one of {_known()}.")
+
+
+def _is_sae(path: Path) -> bool:
+    """Whether a file is one by itself, or a directory holds one format's files."""
+    if path.is_dir():
+        return any(kind.files and all((path / file).exists() for file in kind.files) for kind in FORMATS.values())
+    try:
+        return path.is_file() and bool(recognise(path))
+    except CheckpointError:
+        return False
 
 
 def _known() -> str:
