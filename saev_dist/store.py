@@ -99,6 +99,7 @@ class Run:
 
         Raises:
             RunError: the directory holds shards, or another run, finished or not, or artifacts of unknown origin.
+            ConfigError: its manifest.json is another program's.
         """
         if os.path.isfile(self.dpath):
             raise RunError(f"{self.dpath} is a file; --out takes a directory to make, or that of an earlier run.")

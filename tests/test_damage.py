@@ -398,4 +398,4 @@ def test_no_shard_at_all_is_an_error(tmp_path, server, with_bad_shards):
     for fpath in (tmp_path / "shards").glob("*.bin"):
         fpath.unlink()
     codes, output = server.run(*with_bad_shards, tmp_path / "run", "--skip-bad-shards")
-    assert codes == [1] and "no shard can be read; the first: " in output
+    assert codes == [1] and "no shard can be read, so there is nothing to write; the first: " in output
