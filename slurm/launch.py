@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(argv: list[str]) -> bool:
     """Do what the arguments say; False if a job that was waited for failed."""
     flags, command, rest = split(argv)
-    _refuse_late(command, rest)
+    _refuse_misplaced(command, rest)
     launcher: Launcher = _parse(Launcher, PROG, with_toml(flags, Launcher))
     match command:
         case "extract":
@@ -95,15 +95,20 @@ def split(argv: list[str]) -> tuple[list[str], str, list[str]]:
     return argv, "", []
 
 
-def _refuse_late(command: str, rest: Sequence[str]) -> None:
-    """Wrong usage: a flag of the launcher's among those of the job."""
+def _refuse_misplaced(command: str, rest: Sequence[str]) -> None:
+    """Wrong usage: a flag of the launcher's among those of the job, or of a pipeline's replay among those of its extract."""
     if command not in ("extract", "replay", "pipeline"):
         return
-    jobs = {field.name for kind in (Extract, Replay) for field in fields(kind)}
-    own = "|".join(field.name.replace("_", "[-_]") for field in fields(Launcher) if field.name not in jobs)
-    if late := [word for word in rest if re.fullmatch(f"--(no[-_])?({own})(=.*)?", word, re.S)]:
-        print(f"{PROG}: {late[0]} is a flag of the launcher: write it before {command!r}.", file=sys.stderr)
-        sys.exit(2)
+    extract, replay, launcher = ({field.name for field in fields(kind)} for kind in (Extract, Replay, Launcher))
+    extracts = rest[: rest.index("--")] if "--" in rest else rest
+    for words, names, told in (
+        (rest, launcher - extract - replay, f"a flag of the launcher: write it before {command!r}"),
+        (extracts if command == "pipeline" else [], replay - extract, "a flag of replay: write it at the end, behind a --"),
+    ):
+        known = "|".join(name.replace("_", "[-_]") for name in names)
+        if found := [word for word in words if re.fullmatch(f"--(no[-_])?({known})(=.*)?", word, re.S)]:
+            print(f"{PROG}: {found[0]} is {told}.", file=sys.stderr)
+            sys.exit(2)
 
 
 def launch(launcher: Launcher, extracts: Sequence[Extract], replays: Sequence[Replay]) -> bool:

@@ -275,6 +275,10 @@ def test_the_tools_are_there_however_the_window_grew(visit: Open, small: Gallery
     expect(search).to_be_hidden()
     page.set_viewport_size({"width": 1300, "height": 800})
     expect(search).to_be_visible()
+    page.set_viewport_size({"width": 600, "height": 800})
+    page.evaluate("location.hash = '#feature=60'")  # an old link
+    expect(page.locator("#ids-note")).to_be_visible()
+    expect(page.locator("#ids-note")).to_contain_text("No feature 60")
 
 
 def test_a_number_that_is_chosen_otherwise_is_no_longer_marked_as_wrong(visit: Open, small: Gallery):

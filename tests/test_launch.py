@@ -91,6 +91,13 @@ def test_a_flag_of_the_launcher_after_the_command_is_sent_back(capsys, flag, com
     assert f"{flag} is a flag of the launcher: write it before '{command}'." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--no-pictures", "--n_images=3", "--images"])
+def test_a_flag_of_replay_in_a_pipelines_extract_is_sent_to_the_end(capsys, flag):
+    with pytest.raises(SystemExit, match="2"):
+        main(["pipeline", "--out", "o", flag, "--", "--n-features", "3"])
+    assert f"{flag} is a flag of replay: write it at the end, behind a --." in capsys.readouterr().err
+
+
 def test_what_a_flag_of_the_launcher_is_called_may_be_a_value(tmp_path, args, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--dry-run", "extract", *args, "--out", "nodes", "--no-progress"])

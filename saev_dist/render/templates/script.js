@@ -134,6 +134,7 @@ function renderControls() {
   for (const button of document.querySelectorAll("[data-view]")) button.setAttribute("aria-pressed", String(button.dataset.view === state.view));
   const search = searched(state.ids), wrong = search?.wrong ?? [];
   $("ids").setAttribute("aria-invalid", String(wrong.length > 0));
+  if (wrong.length) $("side").open = true; // the note says what is wrong
   $("ids-note").textContent = wrong.length ? `No feature ${wrong.join(", ")}: ids are 0 to ${N - 1}, like 17, 40-60.` : search ? "Found among all features, whatever the filters below." : "";
   for (const control of $("filters").querySelectorAll("fieldset, #show")) control.disabled = Boolean(search);
 }
