@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from saev_dist.errors import CheckpointError
+from saev_dist.sae import encoder
 from saev_dist.sae.encoder import ActivationOverflow, Encoder
 from saev_dist.sae.model import ConstantNorm, Gated, Given, LayerNorm, Relu, Sae, Threshold, TopK
 
@@ -67,6 +68,17 @@ def test_bias_counts_towards_the_largest_score():
     with pytest.raises(ActivationOverflow):
         encode(sae, torch.full((1, D_MODEL), 1e37))
     assert torch.isfinite(encode(sae, torch.ones(1, D_MODEL))).all()
+
+
+def test_weights_are_folded_a_few_features_at_a_time(monkeypatch):
+    """The float64 copy of all of them would be twice the SAE."""
+    sae = make_sae(pre_bias=True, b_dec_d=torch.linspace(-3, 4, D_MODEL), input_norm=Given(torch.linspace(2, 5, D_MODEL), 0.5))
+    acts_bd = torch.randn(20, D_MODEL, generator=torch.Generator().manual_seed(1))
+    x_bd = (acts_bd.double() - sae.input_norm.mean_d) * 0.5 - sae.b_dec_d
+    expected_bs = (x_bd @ sae.w_enc_ds.double() + sae.b_enc_s).relu()
+    for n_features in (3, 4096):
+        monkeypatch.setattr(encoder, "FOLD_FEATURES", n_features)
+        torch.testing.assert_close(encode(sae, acts_bd).double(), expected_bs, rtol=1e-5, atol=1e-5)
 
 
 def test_an_sae_whose_own_numbers_are_too_large_is_refused_itself():
