@@ -38,7 +38,10 @@ def run(cfg: Inspect) -> None:
         print(table(dict(describe_run(cfg.path))))
         return
     if os.path.exists(cfg.path / "slurm") and len(os.listdir(cfg.path)) == 1:
-        raise ConfigError(f"{cfg.path} holds no run yet, only what the launcher wrote: no job of it has begun.")
+        raise ConfigError(
+            f"{cfg.path} holds no run yet, only what the launcher wrote. What became of its job says: "
+            f"python -m slurm.launch status --run {shlex.quote(str(cfg.path))}"
+        )
     if not os.path.lexists(cfg.path) and not is_hub_name(cfg.path):
         raise ConfigError(f"{cfg.path} is not there; inspect takes a directory of shards, an SAE, or a run.")
     if cfg.layer is not None and cfg.shards is None:

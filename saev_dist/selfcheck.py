@@ -240,10 +240,10 @@ def _finding(own: Figures, others: list[Figures], n_tokens: int) -> str | None:
     start = f"on {n_tokens:,} tokens the SAE as it is read gives {_words(own)}"
     if error < min(CLEARLY * own_error, own_error - AT_LEAST, 1):
         return f"{start}; {best.reading}: {_words(best)}. If it was trained so, use {best.flags}."
-    if measured and own_error > 1:
+    if own_error > 1 and (measured or own.normalized_mse is not None):
+        than = f" (the best, {best.reading}: {error:.4f})" if measured else ""
         return (
-            f"{start}: worse than the mean activation would do, and no other reading that was tried does much better (the "
-            f"best, {best.reading}: {error:.4f}). "
+            f"{start}, and none of the readings that were tried does clearly better than the mean activation would{than}. "
             "Is it the SAE of this model and layer, and were the activations normalised?"
         )
     return None

@@ -67,6 +67,17 @@ class Run:
         """The manifest of a finished run, or None."""
         return _read_json(self.manifest_fpath)
 
+    def _is_foreign(self) -> bool:
+        """Whether there is a manifest.json that is none of ours, and nothing of ours beside it."""
+        try:
+            content = json.loads(self.manifest_fpath.read_bytes())
+        except OSError:
+            return False
+        except (ValueError, RecursionError):
+            content = None
+        is_ours = isinstance(content, dict) and "identity" in content
+        return not is_ours and not self.artifacts() and not os.path.exists(self.partials_dpath)
+
     def manifest_sha256(self) -> str:
         """Of the file; "" where it cannot be read."""
         try:
@@ -105,9 +116,8 @@ class Run:
             raise RunError(f"{self.dpath} is a file; --out takes a directory to make, or that of an earlier run.")
         if os.path.lexists(self.dpath / "metadata.json"):
             raise RunError(f"{self.dpath} holds metadata.json: it is a directory of shards. Choose another --out.")
-        with suppress(RunError):  # a damaged one --force may replace
-            if (found := self.manifest()) is not None and "identity" not in found.obj:
-                raise ConfigError(f"{self.manifest_fpath} is not that of a run of saev-dist. Choose another --out.")
+        if self._is_foreign():
+            raise ConfigError(f"{self.manifest_fpath} is not that of a run of saev-dist. Choose another --out.")
         if force:
             return False
         under_way = self.under_way()

@@ -86,10 +86,11 @@ class World:
 
     def note_loss(self) -> None:
         """The disk did not take this rank's last snapshot: where ranks leave now, nobody is to say that all is kept."""
+        if not self._has_lost and self._store is not None:
+            with suppress(*STORE_ERRORS):
+                self._store.set("loss", f"rank {self.rank}")
+                self._store.add("losses", 1)
         self._has_lost = True
-        with suppress(*STORE_ERRORS):
-            if self._store is not None:
-                self._store.set("loss", str(self.rank))
 
     @property
     def restarted(self) -> bool:
@@ -159,10 +160,9 @@ class World:
                 time.sleep(0.05)
                 n_gone, dead = self._store.add("gone", 0), next(looks)
             if isinstance(err, Preempted) and not self._has_lost and self._store.check(["loss"]):
-                rank = self._store.get("loss").decode()
-                loss = (
-                    f" (But the disk did not take the last snapshot of rank {rank}: what it did since the one before is lost.)"
-                )
+                n = self._store.add("losses", 0)
+                whose = f"{n} ranks" if n > 1 else self._store.get("loss").decode()
+                loss = f" (But the disk did not take the last snapshot of {whose}: what came since the one before is lost.)"
         self._store = None
         if not first:  # the same fault was found, and shown, by another rank
             raise PeerError(str(err)) from err

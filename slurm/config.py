@@ -111,8 +111,11 @@ class Launcher:
 
     @property
     def n_threads(self) -> int:
-        """Of a rank on CPUs: its cores, unless the environment that the job inherits says otherwise and no --setup does."""
-        said = os.environ.get("OMP_NUM_THREADS", "") if "OMP_NUM_THREADS" not in " ".join(self.setup) else ""
+        """Of a rank on CPUs: its cores, unless --setup says otherwise, or the environment that the job inherits."""
+        said = os.environ.get("OMP_NUM_THREADS", "")
+        for line in self.setup:
+            if found := re.search(r"\bunset OMP_NUM_THREADS\b|\bOMP_NUM_THREADS=(\d*)", line):
+                said = found[1] or ""
         return int(said) if said.isdecimal() and int(said) else self.cpus_per_gpu
 
     @property

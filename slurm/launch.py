@@ -103,7 +103,11 @@ def _refuse_misplaced(command: str, rest: Sequence[str]) -> None:
     extracts = rest[: rest.index("--")] if "--" in rest else rest
     for words, names, told in (
         (rest, launcher - extract - replay, f"a flag of the launcher: write it before {command!r}"),
-        (extracts if command == "pipeline" else [], replay - extract, "a flag of replay: write it at the end, behind a --"),
+        (
+            extracts if command == "pipeline" else [],
+            replay - extract - {"run"},
+            "a flag of replay: write it at the end, behind a --",
+        ),
     ):
         known = "|".join(name.replace("_", "[-_]") for name in names)
         if found := [word for word in words if re.fullmatch(f"--(no[-_])?({known})(=.*)?", word, re.S)]:
@@ -123,7 +127,7 @@ def launch(launcher: Launcher, extracts: Sequence[Extract], replays: Sequence[Re
     on_cpus = bool(todo or at_once) and launcher.cluster != "debug" and not launcher.gpus_per_node
     if on_cpus and launcher.n_threads != launcher.cpus_per_gpu:
         warn(
-            f"OMP_NUM_THREADS={launcher.n_threads} of this shell will hold in the job, and --cpus-per-gpu "
+            f"OMP_NUM_THREADS={launcher.n_threads}, of this shell or of --setup, will hold in the job, and --cpus-per-gpu "
             f"{launcher.cpus_per_gpu} only reserve cores. Unset it unless you mean that."
         )
     if launcher.dry_run or any(cfg.dry_run for cfg in extracts):  # extract's own flag cannot mean a job that only plans
@@ -289,7 +293,7 @@ def status(cfg: Status) -> bool:
         state = states[job.job_id]
         text = describe_state(job, state) if state.is_under_way else verdict(job, state)[1]
         print(f"{job.run}\n  {job.kind} {job.job_id}  {text.removesuffix(f': {job.run}')}")
-        for line in describe(job, is_running=not state.is_waiting) if state.is_under_way else []:
+        for line in describe(job, is_running=state.is_at_work) if state.is_under_way else []:
             print(f"  {line}")
         log_fpath = job.log_fpath(0)
         last = tail(log_fpath, cfg.lines)

@@ -1,6 +1,7 @@
 """How far a run is, read from its directory and its ranks' logs."""
 
 import json
+import math
 import os
 import re
 import time
@@ -19,7 +20,7 @@ LINE = re.compile(r"(?:extract|replay) +[\d.]+%.*ETA .*")
 
 
 def describe(job: Job, *, is_running: bool) -> list[str]:
-    """Lines on the whole and, unless it waits, on each rank, as far as anything is known."""
+    """Lines on the whole and, of a job at work, on each rank, as far as anything is known."""
     kept = _kept(job.run) if job.kind == "extract" else None
     if not is_running:  # its ranks' logs, and the age of their snapshots, are an earlier attempt's
         return [kept.share] if kept else []
@@ -85,8 +86,8 @@ def _kept(run: Path) -> Kept | None:
 
 
 def _age_s(fpath: Path, now: float) -> float:
-    """Of a partial; 0 where a newer one has just replaced it."""
+    """Of a partial; where another one has just replaced it: nobody knows, so it counts as an earlier attempt's."""
     try:
         return now - os.stat(fpath).st_mtime
     except FileNotFoundError:
-        return 0.0
+        return math.inf

@@ -32,9 +32,9 @@ class State:
         return self.name in UNDER_WAY
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether what its ranks have left is an earlier attempt's."""
-        return self.name in WAITING
+    def is_at_work(self) -> bool:
+        """Whether what its ranks say is of now, and not of an earlier attempt."""
+        return self.is_under_way and self.name not in (*WAITING, "UNKNOWN")
 
 
 def ask(jobs: list[Job]) -> dict[str, State]:

@@ -276,12 +276,13 @@ def test_another_programs_manifest_is_left_alone(tmp_path, capsys):
     case = Case(tmp_path / "case")
     out = tmp_path / "app"
     out.mkdir()
-    (out / "manifest.json").write_text('{"name": "app"}')
-    for more in ([], ["--force"]):
-        with pytest.raises(SystemExit, match="1"):
-            main([*case.args, "--out", str(out), *more])
-        assert "app/manifest.json is not that of a run of saev-dist. Choose another --out." in capsys.readouterr().err
-    assert (out / "manifest.json").read_text() == '{"name": "app"}'
+    for text in ('{"name": "app"}', '[{"file": "a.js"}]', "CACHE MANIFEST"):
+        (out / "manifest.json").write_text(text)
+        for more in ([], ["--force"]):
+            with pytest.raises(SystemExit, match="1"):
+                main([*case.args, "--out", str(out), *more])
+            assert "app/manifest.json is not that of a run of saev-dist. Choose another --out." in capsys.readouterr().err
+        assert (out / "manifest.json").read_text() == text
 
 
 def test_a_percentile_that_is_meant_as_a_share_is_warned_of(tmp_path, capsys):
@@ -303,6 +304,7 @@ def test_what_lies_one_step_away_is_named(tmp_path, capsys):
         err = capsys.readouterr().err
         assert (words in err) if words else "Did you mean" not in err, err  # there are two
     case.sae.unlink()
+    (case.sae.parent / "hparams.json").write_text('{"lr": 1}\n')  # begins as saev's own do
     with pytest.raises(SystemExit, match="1"):
         main([*case.args, "--sae", str(case.sae.parent)])
     assert f"Did you mean {tmp_path / 'case' / 'plain'}?" in capsys.readouterr().err

@@ -101,4 +101,4 @@ def test_anything_else_is_refused(inputs, capsys):
     assert "nowhere is not there; inspect takes a directory of shards, an SAE, or a run." in refused(capsys, inputs / "nowhere")
     assert "is no SAE by itself; it holds " in refused(capsys, inputs)
     (inputs / "launched" / "slurm").mkdir(parents=True)
-    assert "launched holds no run yet, only what the launcher wrote" in refused(capsys, inputs / "launched")
+    assert "launched holds no run yet, only what the launcher wrote. What became of" in refused(capsys, inputs / "launched")

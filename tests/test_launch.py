@@ -280,7 +280,9 @@ def test_a_dry_run_states_the_jobs_threads_and_memory_not_this_machines(tmp_path
     with pytest.raises(SystemExit, match="0"):
         main([*cpus, *job])
     done = capsys.readouterr()
-    assert "per rank, 3 thread(s): " in done.out and "OMP_NUM_THREADS=3 of this shell will hold in the job" in done.err
+    assert "per rank, 3 thread(s): " in done.out and "OMP_NUM_THREADS=3, of this shell or of --setup, will hold" in done.err
+    for setup, n_threads in (("export OMP_NUM_THREADS=2", 2), ("unset OMP_NUM_THREADS", 7), ("echo $OMP_NUM_THREADS", 3)):
+        assert Launcher(cpus_per_gpu=7, setup=(setup,)).n_threads == n_threads
 
 
 def test_extracts_own_dry_run_submits_nothing_either(tmp_path, args, capsys):

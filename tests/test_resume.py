@@ -271,9 +271,9 @@ def test_rank_0_says_so_of_another_ranks_loss(tmp_path, server, long_run, when):
     os.kill(attempt.pids[0], signal.SIGTERM)
     assert server.wait(attempt) == [75, 75], attempt.output()
     (line,) = (line for line in attempt.output().splitlines() if "stopped, and" in line)
-    assert line.endswith(
-        "(But the disk did not take the last snapshot of rank 1: what it did since the one before is lost.)"
-    ), line
+    assert line.endswith("(But the disk did not take the last snapshot of rank 1: what came since the one before is lost.)"), (
+        line
+    )
 
 
 def test_a_signal_is_obeyed_between_partials(tmp_path, server, whole):

@@ -6,6 +6,7 @@ the name in `config.SaeRules.sae_format`.
 
 import base64
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,9 @@ from saev_dist.sae import dictionary_learning, hub, plain, sae_lens, saev, spars
 from saev_dist.sae.checkpoint import check_k, file_in, load_torch, take
 from saev_dist.sae.model import TOKEN_NORMS, Given, LayerNorm, Relu, Sae, Threshold, TopK
 from saev_dist.sae.safetensors import read_header, read_safetensors
+
+MOST_LOOKED_INTO = 100
+"""Files of a directory that is no SAE, for one that is."""
 
 
 @dataclass(frozen=True)
@@ -224,18 +228,23 @@ def _recognise_directory(dpath: Path) -> str:
         raise CheckpointError(f"{dpath} is a directory of shards; give it to --shards, and an SAE to --sae.")
     names = sorted(fpath.name for fpath in dpath.iterdir())
     held = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    if len(within := [name for name in names if _is_sae(dpath / name)]) == 1:
+    within = [name for name in names if _is_sae(dpath / name)] if len(names) <= MOST_LOOKED_INTO else []
+    if len(within) == 1:
         raise CheckpointError(f"{dpath} is no SAE by itself; it holds {held}. Did you mean {dpath / within[0]}?")
     raise CheckpointError(f"{dpath} is no SAE by itself; it holds {held or 'nothing'}. An SAE is one of {_known()}.")
 
 
 def _is_sae(path: Path) -> bool:
     """Whether a file is one by itself, or a directory holds one format's files."""
-    if path.is_dir():
-        return any(kind.files and all((path / file).exists() for file in kind.files) for kind in FORMATS.values())
+    if os.path.isdir(path):  # unlike Path's methods, os.path's answer False also where one may not look
+        return any(kind.files and all(os.path.exists(path / file) for file in kind.files) for kind in FORMATS.values())
     try:
-        return path.is_file() and bool(recognise(path))
-    except CheckpointError:
+        if not os.path.isfile(path) or recognise(path) != "saev":
+            return os.path.isfile(path)
+        with open(path, "rb") as file:  # a line of JSON, then what torch.save writes; other JSON begins so, too
+            file.readline(saev.MAX_HEADER_BYTES)
+            return file.read(2) in (b"PK", b"\x80\x02")
+    except (CheckpointError, OSError):
         return False
 
 
