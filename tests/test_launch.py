@@ -715,6 +715,12 @@ def test_a_rate_is_that_of_this_attempt():
     assert "no snapshot of this attempt yet" in Kept(1000, [(old, 5000.0)], attempt_s=200.0).text()
 
 
+def test_a_partial_that_has_just_been_replaced_counts_as_an_earlier_attempts(tmp_path):
+    (tmp_path / "there").touch()
+    assert slurm.progress._age_s(tmp_path / "there", time.time() + 5) == pytest.approx(5, abs=2)
+    assert slurm.progress._age_s(tmp_path / "gone", time.time()) == math.inf
+
+
 def test_a_run_that_nobody_launched_is_said(tmp_path, capsys):
     for command in ("status", "cancel"):
         with pytest.raises(SystemExit, match="1"):

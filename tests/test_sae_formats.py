@@ -337,6 +337,27 @@ def test_a_transcoder_reads_its_input_as_it_is(copy):
     same_features(encode(sae, x_bd - sae.b_dec_d), feats_bs)
 
 
+def test_sparsify_of_before_2025_says_that_it_does_not_rank_by_magnitude(copy):
+    dpath = copy("sparsify/topk")
+    x_bd, feats_bs = expected("sparsify/topk")
+    edit(dpath / "cfg.json", signed=False)
+    same_features(encode(load(dpath), x_bd), feats_bs)
+    edit(dpath / "cfg.json", signed=True)
+    with pytest.raises(CheckpointError, match="signed is true; this version reads SAEs without it"):
+        load(dpath)
+
+
+def test_weights_that_do_not_fit_into_memory_are_not_called_damaged(copy, monkeypatch):
+    dpath = copy("dictionary_learning/top_k")
+
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(CheckpointError, match="GB of weights do not fit into memory; free some"):
+        load(dpath)
+
+
 def test_latents_of_sparsify_may_be_a_multiple_of_the_width(copy):
     dpath = copy("sparsify/topk")
     edit(dpath / "cfg.json", num_latents=0)

@@ -72,6 +72,26 @@ def test_an_image_encoded_again_equals_brute_force(tmp_path, activation, rank_by
     assert check.n_slots == len(slots) > 0 and check.n_on_edge == 0
 
 
+def test_terms_are_added_up_a_few_slots_at_a_time(tmp_path, monkeypatch):
+    run, magnitude, sizes, found = FinishedRun.open(make_run(tmp_path)), Encoder.magnitude, [], {}
+    slots = choose_slots(range(run.sae.d_sae), run.values_sk, run.imgs_sk, run.patches_sk, None)
+    slots = slots[np.lexsort((slots["feature"], slots["img_i"]))]
+
+    def note(self, acts_nd, feature_n):
+        sizes.append(len(feature_n))
+        found[at_once].append(magnitude(self, acts_nd, feature_n))
+        return found[at_once][-1]
+
+    monkeypatch.setattr(Encoder, "magnitude", note)
+    for at_once in (4096, 2):
+        found[at_once], sizes = [], []
+        monkeypatch.setattr("saev_dist.reencode.SLOTS_AT_ONCE", at_once)
+        with Encoder(run.sae, torch.device("cpu"), "fp32", 1) as encoder:
+            assert len(list(reencode(run, slots, encoder, Check(), read_ahead=2))) < len(slots) / 2
+    assert max(sizes) == 2
+    assert torch.equal(torch.cat(found[2]), torch.cat(found[4096])) and len(torch.cat(found[2])) == len(slots)
+
+
 def test_ranks_check_the_same_scores(tmp_path):
     out = make_run(tmp_path)
     tables = [run_ranks("verify", "--run-dir", out, "--all", n_ranks=n_ranks) for n_ranks in (1, 3)]
