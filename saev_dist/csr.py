@@ -4,12 +4,15 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from io import BytesIO
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from saev_dist.files import Syncer
 from saev_dist.spill import Rows, as_bytes, crc32_combine
 
 DATE = (1980, 1, 1, 0, 0, 0)
@@ -25,6 +28,9 @@ def write_csr(file: BinaryIO, shape: tuple[int, int], counts: Rows, indices: Row
         file: where to; a file of the system's, at its beginning.
         shape: of the matrix.
         counts: int64 entries per row. indices: int32 columns. data: float32.
+
+    Raises:
+        RunError: rows are not what was written, or the disk does not take the file; it is on the disk otherwise.
     """
     counts.check_size(8 * shape[0])
     n_entries = sum(made for *_, made in counts.each(lambda _, chunk: int(chunk.sum())))
@@ -40,12 +46,14 @@ def write_csr(file: BinaryIO, shape: tuple[int, int], counts: Rows, indices: Row
             total = int(ends[-1]) if len(ends) else total
             yield ends.astype(index_dtype)
 
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        _write_large(archive, file, "indices", n_entries, index_dtype, indices)
-        _write_small(archive, "indptr", index_dtype, (shape[0] + 1,), pointers())
-        _write_small(archive, "format", np.dtype("S3"), (), iter([np.array(b"csr")]))
-        _write_small(archive, "shape", np.dtype(np.int64), (2,), iter([np.array(shape, np.int64)]))
-        _write_large(archive, file, "data", n_entries, np.dtype(np.float32), data)
+    with closing(Syncer(Path(file.name), file)) as syncer:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            _write_large(archive, file, syncer, "indices", n_entries, index_dtype, indices)
+            _write_small(archive, "indptr", index_dtype, (shape[0] + 1,), pointers())
+            _write_small(archive, "format", np.dtype("S3"), (), iter([np.array(b"csr")]))
+            _write_small(archive, "shape", np.dtype(np.int64), (2,), iter([np.array(shape, np.int64)]))
+            _write_large(archive, file, syncer, "data", n_entries, np.dtype(np.float32), data)
+        syncer.sync()
 
 
 def _write_small(
@@ -57,7 +65,9 @@ def _write_small(
             member.write(as_bytes(chunk))
 
 
-def _write_large(archive: zipfile.ZipFile, file: BinaryIO, name: str, n: int, dtype: np.dtype[Any], rows: Rows) -> None:
+def _write_large(
+    archive: zipfile.ZipFile, file: BinaryIO, syncer: Syncer, name: str, n: int, dtype: np.dtype[Any], rows: Rows
+) -> None:
     """The same, but each chunk is written to its place by the thread that read it; the headers are zipfile's."""
     info = zipfile.ZipInfo(f"{name}.npy", DATE)
     info.external_attr, info.header_offset = 0o600 << 16, archive.start_dir  # as zipfile's own
@@ -78,6 +88,7 @@ def _write_large(archive: zipfile.ZipFile, file: BinaryIO, name: str, n: int, dt
         if other_crc is not None:
             n_bytes, crc = n_bytes // 4 * dtype.itemsize, other_crc
         info.CRC = crc32_combine(info.CRC, crc, n_bytes)
+        syncer.wrote(n_bytes)
     file.seek(info.header_offset)
     file.write(info.FileHeader(zip64=True) + header)
     archive.start_dir = begin + n * dtype.itemsize

@@ -5,6 +5,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -15,6 +16,8 @@ T = TypeVar("T")
 
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT}
 DELAYS_S = (0.1, 1.0, 5.0)
+SYNC_BYTES = 64 * 1024 * 1024
+"""Bytes of a large file that are written before the disk is told to take them."""
 
 
 def retrying(read: Callable[[], T], *, patient: bool = True) -> T:
@@ -81,6 +84,59 @@ def write_all(file: BinaryIO, data: memoryview) -> None:
     """Write to an unbuffered file, which may take less than it is given."""
     while len(data):
         data = data[file.write(data) or 0 :]
+
+
+class Syncer:
+    """Brings a large file onto the disk on a thread of its own while others write it, so that little is left for `sync`.
+
+    Args:
+        fpath: what errors call it.
+        file: the file; its owner closes it, after this.
+    """
+
+    def __init__(self, fpath: Path, file: BinaryIO) -> None:
+        self._fpath, self._file = fpath, file
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="sync")
+        self._under_way: Future[None] | None = None
+        self._n_unsynced = 0
+        self._error: RunError | None = None
+        """Of the first `fsync` that failed."""
+
+    def wrote(self, n_bytes: int) -> None:
+        """So many bytes more were written. Not for several threads at a time.
+
+        Raises:
+            RunError: the disk did not take those of before.
+        """
+        self._n_unsynced += n_bytes
+        if self._n_unsynced >= SYNC_BYTES and (self._under_way is None or self._under_way.done()):
+            if self._under_way is not None:
+                self._under_way.result()
+            self._under_way, self._n_unsynced = self._pool.submit(self._fsync), 0
+
+    def sync(self) -> None:
+        """Bring all that is written onto the disk. Any thread may call it.
+
+        Raises:
+            RunError: the disk did not take it, now or before. The kernel drops what it could not write and says so once, so
+                that a second try would only seem to work.
+        """
+        self._pool.submit(self._fsync).result()
+
+    def _fsync(self) -> None:
+        if self._error is not None:
+            raise self._error
+        try:
+            with writing(self._fpath):
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        except RunError as err:
+            self._error = err
+            raise
+
+    def close(self) -> None:
+        """Wait for what is under way; what was never synced stays so."""
+        self._pool.shutdown()
 
 
 def sync_file_system(dpath: Path) -> None:

@@ -21,14 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saev_dist.errors import DamagedError, RunError
-from saev_dist.files import read_part, reading, writing
+from saev_dist.files import Syncer, read_part, reading, writing
 from saev_dist.plan import Intervals, complement, union
 
 T = TypeVar("T")
 
 COPY_BYTES = 4 * 1024 * 1024
 BUFFER_BYTES = 1024 * 1024
-SYNC_BYTES = 64 * 1024 * 1024
 N_THREADS = min(8, len(os.sched_getaffinity(0)))
 """Chunks that are worked on at a time."""
 MAX_WAITING = 4
@@ -120,8 +119,7 @@ class Spill:
         """Bring what is written onto the disk. Any thread may call it while another appends.
 
         Raises:
-            RunError: the disk did not take it, now or before. The kernel drops what it could not write and says so once, so
-                that a second try would only seem to work: rows since the last `sync` may be lost.
+            RunError: the disk did not take it, now or before: rows since the last `sync` may be lost.
         """
         for writer in self._writers.values():
             writer.sync()
@@ -138,18 +136,15 @@ class Spill:
 
 
 class _Writer:
-    """Writes a file on a thread of its own. Another brings it onto the disk meanwhile, so that little is left for `sync`."""
+    """Writes a file on a thread of its own."""
 
     def __init__(self, fpath: Path) -> None:
         self._fpath = fpath
         self._file: BinaryIO | None = None
+        self._syncer: Syncer | None = None
+        """Of the file, from the first byte on."""
         self._begin = self._end = self._crc = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="spill")
-        self._syncing: Future[None] | None = None
-        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="spill-sync")
-        self._n_unsynced = 0
-        self._error: RunError | None = None
-        """Of the first `fsync` that failed."""
 
     def submit(self, arrays: Sequence[NDArray[Any]], *, goes_on: bool) -> Future[tuple[int, int, int]]:
         """Write arrays one after the other.
@@ -163,38 +158,25 @@ class _Writer:
         if not goes_on:
             self._begin, self._crc = self._end, 0
         with writing(self._fpath):
-            self._file = self._file or open(self._fpath, "xb", buffering=BUFFER_BYTES)
+            if self._file is None or self._syncer is None:
+                self._file = open(self._fpath, "xb", buffering=BUFFER_BYTES)
+                self._syncer = Syncer(self._fpath, self._file)
             for array in arrays:
                 data = as_bytes(array)
                 self._file.write(data)
                 self._crc = zlib.crc32(data, self._crc)
                 self._end += data.nbytes
-                self._n_unsynced += data.nbytes
-        if self._n_unsynced >= SYNC_BYTES and (self._syncing is None or self._syncing.done()):
-            if self._syncing is not None:
-                self._syncing.result()
-            self._syncing, self._n_unsynced = self._syncer.submit(self._fsync), 0
+        self._syncer.wrote(sum(array.nbytes for array in arrays))
         return self._begin, self._end, self._crc
 
-    def _fsync(self) -> None:
-        if self._error is not None:
-            raise self._error
-        try:
-            with writing(self._fpath):
-                if self._file is not None:
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-        except RunError as err:
-            self._error = err
-            raise
-
     def sync(self) -> None:
-        self._syncer.submit(self._fsync).result()
+        if self._syncer is not None:
+            self._syncer.sync()
 
     def close(self, *, quietly: bool) -> None:
         self._pool.shutdown(cancel_futures=quietly)
-        self._syncer.shutdown()
-        if self._file is not None:
+        if self._file is not None and self._syncer is not None:
+            self._syncer.close()
             with suppress(RunError) if quietly else nullcontext(), writing(self._fpath):
                 self._file.close()
 

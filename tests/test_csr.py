@@ -1,6 +1,8 @@
 """img_acts.npz: what SciPy reads, put together by threads from rows in several files."""
 
+import errno
 import io
+import os
 import zipfile
 import zlib
 
@@ -10,7 +12,7 @@ import pytest
 import scipy.sparse
 from hypothesis import given
 
-from saev_dist import csr, spill
+from saev_dist import csr, files, spill
 from saev_dist.errors import DamagedError, RunError
 from saev_dist.spill import Rows, Spill, crc32_combine, read_columns
 
@@ -95,6 +97,23 @@ def test_it_can_be_stopped(make):
 
     with pytest.raises(Stopped):
         write(made, dpath / "found.npz", check=check)
+
+
+@pytest.mark.parametrize("sync_bytes", [100, 10**9], ids=["meanwhile", "at-the-end"])
+def test_what_the_disk_did_not_take_is_told(make, monkeypatch, sync_bytes):
+    """Whichever fsync the kernel told it: it says so once."""
+    made, _, dpath = make
+    n_synced = []
+
+    def fsync(fd):
+        n_synced.append(1)
+        if len(n_synced) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files, "SYNC_BYTES", sync_bytes)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(RunError, match=r"found\.npz: cannot write: Input/output error"):
+        write(made, dpath / "found.npz")
 
 
 def test_columns_are_the_transpose(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from saev_dist import partials, spill
+from saev_dist import files, partials, spill
 from saev_dist.errors import RunError
 from saev_dist.spill import Spill, covered
 from tests.crash import Fault, killed
@@ -24,7 +24,7 @@ from tests.ranks import artifact_hashes
 
 def test_rows_are_written_in_order(tmp_path, monkeypatch):
     """Also those of many pieces, of batches with a gap between, and where the disk is slow."""
-    monkeypatch.setattr(spill, "SYNC_BYTES", 100)
+    monkeypatch.setattr(files, "SYNC_BYTES", 100)
     random = np.random.default_rng(0)
     batches_i = [0, 1, 2, 5, 6, 7, 8, 20]
     kinds = {"a": np.float32, "b": np.int64}
@@ -105,7 +105,7 @@ def failed(monkeypatch):
             failed.set()
             raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(spill, "SYNC_BYTES", 100)
+    monkeypatch.setattr(files, "SYNC_BYTES", 100)
     monkeypatch.setattr(os, "fsync", fsync)
     return failed
 
