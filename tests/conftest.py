@@ -5,6 +5,7 @@ where there are more of them than cores.
 """
 
 import os
+import shutil
 
 import pytest
 from hypothesis import settings
@@ -15,7 +16,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take minutes come first, or one of them is left at the end while the other workers have nothing to do."""
-    slow = ("resume", "damage", "replay", "replay_faults", "slurm", "world", "launch", "readme", "demo", "memory")
+    slow = (
+        "resume",
+        "damage",
+        "replay_resume",
+        "replay",
+        "replay_faults",
+        "slurm",
+        "world",
+        "local_jobs",
+        "pictures",
+        "launch",
+    )
+    slow += ("readme", "demo", "memory")
     order = {f"test_{name}.py": place for place, name in enumerate(slow)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
@@ -46,3 +59,27 @@ def whole(tmp_path_factory, server):
     codes, output = server.run(*args, dpath / "run")
     assert codes == [0], output
     return args, artifact_hashes(dpath / "run"), dpath / "shards"
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """Flags of an `extract` that names shards and an SAE, with which it takes a moment; --out is to follow."""
+    from tests.synthetic import make_inputs  # after torch's settings above
+
+    return make_inputs(tmp_path)
+
+
+@pytest.fixture
+def copy_sae(tmp_path):
+    """A copy of one of the SAEs of other programs, which a test may spoil."""
+    from tests.sae_files import DATA  # after torch's settings above
+
+    return lambda name: shutil.copytree(DATA / name, tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A gallery of 60 features."""
+    from tests.pages import DEAD, SHOWN, write_gallery  # after torch's settings above
+
+    return write_gallery(tmp_path_factory.mktemp("small") / "a folder" / "visuals", d_sae=60, shown=SHOWN, dead=DEAD)

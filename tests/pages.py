@@ -23,6 +23,9 @@ EDGES_H = edges().numpy()
 HOSTILE = '<img src=x onerror="window.hacked=1">.png'
 HOSTILE_LABEL = "</script><script>window.hacked=1</script>\u2028&amp;<b>"
 
+DEAD, SHOWN = (7, 21), tuple(s for s in range(60) if s % 3 or s == 21)
+"""Of the small gallery's features."""
+
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",

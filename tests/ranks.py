@@ -19,6 +19,10 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
+
+from saev_dist.cli import main
+
 # One thread everywhere, as torchrun does by itself: several ranks share the test machine's cores.
 ENV = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 ENV |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -47,6 +51,23 @@ def run_ranks(
     codes = server().wait(attempt, timeout_s=timeout_s)
     stderr = "".join(log.read_text() for log in attempt.error_logs)
     return subprocess.CompletedProcess(args, next(filter(None, codes), 0), attempt.output(), stderr)
+
+
+def launch(*args: object, under: Sequence[str] = (), timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
+    """Run `python -m slurm.launch ARGS`, by way of the command `under`."""
+    command = [*under, sys.executable, "-m", "slurm.launch", *map(str, args)]
+    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=timeout_s)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """The one line that `saev-dist ARGS` ends with, in this process."""
+    capsys.readouterr()  # warnings about synthetic SAEs, which reconstruct nothing
+    with pytest.raises(SystemExit) as caught:
+        main([str(arg) for arg in args])
+    assert caught.value.code == 1
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("saev-dist: error: ") and "\n" not in line
+    return line
 
 
 def rendezvous() -> dict[str, str]:

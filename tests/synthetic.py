@@ -103,3 +103,13 @@ def make_command(dpath: Path, *flags: object) -> list[object]:
     shards, sae = make_shards(dpath / "shards", make_acts()), make_sae(dpath / "sae.pt")
     small = ["--batch-tokens", 2 * N_PATCHES, "--top-k", 4, "--no-progress", "--self-check", "off"]
     return ["extract", "--shards", shards, "--sae", sae, *small, *flags, "--out"]
+
+
+SETTINGS = ("--batch-tokens", str(2 * N_PATCHES), "--top-k", "4", "--no-progress")
+"""With which an `extract` of so little takes several batches and says little."""
+
+
+def make_inputs(dpath: Path) -> list[str]:
+    """Flags for shards and an SAE that are made below `dpath`, with SETTINGS."""
+    shards, sae = make_shards(dpath / "shards", make_acts()), make_sae(dpath / "sae.pt")
+    return ["--shards", str(shards), "--sae", str(sae), *SETTINGS]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.crash import Fault, FaultyServer
-from tests.test_replay import make_pictures, make_run, tree
+from tests.replays import make_pictures, make_run, tree
 
 QUICK = "from saev_dist.render import plots as p; p.density_png = p.distributions_png = lambda *arrays: bytes(5000)"
 """Code for `before`: matplotlib takes more time for its two figures than all the rest."""

@@ -19,12 +19,11 @@ from slurm.queue import ask
 from slurm.watch import describe_state
 from tests.ranks import ENV, artifact_hashes, run_ranks
 from tests.slurm_cluster import NODES, Cluster, missing
-from tests.synthetic import make_acts, make_sae, make_shards
+from tests.synthetic import SETTINGS, make_acts, make_sae, make_shards
 
 if (reason := missing()) and "REQUIRE_SLURM" not in os.environ:
     pytest.skip(reason, allow_module_level=True)
 
-SETTINGS = ("--batch-tokens", "10", "--top-k", "4", "--no-progress")
 # What is waited for takes seconds; on CI's machine, which has much else to do, a minute.
 PATIENCE_S = 300.0
 RANKS = ("--gpus-per-node", "2", "--cpus-per-gpu", "1")  # per node
@@ -47,12 +46,6 @@ def launch(cluster: Cluster) -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, env=ENV | cluster.env | env, capture_output=True, text=True, timeout=PATIENCE_S)
 
     return call
-
-
-@pytest.fixture
-def inputs(tmp_path: Path) -> list[object]:
-    shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
-    return ["--shards", shards, "--sae", sae, *SETTINGS]
 
 
 @pytest.fixture(scope="module")

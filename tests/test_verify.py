@@ -9,7 +9,6 @@ import torch
 
 from saev_dist import extract, verify
 from saev_dist.choose import choose_slots, deal
-from saev_dist.cli import main
 from saev_dist.config import Extract, Verify
 from saev_dist.finished import FinishedRun
 from saev_dist.reencode import TOLERANCE, Check, _is_on_edge, reencode
@@ -17,7 +16,7 @@ from saev_dist.sae import product
 from saev_dist.sae.encoder import Encoder
 from saev_dist.sae.model import Sae, TopK
 from saev_dist.sae.saev import save_saev
-from tests.ranks import run_ranks
+from tests.ranks import fails, run_ranks
 from tests.synthetic import BATCH_TOPK, RELU, TOPK, dense_codes, make_acts, make_sae, make_shards, make_weights
 
 DATA = Path(__file__).parent / "data"
@@ -30,17 +29,6 @@ def make_run(tmp_path, activation=RELU, **settings):
     out = tmp_path / "run"
     extract.run(Extract(shards=shards, sae=sae, out=out, layer=4, top_k=9, progress=False, **settings))
     return out
-
-
-def fails(capsys, *args) -> str:
-    """The one line that the program ends with."""
-    capsys.readouterr()  # warnings about synthetic SAEs, which reconstruct nothing
-    with pytest.raises(SystemExit) as caught:
-        main([str(arg) for arg in args])
-    assert caught.value.code == 1
-    line = capsys.readouterr().err.strip()
-    assert line.startswith("saev-dist: error: ") and "\n" not in line
-    return line
 
 
 @pytest.mark.parametrize("name", FIXTURES)

@@ -1,0 +1,220 @@
+"""The launcher's jobs on this machine."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import submitit
+
+from saev_dist.config import Extract
+from saev_dist.errors import ConfigError
+from slurm.config import Launcher
+from slurm.jobs import cancelled_fpath, launched
+from slurm.launch import run
+from slurm.progress import describe
+from slurm.submit import submit
+from tests.ranks import ENV, artifact_hashes, launch, run_ranks
+from tests.synthetic import make_acts, make_sae, make_shards
+
+IN_THE_BACKGROUND = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
+"""What `launch … &` in a script does to SIGINT."""
+
+
+def test_local_ranks_have_the_bytes_of_one_process_and_the_gallery_follows(tmp_path, inputs):
+    run = tmp_path / 'a "run" of it\'s own'
+    done = launch(
+        "--cluster", "local", "--gpus-per-node", 2, "--partition", "gpu", "--mem-gb", 9, "--setup", "true", "pipeline", *inputs,
+        "--out", run, "--", "--no-pictures", "--n-features", 3,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "warning: --cluster local takes no notice of --partition, --mem-gb.\n" in done.stderr
+    assert re.search(r"extract \d+ done.*tokens +115 of 23 images.*replay \d+ done.*gallery", done.stdout, re.S)
+    assert [job.kind for job in launched(run)] == ["extract", "replay"]
+    assert re.findall(r"^  (\w+) \d+  done$", launch("status", "--run", run).stdout, re.M) == ["extract", "replay"]
+    (run / "slurm").rename(tmp_path / "logs")
+    (run / "visuals").rename(tmp_path / "visuals")
+    assert run_ranks("extract", *inputs, "--out", tmp_path / "alone").returncode == 0
+    assert artifact_hashes(run) == artifact_hashes(tmp_path / "alone")
+
+
+def test_a_local_job_that_is_told_to_leave_comes_back_and_has_the_same_bytes(tmp_path):
+    shards, sae = make_shards(tmp_path / "shards", make_acts(3000), imgs_per_shard=1000), make_sae(tmp_path / "sae.pt")
+    args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 0.2, "--out"]
+    run = tmp_path / "run"
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(launch, "--cluster", "local", "--gpus-per-node", 2, *args, run)
+        while not list(run.glob("partials/*.partial")):
+            assert not waiting.done(), waiting.result()
+            time.sleep(0.02)
+        (job,) = launched(run)
+        lines = "\n".join(describe(job, is_running=True))
+        os.kill(int(job.job_id), signal.SIGTERM)
+        done = waiting.result()
+    assert re.match(r"[\d.]+% of 3,000 batches are kept on the disk", lines), lines
+    assert done.returncode == 0, done.stderr
+    assert {(end.attempt, end.outcome) for end in job.ends()} == {(1, "done")}
+    (run / "slurm").rename(tmp_path / "logs")
+    assert run_ranks(*args, tmp_path / "alone").returncode == 0
+    assert artifact_hashes(run) == artifact_hashes(tmp_path / "alone")
+
+
+def test_a_local_job_has_the_gpus_of_its_shell_and_can_be_cancelled_behind_another(tmp_path, monkeypatch):
+    monkeypatch.setitem(ENV, "CUDA_VISIBLE_DEVICES", "5,7,8")
+    shards, sae = make_shards(tmp_path / "shards", make_acts(60_000), imgs_per_shard=15_000), make_sae(tmp_path / "sae.pt")
+    args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 0.2, "--out"]
+    out, show = tmp_path / "run", f"echo $CUDA_VISIBLE_DEVICES >{tmp_path}/gpus"
+    flags = ["--cluster", "local", "--gpus-per-node", 2, "--setup", show, "--wait"]
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(launch, *flags, *args, out, under=IN_THE_BACKGROUND)
+        while not list(out.glob("partials/*.partial")):
+            assert not waiting.done(), waiting.result()
+            time.sleep(0.02)
+        assert run(["cancel", "--run", str(out)])
+        done = waiting.result()
+    assert done.returncode == 1 and re.search(r"^extract \d+ cancelled\. Launch it again", done.stderr, re.M)
+    assert not (out / "manifest.json").exists() and (tmp_path / "gpus").read_text() == "5,7\n"
+
+
+@pytest.mark.parametrize("whom", ["launcher", "all"])
+def test_an_interrupted_launcher_ends_its_local_job_in_order(tmp_path, whom):
+    shards, sae = make_shards(tmp_path / "shards", make_acts(3000), imgs_per_shard=1000), make_sae(tmp_path / "sae.pt")
+    args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 600, "--out"]
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "slurm.launch",
+        "--cluster",
+        "local",
+        "--gpus-per-node",
+        0,
+        "--tasks-per-node",
+        2,
+        *args,
+        out,
+    ]
+    process = subprocess.Popen(
+        [*map(str, command)],
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in a terminal, wherever the tests run
+    )
+    while len(list(out.glob("partials/*.bin"))) < 2:  # at work, and far from a snapshot
+        assert process.poll() is None
+        time.sleep(0.02)
+    if whom == "all":  # as a terminal does
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert re.search(r"told to keep what is done and leave.*cancelled\. Launch it again.*no longer waiting", said, re.S), said
+    (job,) = launched(out)
+    assert list(out.glob("partials/*.partial"))
+    deadline = time.monotonic() + 30  # its ranks have ended; the process that started them follows
+    while os.path.exists(f"/proc/{job.job_id}"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert run_ranks(*args, out).returncode == 0
+
+
+@pytest.mark.parametrize("setup", [[], ["--setup", "sleep 1"]], ids=["", "setup"])
+def test_a_local_job_can_be_cancelled_before_it_is_at_work(tmp_path, inputs, setup):
+    out = tmp_path / "run"
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(
+            launch, "--cluster", "local", "--gpus-per-node", 0, "--tasks-per-node", 2, *setup, "extract", *inputs, "--out", out
+        )
+        while not (out / "slurm/jobs.jsonl").exists():
+            assert not waiting.done(), waiting.result()
+            time.sleep(0.01)
+        while not launched(out):
+            time.sleep(0.01)
+        run(["cancel", "--run", str(out)])
+        done = waiting.result()
+    assert done.returncode == 1 and re.search(r"^extract \d+ cancelled\. Launch it again", done.stderr, re.M), done.stderr
+
+
+def test_the_mark_of_an_earlier_job_of_that_number_is_forgotten(tmp_path, monkeypatch):
+    cfg = Extract(shards=tmp_path, sae=tmp_path, out=tmp_path)
+    job = SimpleNamespace(job_id="123", paths=SimpleNamespace(folder=tmp_path))
+    monkeypatch.setattr(submitit.LocalExecutor, "submit_array", lambda *_: [job])
+    cancelled_fpath(tmp_path, "123").touch()
+    (submitted,) = submit(Launcher(cluster="local", gpus_per_node=0), [cfg], tmp_path)
+    assert not submitted.is_cancelled
+
+
+def test_more_gpus_than_the_shell_leaves_are_refused(tmp_path, inputs, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    two = ["--cluster", "local", "--gpus-per-node", "2", "extract", *inputs, "--out", str(tmp_path / "run")]
+    with pytest.raises(ConfigError, match="--gpus-per-node 2, but CUDA_VISIBLE_DEVICES=3 leaves 1"):
+        run(two)
+    for text, n in (("", 0), ("-1", 0), ("4, -1, 5", 1), (" 3,", 1)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
+        with pytest.raises(ConfigError, match=f"CUDA_VISIBLE_DEVICES={text} leaves {n}"):
+            run(two)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f3c,GPU-11aa")  # submitit would take the machine's first ones
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=GPU-8f3c,GPU-11aa names GPUs otherwise than by number"):
+        run(two)
+
+
+def test_pictures_that_are_not_there_are_missed_before_the_extract(tmp_path, inputs):
+    with pytest.raises(ConfigError, match="nowhere is not there, so nothing was launched"):
+        run(
+            [
+                "--cluster",
+                "debug",
+                "pipeline",
+                *inputs,
+                "--out",
+                str(tmp_path / "run"),
+                "--",
+                "--images",
+                str(tmp_path / "nowhere"),
+            ]
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--shards", "--sae", "--run"])
+def test_what_is_not_there_is_not_launched(tmp_path, inputs, flag):
+    there, nowhere = str(tmp_path / "run"), str(tmp_path / "nowhere")
+    command = ["replay", "--run", nowhere] if flag == "--run" else ["extract", *inputs, "--out", there, flag, nowhere]
+    if flag != "--run":
+        del command[command.index(flag) : command.index(flag) + 2]
+    with pytest.raises(ConfigError, match=r"nowhere(/metadata.json)? is not there, so nothing was launched"):
+        run(["--cluster", "local", "--gpus-per-node", "0", *command])
+    assert not (tmp_path / "run").exists() and not (tmp_path / "nowhere").exists()
+
+
+def test_a_layer_that_the_shards_lack_is_not_launched(tmp_path, inputs):
+    with pytest.raises(ConfigError, match="shards holds no layer 77; it holds 4"):
+        run(["--cluster", "local", "--gpus-per-node", "0", "extract", *inputs, "--layer", "77", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("cluster", ["local", "debug"])
+def test_bad_input_is_one_line_and_no_gallery_follows(tmp_path, inputs, cluster):
+    make_sae(Path(inputs[3]), d_model=8)
+    done = launch("--cluster", cluster, "pipeline", *inputs, "--out", tmp_path / "run", "--", "--no-pictures")
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line]
+    assert "takes activations of width 8" in line and "Traceback" not in done.stdout and "replay" not in done.stdout
+
+
+def test_debug_runs_here(tmp_path, inputs):
+    done = launch(
+        "--cluster", "debug", "--gpus-per-node", 2, "pipeline", *inputs, "--out", tmp_path / "run", "--", "--no-pictures"
+    )
+    assert done.returncode == 0 and "1 rank(s)" in done.stdout
+    assert (tmp_path / "run" / "visuals" / "index.html").exists()

@@ -1,0 +1,220 @@
+"""Where pictures come from: folders, data sets, what is wrong with them and with who may look at them."""
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from saev_dist import replay
+from saev_dist.data.images import load_picture
+from saev_dist.errors import DataError
+from tests.ranks import fails, run_ranks
+from tests.replays import N_IMGS, make_pictures, make_replay, make_run, tree
+
+
+def test_pictures_that_are_not_where_the_metadata_says_are_a_warning(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path)
+    monkeypatch.setattr("saev_dist.data.shards._dataset", lambda md: "/elsewhere")
+    replay.run(make_replay(run, pictures=False))
+    assert "/elsewhere" not in capsys.readouterr().err
+    replay.run(make_replay(run, force=True))
+    assert "names /elsewhere for its pictures, which is no folder here" in capsys.readouterr().err
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def spoil(images: Path, how: str) -> None:
+    fpath = min(images.rglob("*.png"))
+    match how:
+        case "truncated":
+            fpath.write_bytes(fpath.read_bytes()[:-500])
+        case "text":
+            fpath.write_text("this is no picture")
+        case "bomb":
+            fpath.write_bytes(png_header(60_000, 60_000))
+        case "one missing":
+            fpath.unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("truncated", ["000.png cannot be read", "truncated"]),
+        ("text", ["000.png is not a picture"]),
+        ("bomb", ["000.png would decode to more than"]),
+        ("one missing", ["found 22 (class folders) pictures", "have 23 examples"]),
+    ],
+)
+def test_bad_pictures_stop_the_run_with_one_line(tmp_path, capsys, how, words):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    spoil(images, how)
+    line = fails(capsys, "replay", "--run", run, "--images", images, "--all", "--n-images", 99, "--workers", 1, "--no-progress")
+    for word in words:
+        assert word in line
+    assert not (run / "visuals").exists()
+
+
+def test_a_name_of_two_lines_with_escape_sequences_stays_one_line_of_text(tmp_path, capsys):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    first = min(images.rglob("*.png"))
+    first.rename(first.with_name("000\n\x1b[31m\u2028.png")).write_text("no picture")
+    line = fails(capsys, "replay", "--run", run, "--images", images, "--all", "--n-images", 99, "--workers", 1, "--no-progress")
+    assert r"000\n\x1b[31m\u2028.png is not a picture" in line
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(DataError, match=r"x\.png is no file; expected a picture"):
+        load_picture(tmp_path, "x.png", in_data_set=False)
+
+
+def test_a_picture_never_starts_another_program(tmp_path, monkeypatch):
+    """Pillow hands Encapsulated PostScript, whatever its name, to a `gs` on the path."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\necho ran >> {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "x.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 40\n%%EndComments\n%%EOF\n")
+    with pytest.raises(DataError, match=r"x\.png is not a picture"):
+        load_picture(tmp_path, "x.png", in_data_set=False)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "extension"),
+    [("L", "jpg"), ("CMYK", "jpg"), ("1", "png"), ("P", "png"), ("LA", "png"), ("RGBA", "webp"), ("I;16", "png"), ("F", "tif")],
+)
+def test_pictures_of_every_mode_are_read_as_rgb(tmp_path, mode, extension):
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 6, 3)).astype(np.uint8))
+    picture = rgb.convert("L").convert("I").convert("I;16") if mode == "I;16" else rgb.convert(mode)
+    picture.save(tmp_path / f"x.{extension}")
+    read = load_picture(tmp_path, f"x.{extension}", in_data_set=False)
+    assert (read.mode, read.size) == ("RGB", (6, 4))
+
+
+def test_sound_pictures_with_odd_metadata_are_read_without_a_warning(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4)).save(tmp_path / "x.jpg", exif=exif)
+    content = bytearray((tmp_path / "x.jpg").read_bytes())
+    n_tags = content.index(b"Exif\0\0") + 14
+    content[n_tags : n_tags + 2] = b"\0\x09"  # of which there is one
+    (tmp_path / "x.jpg").write_bytes(content)
+    Image.new("P", (6, 4)).save(tmp_path / "x.png", transparency=bytes(8))
+    for name in ("x.jpg", "x.png"):
+        assert load_picture(tmp_path, name, in_data_set=False).size == (6, 4)
+
+
+def test_a_rotation_flag_is_left_alone_as_the_writers_loader_leaves_it(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by a quarter when shown
+    Image.new("RGB", (6, 4)).save(tmp_path / "x.jpg", exif=exif)
+    assert load_picture(tmp_path, "x.jpg", in_data_set=False).size == (6, 4)
+
+
+def test_flat_folders_and_data_sets_are_picture_sources(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    fpaths = sorted(images.rglob("*.png"))
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for fpath in fpaths:
+        (flat / fpath.name).write_bytes(fpath.read_bytes())
+    rows = {"image": [str(fpath) for fpath in fpaths], "label": [int(fpath.parent.name[-1]) for fpath in fpaths]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "set")
+    found = []
+    for source in (images, flat, tmp_path / "set"):
+        replay.run(make_replay(run, images=source, all=False, n_features=4))
+        found.append({name: digest for name, digest in tree(run / "visuals").items() if name.endswith(".png") and "/" in name})
+        labels = pyarrow.parquet.read_table(run / "visuals/images.parquet").column("label").to_pylist()
+        expected = {images: [fpath.parent.name for fpath in fpaths], flat: [""] * N_IMGS}
+        assert labels == expected.get(source, ["abc"[label] for label in rows["label"]])
+    assert found[0] == found[1] == found[2] and found[0]
+
+
+NO_CAPABILITIES = """
+import ctypes
+libc, version_and_pid, none = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS: nor do the drawing processes get them back
+assert libc.capset(version_and_pid, none) == 0
+"""
+"""Root is bound by permissions as everybody else; capabilities(7)."""
+
+
+@pytest.mark.parametrize(
+    ("closed", "words"),
+    [
+        ("run", "run/manifest.json: cannot read: Permission denied; make it readable"),
+        ("images", "cannot list the images (Permission denied)"),
+        ("images/class1", "class1: cannot list the images (Permission denied)"),
+        ("images/class1/010.png", "010.png cannot be read: Permission denied"),
+        ("sae.pt", "sae.pt: Permission denied; an SAE should be there"),
+        ("run/visuals/replay.json", ""),  # of a gallery that is replaced
+    ],
+)
+def test_what_one_may_not_look_at_is_named(tmp_path, closed, words):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    (run / "visuals").mkdir()
+    (run / "visuals/replay.json").touch()
+    (tmp_path / closed).chmod(0)
+    done = run_ranks("replay", "--run", run, "--images", images, "--all", "--n-images", 99, before=NO_CAPABILITIES)
+    (tmp_path / closed).chmod(0o755)  # so that pytest can remove it
+    if not words:
+        assert done.returncode == 0 and (run / "visuals/index.html").exists(), done.stderr
+        return
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and words in done.stderr, done.stderr
+
+
+@pytest.fixture
+def columns(tmp_path, capsys):
+    """Writes a data set of these columns over the pictures of `make_pictures`."""
+    datasets = pytest.importorskip("datasets")
+    fpaths = [str(fpath) for fpath in sorted(make_pictures(tmp_path / "images").rglob("*.png"))]
+
+    def save(name="set", image=None, label=None):
+        rows = {"image": image or fpaths} | ({"label": label} if label else {})
+        kinds = {"image": datasets.Value("string") if image == fpaths else datasets.Image()}
+        kinds |= {"label": datasets.ClassLabel(names=["a", "b"])} if label else {}
+        datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).save_to_disk(tmp_path / name)
+        capsys.readouterr()  # its progress
+        return fpaths, tmp_path / name
+
+    return save
+
+
+@pytest.mark.parametrize("missing", [-1, None])
+def test_rows_of_a_data_set_without_a_class_have_no_label(tmp_path, columns, missing):
+    """The test splits of public data sets have -1 everywhere."""
+    _, dpath = columns(label=[missing, 1] + [missing] * (N_IMGS - 2))
+    run = make_run(tmp_path)
+    replay.run(make_replay(run, images=dpath, patch_size=5))
+    labels = pyarrow.parquet.read_table(run / "visuals/images.parquet").column("label").to_pylist()
+    assert labels == ["", "b"] + [""] * (N_IMGS - 2)
+
+
+def test_data_sets_without_pictures_are_refused_with_one_line(tmp_path, capsys, columns):
+    run = make_run(tmp_path)
+    flags = ("--all", "--n-images", 99, "--workers", 1, "--no-progress")
+    fpaths, whole = columns("whole")
+    _, gap = columns("gap", image=[None, *fpaths[1:]])
+    _, texts = columns("texts", image=fpaths)
+    (whole / "state.json").write_text("[]")
+    for dpath, words in (
+        (whole, "is no data set that `datasets` can read: TypeError"),
+        (gap, "picture 0 is not there: the row has no picture"),
+        (texts, "image (Value); expected one named image, of kind Image"),
+    ):
+        assert words in fails(capsys, "replay", "--run", run, "--images", dpath, *flags)

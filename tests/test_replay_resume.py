@@ -1,0 +1,329 @@
+"""A replay that died goes on, and no gallery is lost to another: not to a kill at any step."""
+
+import os
+import re
+import shutil
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from saev_dist import extract, replay
+from saev_dist.config import Extract, Replay
+from saev_dist.errors import Preempted, RunError
+from saev_dist.records import Records
+from saev_dist.store import Run
+from tests.ranks import fails, run_ranks, server
+from tests.replays import make_pictures, make_replay, make_run, tree
+
+
+def test_a_replay_that_died_draws_only_what_is_missing(tmp_path, monkeypatch):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    cfg = make_replay(run, images=images)
+    replay.run(cfg)
+    whole = tree(run / "visuals")
+    n_pictures = sum(name.endswith("-heatmap.png") for name in whole)
+
+    drawn: list[int] = []
+    append = Records.append
+
+    def die_half_way(records, file, best_m, *rest):
+        if len(drawn) >= 6:
+            raise RunError("killed")
+        drawn.append(len(best_m))
+        append(records, file, best_m, *rest)
+
+    monkeypatch.setattr(Records, "append", die_half_way)
+    with pytest.raises(RunError, match="killed"):
+        replay.run(make_replay(run, images=images, force=True))
+    assert tree(run / "visuals") == whole  # the former gallery stays until the new one is whole
+    records = next((run / "visuals.partial").glob("records.*.bin"))
+    records.write_bytes(records.read_bytes() + b"torn")  # a write that a kill cut off
+
+    monkeypatch.undo()
+    said: list[dict] = []
+    summary = replay._summary
+    monkeypatch.setattr(replay, "_summary", lambda job, reports: said.extend(reports) or summary(job, reports))
+    (run / "visuals/replay.json").write_text("{}")
+    replay.run(cfg)
+    assert tree(run / "visuals") == whole
+    assert 0 < sum(drawn) < n_pictures and said[0]["n_pictures"] == n_pictures - sum(drawn)
+
+
+class Killed(BaseException):
+    """Nothing handles it, as nothing handles a kill."""
+
+
+CHANGES = ((os, "replace"), (shutil, "rmtree"), (Path, "unlink"))
+SMALL_CHANGES = ((os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"))
+"""Of which removing a tree has many."""
+
+
+def die_in(name: str, step: int, monkeypatch: pytest.MonkeyPatch, changes: tuple = CHANGES) -> None:
+    """Die in that function of `replay` before the change number `step` of the file system."""
+    calls, function = iter(range(1000)), getattr(replay, name)
+
+    def mortal(change):
+        def change_or_die(*args, **settings):
+            if next(calls) == step:
+                raise Killed
+            return change(*args, **settings)
+
+        return change_or_die
+
+    def function_or_die(*args, **settings):
+        with pytest.MonkeyPatch.context() as dying:
+            for owner, operation in changes:
+                dying.setattr(owner, operation, mortal(getattr(owner, operation)))
+            function(*args, **settings)
+
+    monkeypatch.setattr(replay, name, function_or_die)
+
+
+@pytest.mark.parametrize("former", [False, True], ids=["first", "again"])
+def test_a_kill_at_any_step_of_the_swap_loses_nothing(tmp_path, monkeypatch, former):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    cfg = make_replay(run, images=images, all=False, features=(3, 5), n_features=0)
+    replay.run(cfg)
+    whole = tree(run / "visuals")
+    n_drawn: list[int] = []
+    summary = replay._summary
+    monkeypatch.setattr(
+        replay, "_summary", lambda job, reports: n_drawn.append(reports[0]["n_pictures"]) or summary(job, reports)
+    )
+    for step in range(20):
+        shutil.rmtree(run / "visuals")
+        if former:
+            (run / "visuals").mkdir()
+            (run / "visuals/index.html").write_text("of other features")
+            (run / "visuals/replay.json").write_text("{}")
+        try:
+            with monkeypatch.context() as dying:
+                die_in("_publish", step, dying)
+                replay.run(cfg)
+            break
+        except Killed:
+            n_drawn.clear()
+        if former:
+            assert (run / "visuals/index.html").exists() or (run / "visuals.former/index.html").exists()
+        replay.run(cfg)
+        assert sum(n_drawn) == 0  # all was drawn before
+        assert tree(run / "visuals") == whole
+        assert [path.name for path in run.iterdir() if path.name.startswith("visuals")] == ["visuals"]
+    assert step == (4 if former else 2)  # so many changes there are
+
+
+def remove_from_below(dpath: Path) -> None:
+    """`shutil.rmtree` in the order that leaves most behind; directories have any."""
+    for parent, dnames, fnames in os.walk(dpath, topdown=False):
+        for name in fnames:
+            os.unlink(os.path.join(parent, name))
+        for name in dnames:
+            os.rmdir(os.path.join(parent, name))
+    os.rmdir(dpath)
+
+
+def draw_all_and_die(cfg: Replay) -> None:
+    with pytest.MonkeyPatch.context() as dying:
+        die_in("_publish", 0, dying)
+        with pytest.raises(Killed):
+            replay.run(cfg)
+
+
+def test_a_kill_while_a_former_attempt_is_removed_leaves_nothing_that_counts(tmp_path, monkeypatch):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    settings = {"images": images, "all": False, "features": (3, 5), "n_features": 0}
+    cfg, again = (make_replay(run, **settings, force=force) for force in (False, True))
+    replay.run(cfg)
+    whole = tree(run / "visuals")
+    shutil.rmtree(run / "visuals")
+    draw_all_and_die(cfg)
+    left = shutil.copytree(run / "visuals.partial", tmp_path / "left")
+    n_deaths = 0
+    for step in (0, 1, 2, 5, len(whole) - 5, len(whole) + 20):
+        shutil.rmtree(run / "visuals.partial", ignore_errors=True)
+        shutil.copytree(left, run / "visuals.partial")
+        try:
+            with monkeypatch.context() as dying:
+                dying.setattr(shutil, "rmtree", remove_from_below)
+                die_in("_begin", step, dying, SMALL_CHANGES)
+                replay.run(again)
+        except Killed:
+            n_deaths += 1
+            replay.run(cfg)
+        assert tree(run / "visuals") == whole, step
+        shutil.rmtree(run / "visuals")
+    assert n_deaths == 5
+
+
+@pytest.mark.parametrize("lost", ["removed", "empty", "record"])
+def test_what_a_crash_of_the_machine_took_is_drawn_again(tmp_path, capsys, lost):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    cfg = make_replay(run, images=images, all=False, features=(3, 5), n_features=0)
+    replay.run(cfg)
+    whole = tree(run / "visuals")
+    shutil.rmtree(run / "visuals")
+    draw_all_and_die(cfg)
+    victim = sorted((run / "visuals.partial/features/3").glob("*-heatmap.png"))[1]
+    records = next((run / "visuals.partial").glob("records.*.bin"))
+    match lost:
+        case "removed":
+            victim.unlink()
+        case "empty":
+            victim.write_bytes(b"")
+        case "record":  # its middle is zeros
+            content = bytearray(records.read_bytes())
+            content[len(content) // 2 - 20 : len(content) // 2 + 20] = bytes(40)
+            records.write_bytes(content)
+    replay.run(cfg)
+    assert tree(run / "visuals") == whole
+    assert re.search(
+        r"warning: .*records\.00000\.bin: [12] pictures are not whole and will be drawn again", capsys.readouterr().err
+    )
+
+
+def test_a_run_that_was_computed_again_meanwhile_is_not_drawn(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    lock = Run.lock
+
+    @contextmanager
+    def late(store):
+        extract.run(
+            Extract(shards=tmp_path / "shards", sae=tmp_path / "sae.pt", out=run, layer=4, top_k=8, progress=False, force=True)
+        )
+        with lock(store):
+            yield
+
+    monkeypatch.setattr(replay, "Run", type("Late", (Run,), {"lock": late}))
+    with pytest.raises(RunError, match="has changed: another process computed it again"):
+        replay.run(make_replay(run))
+    assert not list(run.glob("visuals*"))
+
+
+def test_a_replay_that_is_killed_outright_goes_on_with_any_number_of_ranks(tmp_path):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images", size=(600, 400))
+    args = ("replay", "--run-dir", run, "--images", images, "--all", "--n-images", 9, "--patch-size", 90, "--workers", 1)
+    assert run_ranks(*args).returncode == 0
+    whole = tree(run / "visuals")
+    shutil.rmtree(run / "visuals")
+    n_left = [0]
+    for _ in range(2):
+        killed, until = server().start(*args), time.monotonic() + 60
+        while sum(path.stat().st_size for path in run.glob("visuals.partial/records.*")) <= n_left[-1]:
+            assert time.monotonic() < until, killed.output()
+            time.sleep(0.005)
+        server().kill(killed)
+        assert server().wait(killed) == [-signal.SIGKILL]
+        n_left.append(sum(path.stat().st_size for path in run.glob("visuals.partial/records.*")))
+    assert 0 < n_left[1] <= n_left[2] and not (run / "visuals").exists()
+    done = run_ranks(*args, n_ranks=3)
+    assert done.returncode == 0, done.stderr
+    assert tree(run / "visuals") == whole
+
+
+def test_a_second_replay_of_one_run_is_refused(tmp_path, capsys):
+    """Each would take the other's pictures for its own."""
+    run = make_run(tmp_path)
+    with Run(run).lock():
+        assert f"{run} is in use by process {os.getpid()} on " in fails(capsys, "replay", "--run", run, "--no-progress")
+        assert not (run / "visuals.partial").exists()
+    replay.run(make_replay(run))
+    assert not (run / "partials").exists()
+
+
+def test_a_linked_gallery_is_replaced_and_what_it_links_to_stays(tmp_path):
+    run = make_run(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/kept.txt").write_text("kept")
+    (run / "visuals").symlink_to(tmp_path / "elsewhere")
+    for n_features in (2, 3):
+        replay.run(make_replay(run, all=False, n_features=n_features))
+    assert sorted(path.name for path in run.iterdir() if path.name.startswith("visuals")) == ["visuals"]
+    assert (run / "visuals/index.html").exists() and (tmp_path / "elsewhere/kept.txt").exists()
+
+
+def test_a_file_in_the_gallerys_place_is_refused_before_anything_is_drawn(tmp_path, capsys):
+    run = make_run(tmp_path)
+    (run / "visuals").write_text("mine")
+    assert "visuals is in the way" in fails(capsys, "replay", "--run", run, "--all", "--no-progress")
+    assert (run / "visuals").read_text() == "mine" and not (run / "visuals.partial").exists()
+
+
+def test_what_no_replay_made_is_not_thrown_away(tmp_path, capsys):
+    run = make_run(tmp_path)
+    (run / "visuals").mkdir()
+    (run / "visuals/index.html").write_text("mine")
+    assert "visuals holds index.html, which no replay made" in fails(capsys, "replay", "--run", run, "--no-progress")
+    assert not (run / "partials").exists(), "a finished run looks finished"
+    (run / "visuals/index.html").unlink()
+    replay.run(make_replay(run, all=False, n_features=2))
+    (run / "visuals/notes.txt").write_text("mine")
+    (run / "visuals/.DS_Store").write_text("nobody's")
+    before = tree(run / "visuals")
+    assert "visuals holds notes.txt, which no" in fails(capsys, "replay", "--run", run, "--force", "--all", "--no-progress")
+    assert tree(run / "visuals") == before and not (run / "visuals.partial").exists()
+    (run / "visuals/notes.txt").rename(run / "visuals/features/notes.txt")
+    assert "visuals holds features/notes.txt, which no" in fails(capsys, "replay", "--run", run, "--force", "--no-progress")
+    (run / "visuals/features/notes.txt").unlink()
+    replay.run(make_replay(run, all=False, n_features=3))
+    assert not (run / "visuals/.DS_Store").exists()
+
+
+def test_a_finished_gallery_is_left_as_it_is_and_another_takes_its_place(tmp_path, capsys):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    replay.run(make_replay(run, images=images))
+    before = (run / "visuals/index.html").stat().st_mtime_ns
+    replay.run(make_replay(run, images=images))
+    assert "finished" in capsys.readouterr().out and (run / "visuals/index.html").stat().st_mtime_ns == before
+    replay.run(make_replay(run, images=images, all=False, features=(3,), n_features=0))
+    assert "has a gallery of 23 features; this one of 1 will replace it" in capsys.readouterr().out
+    assert [dpath.name for dpath in (run / "visuals/features").iterdir()] == ["3"]
+    assert sorted(path.name for path in run.iterdir() if path.name.startswith("visuals")) == ["visuals"]
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path, capsys):
+    run = make_run(tmp_path)
+    (run / "visuals.partial").write_text("in the way")
+    line = fails(capsys, "replay", "--run", run, "--all", "--no-progress")
+    assert "visuals.partial: cannot write: Not a directory" in line and "--out" not in line  # replay has no such flag
+
+
+def test_a_gallery_is_on_the_disk_before_it_takes_the_place_of_another(tmp_path, monkeypatch):
+    done, move = [], os.replace
+
+    def note(old, new):
+        done.append(Path(new).name)
+        move(old, new)
+
+    run = make_run(tmp_path)
+    replay.run(make_replay(run, all=False, n_features=2))
+    monkeypatch.setattr(replay, "sync_file_system", lambda dpath: done.append(f"{dpath.name}, {len(list(dpath.iterdir()))}"))
+    monkeypatch.setattr(replay, "fsync_dir", lambda dpath: done.append("visuals' folder"))
+    monkeypatch.setattr(replay.os, "replace", note)
+    replay.run(make_replay(run, all=False, n_features=3))
+    synced = f"visuals.partial, {len(list((run / 'visuals').iterdir())) + 1}"  # and the records
+    assert [name for name in done if name.startswith("visuals")] == [synced, "visuals.former", "visuals", "visuals' folder"]
+
+
+def test_a_signal_before_the_swap_leaves_the_former_gallery(tmp_path, monkeypatch):
+    run, write_page = make_run(tmp_path), replay._write_page
+    replay.run(make_replay(run, all=False, n_features=2))
+    before = tree(run / "visuals")
+
+    def leave(world):
+        raise Preempted("leave")
+
+    def write_and_strike(job):
+        write_page(job)
+        monkeypatch.setattr(replay.World, "check", leave)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "_write_page", write_and_strike)
+        with pytest.raises(Preempted):
+            replay.run(make_replay(run, all=False, n_features=3))
+    assert tree(run / "visuals") == before
+    monkeypatch.undo()
+    replay.run(make_replay(run, all=False, n_features=3))
+    assert len(list((run / "visuals/features").iterdir())) == 3
