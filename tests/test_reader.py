@@ -1,6 +1,7 @@
 """The reader delivers every batch, in order and unharmed while it is held, from small shards and big ones."""
 
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -229,7 +230,9 @@ def asked_bytes() -> int:
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
 
 
-@pytest.mark.parametrize("how", [np.asfortranarray, lambda a: a.astype(">f4"), lambda a: np.repeat(a, 2, axis=3)[..., ::2]])
+@pytest.mark.parametrize(
+    "how", [np.asfortranarray, lambda a: a.astype(">f4"), lambda a: np.repeat(a, 2, axis=3)[..., ::2], torch.from_numpy]
+)
 def test_arrays_of_any_layout_are_written_as_the_format_has_them(tmp_path, how):
     acts_eltd = np.random.default_rng(0).normal(size=(5, 2, 3, 4)).astype(np.float32)
     with ShardWriter(
@@ -239,6 +242,18 @@ def test_arrays_of_any_layout_are_written_as_the_format_has_them(tmp_path, how):
         writer.write(how(acts_eltd))
     written = b"".join(fpath.read_bytes() for fpath in sorted((tmp_path / "s").glob("*.bin")))
     assert written == acts_eltd.astype("<f4").tobytes()
+
+
+def test_activations_of_another_shape_are_refused(tmp_path):
+    (tmp_path / "s").mkdir()
+    writer = ShardWriter(
+        tmp_path / "s", family="t", ckpt="t", layers=[0], content_tokens_per_example=3, d_model=4, cls_token=True,
+        max_tokens_per_shard=100,
+    )  # fmt: skip
+    for shape in ((5, 1, 3, 4), (5, 4, 4), (5, 2, 4, 4)):
+        with pytest.raises(DataError, match=re.escape(f"{shape}; expected (examples, 1 layers, 4 tokens, d_model 4)")):
+            writer.write(np.zeros(shape, np.float32))
+    assert not list((tmp_path / "s").iterdir())
 
 
 def test_a_buffer_is_used_again_only_when_no_part_is_read_into_it_any_more(tmp_path, monkeypatch):

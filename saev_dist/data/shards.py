@@ -21,8 +21,7 @@ from saev_dist.fields import Fields, parse_json
 from saev_dist.files import retrying
 
 if TYPE_CHECKING:  # only the writer needs NumPy; the launcher, which reads a description, should not wait for it
-    import numpy as np
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike
 
 PROTOCOLS = ("1.0.0", "1.1", "2.1")
 FLOAT_BYTES = 4
@@ -300,21 +299,32 @@ class ShardWriter:
             raise DataError(f"{self.dpath} already holds shards; write to an empty directory.")
         return self
 
-    def write(self, acts_eltd: "NDArray[np.float32]") -> None:
+    def write(self, acts_eltd: "ArrayLike") -> None:
         """Append examples.
 
         Args:
-            acts_eltd: float32 (examples, layers, tokens, d_model).
+            acts_eltd: (examples, layers, tokens, d_model), written as float32; a NumPy array, or what it makes one of, as
+                tensors on the CPU.
+
+        Raises:
+            DataError: it has another shape.
         """
+        import numpy as np
+
         expected = (len(self.metadata["layers"]), self.n_tokens, self.metadata["d_model"])
-        assert acts_eltd.ndim == 4 and acts_eltd.shape[1:] == expected, (acts_eltd.shape, expected)
-        while len(acts_eltd):
+        left_eltd = np.asarray(acts_eltd)
+        if left_eltd.ndim != 4 or left_eltd.shape[1:] != expected:
+            raise DataError(
+                f"{self.dpath}: activations have the shape {left_eltd.shape}; expected (examples, {expected[0]} layers, "
+                f"{expected[1]} tokens, d_model {expected[2]})."
+            )
+        while len(left_eltd):
             if self._file is None:
                 name = f"acts{len(self.shards):06d}.bin"
                 self._file = open(self.dpath / name, "wb")
                 self.shards.append({"name": name, "n_examples": 0})
             room = self.examples_per_shard - self.shards[-1]["n_examples"]
-            part, acts_eltd = acts_eltd[:room], acts_eltd[room:]
+            part, left_eltd = left_eltd[:room], left_eltd[room:]
             self._file.write(part.astype("<f4", order="C", copy=False).data)
             self.shards[-1]["n_examples"] += len(part)
             self.metadata["n_examples"] += len(part)
