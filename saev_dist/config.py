@@ -82,7 +82,7 @@ class Extraction:
     percentile: float = 99.0
     """Percentile of each feature's scores over all tokens, zeros included; 0 to 100."""
     percentile_estimator: Literal["histogram", "saev"] = "histogram"
-    """histogram: within 3.1 % of the true one, any number of ranks. saev: its running sign-step estimate, for comparison; one process only."""
+    """histogram: within 3.1 % of the true one for scores in 2^-16 to 2^16, any number of ranks. saev: its running sign-step estimate, for comparison; one process only."""
     n_distributions: int = 25
     """The first so many features have their values on all tokens kept in distributions.pt."""
     max_distribution_samples: int = 1_048_576
@@ -101,13 +101,13 @@ class Extraction:
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Arithmetic of the encoder's product. tf32 needs CUDA; bf16 rounds scores to 8 bits."""
     screen: Literal["none", "bf16"] = "none"
-    """bf16: make the product in bfloat16 first, and in fp32 only where a code may be: no code is missed, every score is an fp32 one. On CPUs with AMX, or AMD's with AVX-512 BF16, 1.7 times as fast at 30 codes a token, 1.3 times at 300, no faster at thousands; a warning says where it does not pay."""
+    """bf16: make the product in bfloat16 first, and in fp32 only where a code may be: no code is missed, every score is an fp32 one. On CPUs with AMX, or AMD's with AVX-512 BF16, 1.6 to 1.8 times as fast at 30 codes a token, 1.4 to 1.5 times at 300, no faster at thousands; a warning says where it does not pay."""
     read_ahead: int = 3
     """Buffers read ahead of the encoder: a batch each, or several of small shards."""
     timeout_s: int = 600
     """Longest that a rank waits for the others inside one collective operation."""
     snapshot_every: float = 300.0
-    """Seconds from one snapshot of a rank's work to the next. A kill costs at most the work since the last one."""
+    """Seconds from one snapshot of a rank's work to the next; 0: one after every batch. A kill costs at most the work since the last one."""
     skip_bad_shards: bool = False
     """Leave shards out that are missing, too short or cannot be read, instead of stopping; the manifest and every summary list them."""
 

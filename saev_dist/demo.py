@@ -180,7 +180,7 @@ def photographs_dpath() -> Path:
     """The folder of scikit-image's bundled photographs; it is not imported, so that nothing is ever fetched."""
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("the demo needs the photographs in scikit-image: pip install 'saev-dist[demo]'.")
+        raise ConfigError("the demo needs the photographs in scikit-image: pip install scikit-image.")
     dpath = Path(spec.submodule_search_locations[0]) / "data"
     if missing := [name for name in PHOTOGRAPHS if not (dpath / name).is_file()]:
         raise ConfigError(f"{dpath / missing[0]} is not part of this scikit-image; the demo was made with 0.26.")

@@ -1,4 +1,4 @@
-"""Files on disks that fill up, stall and lose power: one-line errors, a second try, and renames that last."""
+"""Files on disks that fill up, stall and lose power: one-line errors, a second try, writes and renames that last."""
 
 import ctypes
 import errno

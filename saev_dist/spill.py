@@ -1,6 +1,7 @@
 """Spill files: rows that a process appends while it streams, and the artifacts that are put together from them.
 
-Such artifacts grow with the data, so nothing here holds more than some megabytes of them. A process makes files of its
+Such artifacts grow with the data, so of them nothing here holds more than some tens of megabytes (`read_columns` apart, whose
+array is bounded). A process makes files of its
 own, one for each kind of rows, and never touches another's; a *segment* says which of their bytes belong to which
 batches. So a file's end may be torn: what no segment names is not there.
 """

@@ -48,7 +48,7 @@ class Launcher:
     cpus_per_gpu: int = 4
     """CPU cores per rank, also where there are no GPUs."""
     mem_gb: OptionalFloat = None
-    """Host memory per node, GB. Default: the partition's."""
+    """Host memory per node, GB as Slurm counts them (2^30 bytes). Default: the partition's."""
     time_h: float = 4.0
     """Time limit of one attempt, hours. A job that reaches it goes on in the next."""
     constraint: OptionalText = None
@@ -70,7 +70,7 @@ class Launcher:
     """A job that has been requeued so often does not requeue itself again."""
 
     logs: OptionalPath = None
-    """Directory for logs. Default: slurm/ in --out or --run."""
+    """Directory for logs. Default: slurm/ in --out or --run, of several runs beside them."""
     wait: bool = False
     """Follow the job to its end: progress, then the result; exit code 1 if it failed."""
     dry_run: bool = False

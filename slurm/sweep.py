@@ -76,9 +76,9 @@ def is_finished(cfg: Extract | Replay) -> bool:
     try:
         manifest = json.loads(manifest_fpath.read_bytes())
         wrote = manifest_fpath.stat().st_mtime
-        if not cfg.sae.is_file():  # a directory's time does not tell when its files were written
-            return False
         inputs = [cfg.sae, *(cfg.shards / name for name in ("metadata.json", "shards.json"))]
+        if not cfg.sae.is_file():  # a directory's own time does not tell when its files were written
+            inputs += cfg.sae.iterdir()
         inputs += [cfg.input_mean] if cfg.input_mean else []
         if any(fpath.stat().st_mtime > wrote for fpath in inputs):
             return False

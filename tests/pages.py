@@ -37,11 +37,15 @@ FLAGS = [
 ]
 
 
+def find_chromium() -> str | None:
+    """Path of a Chromium."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
 def chromium() -> str:
-    """Path of a Chromium; without one the test skips, or fails where REQUIRE_BROWSER is set, as in CI."""
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if found := shutil.which(name):
-            return found
+    """The same; without one the test skips, or fails where REQUIRE_BROWSER is set, as in CI."""
+    if found := find_chromium():
+        return found
     reason = "no chromium on PATH; on Debian: apt-get install chromium"
     if os.environ.get("REQUIRE_BROWSER"):
         pytest.fail(reason)

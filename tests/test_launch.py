@@ -173,6 +173,24 @@ def test_only_this_very_run_counts_as_finished(tmp_path, inputs):
     assert not is_finished(replace(cfg, out=tmp_path / ("x" * 300)))  # that it cannot be, the job says
 
 
+def test_a_directory_trained_again_is_another_run(tmp_path, inputs):
+    sae = tmp_path / "lens"
+    sae.mkdir()
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        (sae / name).touch()
+    flags = [*inputs, "--out", str(tmp_path / "run")]
+    assert run_ranks("extract", *flags).returncode == 0
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    manifest["config"]["sae"] = str(sae)  # which an extract needs more of than this does
+    (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
+    (cfg,) = configs(Extract, [*flags, "--sae", str(sae)])
+    assert is_finished(cfg)
+    os.utime(sae / "sae_weights.safetensors", (time.time() + 9,) * 2)
+    assert not is_finished(cfg)
+    shutil.rmtree(sae)
+    assert not is_finished(cfg)
+
+
 def test_another_mean_in_the_same_file_is_another_run(tmp_path, inputs):
     mean = tmp_path / "mean.npy"
     np.save(mean, np.zeros(Shards.open(Path(inputs[1])).d_model, np.float32))

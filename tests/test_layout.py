@@ -1,4 +1,4 @@
-"""The architecture in DESIGN.md, held: imports point down, pure modules stay pure."""
+"""The architecture, as CONTRIBUTING.md has it: imports point down, pure modules stay pure."""
 
 import ast
 from pathlib import Path

@@ -106,7 +106,7 @@ def test_a_cell_of_the_matrix_holds(cell):
         path = DATA / source.format(norm=norm)
         sae = load(path)
         assert (sae.input_norm.name if sae.input_norm else "none") == norm
-        if sae_format == "saev":  # test_extract compares their features with saev's
+        if sae_format == "saev":  # test_extract compares their features with saev's, or BatchTopK's with its definition
             assert architecture in sae.source
         else:
             x_bd, feats_bs = expected(source.format(norm=norm))

@@ -186,4 +186,4 @@ def test_the_hub_without_its_library_or_a_network_is_one_line(cache, monkeypatch
         assert "hf://owner/other is not in the cache and cannot be downloaded" in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install 'saev-dist[hub]'" in fails(capsys, "inspect", "hf://owner/repo")
+    assert "pip install huggingface_hub" in fails(capsys, "inspect", "hf://owner/repo")

@@ -133,7 +133,7 @@ def to_cpu(*tensors: Tensor) -> list[Tensor]:
 def stable_order(key_n: Tensor, limit: int) -> Tensor:
     """What sorts int64 keys of 0 … limit-1, equal ones staying in order: int64 (n,).
 
-    NumPy sorts integers of 16 bits by radix, about ten times as fast as wider ones by comparison.
+    NumPy sorts integers of 16 bits by radix, several times as fast as wider ones by comparison.
     """
     key = key_n.numpy()
     order_n = np.argsort(key.astype(np.uint16), kind="stable")

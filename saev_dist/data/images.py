@@ -205,7 +205,7 @@ def _readable(labels: Any, value: Any) -> str:
 def _data_set(root: Path) -> Any:
     """A data set saved on disk; its Arrow files are mapped into memory, not read."""
     if importlib.util.find_spec("datasets") is None:
-        raise ConfigError(f"{root} is a Hugging Face data set; to read it: pip install 'saev-dist[hf]'.")
+        raise ConfigError(f"{root} is a Hugging Face data set; to read it: pip install datasets.")
     datasets = importlib.import_module("datasets")
     try:
         return datasets.load_from_disk(str(root))

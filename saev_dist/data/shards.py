@@ -3,7 +3,7 @@
 A directory holds `metadata.json`, `shards.json` and the shard files. A shard is raw little-endian float32,
 C order, `(examples, layers, tokens, d_model)`; token 0 is CLS where `cls_token` is true and the content
 tokens (patches) follow. Protocols 1.0.0 and 1.1 differ from 2.1 in names only.
-Source: saev's `activations.py` (1.x) and `saev/data/shards.py` (2.1), as FORMATS.md sums them up.
+Source: saev's `activations.py` (1.x) and `saev/data/shards.py` (2.1).
 """
 
 import hashlib

@@ -36,7 +36,7 @@ def fetch(name: Path, file_names: Collection[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ConfigError(f"{shown} needs huggingface_hub: pip install 'saev-dist[hub]', or give a local path.") from None
+        raise ConfigError(f"{shown} needs huggingface_hub: pip install huggingface_hub, or give a local path.") from None
     inner = match["path"].strip("/")
     wanted = [inner, *(f"{inner}/{file}" for file in file_names)] if inner else list(file_names)
     try:

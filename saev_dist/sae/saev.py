@@ -4,7 +4,7 @@ State dict: W_enc (d_model, d_sae), b_enc (d_sae), W_dec (d_sae, d_model), b_dec
 activation.threshold (files from before 2025-11-16 lack it: `--threshold`). Headers, by their "schema": none (the bare
 config, ReLU), 1 (two forms), 2, 3, 4, 5. They differ in names only (d_vit or d_model, exp_factor or d_sae, cls or
 activation.cls), and either name is taken at any schema. The other fields are for training alone.
-Source: saev's `nn/modeling.py` at each version, as FORMATS.md sums them up.
+Source: saev's `nn/modeling.py` at each version.
 
 Encode: `x @ W_enc + b_enc`. Files trained before 2025-07-31 meant `x - b_dec` for `x`, and so did training with the
 Matryoshka objective for some time after; nothing in them says so, which is what `--pre-bias` is for. Older training also

@@ -1,7 +1,8 @@
 """Functions in forked processes, and what they take. The parent must have no threads of torch: it sets one and forks."""
 
 import multiprocessing
-from multiprocessing.queues import SimpleQueue
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,25 @@ FORK = multiprocessing.get_context("fork")
 
 def in_forks(target: Any, *argss: tuple[Any, ...]) -> list[Any]:
     """What `target` returns in a process for each set of arguments, all at once; the imports are done, and shared."""
-    queue: SimpleQueue[tuple[int, Any]] = FORK.SimpleQueue()
 
-    def call(i: int, args: tuple[Any, ...]) -> None:
-        try:
-            queue.put((i, target(*args)))
-        except BaseException as err:
-            queue.put((i, None))
-            raise err
+    def call(sender: Connection, args: tuple[Any, ...]) -> None:
+        sender.send(target(*args))
 
-    processes = [FORK.Process(target=call, args=(i, args)) for i, args in enumerate(argss)]
-    for process in processes:
-        process.start()
-    found = dict(queue.get() for _ in processes)
+    processes, receivers = [], []
+    for args in argss:
+        receiver, sender = FORK.Pipe(duplex=False)
+        processes.append(FORK.Process(target=call, args=(sender, args)))
+        processes[-1].start()
+        sender.close()  # so that the process's death ends the wait for it
+        receivers.append(receiver)
+    found = []
+    for receiver in receivers:
+        with suppress(EOFError):
+            found.append(receiver.recv())
     for process in processes:
         process.join()
-    assert not any(process.exitcode for process in processes), "a forked process failed; see above"
-    return [found[i] for i in range(len(argss))]
+    assert len(found) == len(argss), "a forked process failed; see above"
+    return found
 
 
 def status(name: str) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 from tests.bench.record import emit
-from tests.pages import FLAGS, chromium, write_gallery
+from tests.pages import FLAGS, chromium, find_chromium, write_gallery
 
 ROUNDS, N_SHOWN = 5, 400
 MOST_ROWS = 300_000  # of the table, as script.js has it
@@ -33,6 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--d-sae", type=int, default=16_000, help="features, at least 400")
     d_sae = parser.parse_args().d_sae
+    if find_chromium() is None:
+        print("no chromium on PATH: nothing is measured")
+        return
     shown = tuple(range(0, d_sae, d_sae // N_SHOWN))[:N_SHOWN]
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
         gallery = write_gallery(Path(name) / "visuals", d_sae=d_sae, shown=shown)

@@ -5,7 +5,8 @@ long and the disk is not what is measured. The ceiling is one `torch.addmm` a ba
 lie on the device, before and after each run; the share is given of the whole run and of its stream. What a run writes at
 its end takes as long as the disk does: the line says how many bytes, and how long one thread takes to write and sync so
 many. What else remains is in it: seconds of each stage, the kernels that took longest, and the most device memory, caches
-included. The slots are checked against a dense search on the CPU.
+included. The slots of fp32 are checked against a dense search on the CPU, those of the others against fp32's: that they
+are as close as the precision has it.
 
 `--device cpu` tries the bench itself out, at small shapes. One JSON line a case and precision.
 """
@@ -38,6 +39,8 @@ CASES = [
 SMALL = [Case("TopK", 8, n_imgs=200, d_model=64, d_sae=512, top_k=16)]
 PRECISIONS = ("fp32", "tf32", "bf16")
 N_KERNELS = 12
+ROUNDING = {"tf32": 2**-8, "bf16": 2**-5}
+"""Of the largest scores, relative to them: some units in the last place of what is multiplied."""
 
 
 def repeat(dpath: Path, n: int) -> None:
@@ -102,10 +105,11 @@ def measure_precision(
     sae = load_saev(dpath / "sae.pt")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     w_ds, b_s = sae.w_enc_ds.to(device, dtype), sae.b_enc_s.to(device, dtype)
-    x_bd = acts_td[: case.batch_tokens].to(device, dtype)
+    batch_tokens = max(1, args.batch_tokens // case.n_patches) * case.n_patches
+    x_bd = acts_td[:batch_tokens].to(device, dtype)
     out_bs = torch.empty(len(x_bd), case.d_sae, device=device, dtype=dtype)
     n_tokens = n_names * case.n_tokens
-    n_batches = n_names * -(-case.n_tokens // case.batch_tokens)
+    n_batches = n_names * -(-case.n_tokens // batch_tokens)
 
     def product() -> None:
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -145,8 +149,16 @@ def measure_precision(
             most = max(most, torch.cuda.max_memory_reserved(device))
         products.append(product_s())
         manifests.append(json.loads((dpath / "run/manifest.json").read_text()))
-    if precision == "fp32":  # of equal scores the first image wins, so the first name's images hold all slots' tops
-        check_slots(dpath / "run", acts_td, dpath / "sae.pt", case)
+    if precision == "fp32":
+        check_slots(dpath / "run", acts_td, dpath / "sae.pt", case, n_names=n_names)
+    else:
+        values_sk = torch.load(dpath / "run/top_values.pt", weights_only=True)
+        exact_s = torch.full((case.d_sae,), -torch.inf)
+        for part_bd in acts_td.split(2048):
+            exact_s = torch.maximum(exact_s, torch.addmm(sae.b_enc_s, part_bd, sae.w_enc_ds).amax(dim=0))
+        fired, tolerance = values_sk[:, 0] > 0, ROUNDING[precision]
+        assert fired.float().mean() > 0.99
+        torch.testing.assert_close(values_sk[fired, 0], exact_s[fired], rtol=tolerance, atol=tolerance * float(exact_s.max()))
     written = sum(fpath.stat().st_size for fpath in (dpath / "run").iterdir())
     ceilings = [(a + b) / 2 for a, b in pairwise(products)]
 

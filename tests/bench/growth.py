@@ -1,11 +1,12 @@
 """How time and memory grow with the data and with the SAE: `python -m tests.bench.growth`.
 
-    tokens     from 10^4 to 10^6 tokens at one SAE: CPU time per token beyond a fixed start, and peak memory
+    tokens     from 10^4 to 10^6 tokens at one SAE: CPU time per token beyond a fixed start, and peak memory; the start is
+               what half a batch takes less what the other half adds
     features   from 4 k to 131 k features over the same tokens: CPU time and peak memory per feature
 
 Each run is `extract.run` in a process of its own with one thread, all artifacts on; sizes take turns, so that a shared
 machine's moods fall on all of them, and CPU time is counted, which waiting for a core does not lengthen. The self-check is
-off: it looks at a fixed number of tokens. The slots are checked against a dense search. One JSON line a part.
+off: it looks at a fixed number of tokens; distributions.pt has 10,000 of them, so it is as large in all. The slots are checked against a dense search. One JSON line a part.
 """
 
 import argparse
@@ -25,8 +26,8 @@ from tests.bench.record import emit
 
 TOKENS = Case(n_imgs=10_000, n_patches=100, d_model=128, d_sae=4_096, top_k=32)
 FEATURES = Case(n_imgs=480, n_patches=100, d_model=64, d_sae=4_096, top_k=32)
-SIZES = (100, 200, 1_000, 10_000)
-"""Images: one batch, two batches, 10^5 and 10^6 tokens."""
+SIZES = (50, 100, 200, 1_000, 10_000)
+"""Images: half a batch, about one, about two, 10^5 and 10^6 tokens."""
 WIDTHS = (4_096, 8_192, 16_384, 32_768, 65_536, 131_072)
 
 RUN = """
@@ -75,33 +76,34 @@ def beginning(shards: Path, n_imgs: int, out: Path) -> Path:
 
 
 def all_runs(inputs: dict[int, tuple[Path, Path]], top_k: int, out: Path, rounds: int, few: int) -> dict[int, dict[str, float]]:
-    """Medians of what runs of all sizes took, in turns; sizes of `few` or less, which take no time, thrice a round."""
+    """Medians of what runs of all sizes took, in turns; sizes of `few` or less, which take no time, five times a round."""
     taken: dict[int, list[dict[str, float]]] = defaultdict(list)
-    for turn in range(3 * rounds):
+    for turn in range(5 * rounds):
         for size, (shards, sae) in inputs.items():
-            if size <= few or turn % 3 == 0:
+            if size <= few or turn % 5 == 0:
                 taken[size].append(run(shards, sae, out / f"run{size}", top_k))
     return {size: {key: median(one[key] for one in each) for key in each[0]} for size, each in taken.items()}
 
 
 def measure_tokens(rounds: int) -> None:
-    """What a token takes beyond the start: what two batches take less what the second of them added, twice."""
+    """What a token takes beyond the start."""
     case = TOKENS
     with tempfile.TemporaryDirectory() as name:
         dpath = Path(name)
         shards, sae = make_inputs(dpath, case)
         inputs = {n: (beginning(shards, n, dpath / f"shards{n}"), sae) for n in SIZES}
-        taken = all_runs(inputs, case.top_k, dpath, rounds, few=SIZES[1])
+        taken = all_runs(inputs, case.top_k, dpath, rounds, few=SIZES[2])
         for n in SIZES[1:]:
             acts_td = read_all(shards)[: n * case.n_patches]
             check_slots(dpath / f"run{n}", acts_td, sae, replace(case, n_imgs=n))
-    one, two, *_ = (taken[n]["cpu_s"] for n in SIZES)
-    start_s = 2 * one - two
-    per_token = {n: 1e6 * (taken[n]["cpu_s"] - start_s) / (n * case.n_patches) for n in SIZES}
+    half, one, *_ = (taken[n]["cpu_s"] for n in SIZES)
+    start_s = 2 * half - one
+    per_token = {n: 1e6 * (taken[n]["cpu_s"] - start_s) / (n * case.n_patches) for n in SIZES[1:]}
     emit(
         "growth",
         "growth: CPU time per token, from 10^4 to 10^6 tokens",
         asdict(case),
+        n_threads=1,
         start_s=round(start_s, 3),
         us_per_token={n * case.n_patches: round(us, 2) for n, us in per_token.items()},
         spread=round(max(per_token.values()) / min(per_token.values()) - 1, 3),
@@ -129,6 +131,7 @@ def measure_features(rounds: int) -> None:
         "growth",
         "growth: CPU time and memory per feature, from 4 k to 131 k features",
         asdict(FEATURES),
+        n_threads=1,
         us_per_feature=slopes("cpu_s", 1e-6),
         kb_per_feature=slopes("peak", 1e3),
         peak_mb={width: round(taken[width]["peak"] / 1e6) for width in WIDTHS},

@@ -14,7 +14,14 @@ import torch
 
 
 def emit(
-    bench: str, what: str, shapes: Mapping[str, Any], *, ceiling: str = "", share: float | None = None, **figures: Any
+    bench: str,
+    what: str,
+    shapes: Mapping[str, Any],
+    *,
+    ceiling: str = "",
+    share: float | None = None,
+    n_threads: int | None = None,
+    **figures: Any,
 ) -> None:
     """Print the line of one measurement.
 
@@ -24,10 +31,16 @@ def emit(
         shapes: sizes and settings.
         ceiling: what the figure is held against, measured in the same run.
         share: the ceiling's time over the measured time.
+        n_threads: that the measured process had; None: as many as this one.
         figures: the numbers.
     """
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    line = {"bench": bench, "what": what, "commit": commit, "machine": f"{cpu_model()}, {torch.get_num_threads()} threads"}
+    line = {
+        "bench": bench,
+        "what": what,
+        "commit": commit,
+        "machine": f"{cpu_model()}, {n_threads or torch.get_num_threads()} threads",
+    }
     if share is not None:
         line |= {"share": round(share, 3), "ceiling": ceiling}
     print(json.dumps(line | {"shapes": dict(shapes)} | figures), flush=True)
@@ -42,10 +55,11 @@ def cpu_model() -> str:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown: the measurements that have a ceiling, the last of each kind."""
-    last = {line["bench"] + line["what"]: line for line in lines if "share" in line}
-    rows = [f"| {line['what']} | {line['share']:.2f} | {line['ceiling']} |" for line in last.values()]
-    return "\n".join(["| what | share | of |", "|---|---|---|", *rows])
+    """Markdown: the measurements that have a ceiling, the last of each kind on each machine."""
+    keys = ("bench", "what", "machine", "shapes")
+    last = {json.dumps([line[key] for key in keys]): line for line in lines if "share" in line}
+    rows = [f"| {line['what']} | {line['share']:.2f} | {line['ceiling']} | {line['machine']} |" for line in last.values()]
+    return "\n".join(["| what | share | of | machine |", "|---|---|---|---|", *rows])
 
 
 if __name__ == "__main__":
