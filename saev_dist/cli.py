@@ -12,8 +12,9 @@ import tyro
 
 from saev_dist import __version__
 from saev_dist.config import Convert, Demo, Extract, Inspect, Merge, Replay, Verify, toml_flags
-from saev_dist.errors import ConfigError, PeerError, Preempted, SaevDistError, rank_prefix
+from saev_dist.errors import ConfigError, PeerError, Preempted, RunError, SaevDistError, rank_prefix, tell
 from saev_dist.output import printing
+from saev_dist.signals import be_deaf
 
 # A store that dies or is not there makes torch print C++ stack traces beside our one line; it reads this when it is imported.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
@@ -56,16 +57,20 @@ def main(argv: list[str] | None = None) -> None:
             job: Callable[[Any], None] = import_module(dict(JOBS.values())[type(cfg)]).run
             job(cfg)
     except Preempted as err:
+        be_deaf()
         if is_first:
-            print(f"saev-dist: {err}", file=sys.stderr, flush=True)
+            tell(f"saev-dist: {err}")
         sys.exit(os.EX_TEMPFAIL)
     except PeerError:
         sys.exit(1)  # the rank that failed first has said why
-    except SaevDistError as err:
-        print(f"saev-dist: error: {rank_prefix()}{err}", file=sys.stderr, flush=True)
+    except (SaevDistError, OSError) as err:
+        if isinstance(err, OSError):  # of a file of which no one who knows more of it spoke
+            where = f"{err.filename}: " if err.filename else ""
+            err = RunError(f"{where}{err.strerror or err}.")
+        tell(f"saev-dist: error: {rank_prefix()}{err}")
         sys.exit(1)
     except KeyboardInterrupt:
-        print("saev-dist: interrupted", file=sys.stderr, flush=True)
+        tell("saev-dist: interrupted")
         sys.exit(130)
 
 

@@ -84,11 +84,12 @@ def _write_large(
             n_written += os.pwrite(fd, data[n_written:], begin + first * dtype.itemsize + n_written)
         return zlib.crc32(data) if chunk.dtype != dtype else None
 
-    for n_bytes, crc, other_crc in rows.each(write):
-        if other_crc is not None:
-            n_bytes, crc = n_bytes // 4 * dtype.itemsize, other_crc
-        info.CRC = crc32_combine(info.CRC, crc, n_bytes)
-        syncer.wrote(n_bytes)
+    with closing(rows.each(write)) as chunks:  # no thread writes any more when this is left
+        for n_bytes, crc, other_crc in chunks:
+            if other_crc is not None:
+                n_bytes, crc = n_bytes // 4 * dtype.itemsize, other_crc
+            info.CRC = crc32_combine(info.CRC, crc, n_bytes)
+            syncer.wrote(n_bytes)
     file.seek(info.header_offset)
     file.write(info.FileHeader(zip64=True) + header)
     archive.start_dir = begin + n * dtype.itemsize

@@ -5,6 +5,7 @@
 
 import os
 import sys
+from contextlib import suppress
 
 
 class SaevDistError(Exception):
@@ -58,7 +59,16 @@ class PeerError(SaevDistError):
 
 def warn(text: str) -> None:
     """A line that does not stop the run."""
-    print(f"saev-dist: warning: {rank_prefix()}{text}", file=sys.stderr, flush=True)
+    tell(f"saev-dist: warning: {rank_prefix()}{text}")
+
+
+def tell(line: str) -> None:
+    """Print to standard error. Where nobody reads it any more nothing is said, and nothing stops."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        with suppress(OSError):  # what waits to be written would fail again at the exit, and change its code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def rank_prefix() -> str:

@@ -13,8 +13,9 @@ from saev_dist.accumulators.rows import GROUPS_ON_DEVICE, n_samples
 from saev_dist.config import Extract
 from saev_dist.data.reader import buffer_examples, most_buffers
 from saev_dist.data.shards import Shards
-from saev_dist.errors import ConfigError, warn
+from saev_dist.errors import ConfigError, RunError, warn
 from saev_dist.machine import available_memory
+from saev_dist.partials import newest
 from saev_dist.plan import Plan
 from saev_dist.sae.model import ConstantNorm, GroupMax, LayerNorm, Sae, TopK
 from saev_dist.sae.pieces import batches_ahead, block_shape, count_pieces, piece_images
@@ -85,11 +86,12 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     slots = sae.d_sae * cfg.top_k * 12
     state = slots + sae.d_sae * (8 * N_BINS + 24)
     samples = 4 * min(cfg.n_distributions, sae.d_sae) * n_sampled
+    buffer = buffer_examples(plan, shards) * shards.content_bytes
+    if device.type == "cuda":  # torch rounds page-locked memory up to powers of two
+        buffer = 1 << (buffer - 1).bit_length()
     host = {
         "weights": weights,
-        "read buffers": most_buffers(plan, shards, cfg.read_ahead, n_ahead)
-        * buffer_examples(plan, shards)
-        * shards.content_bytes,
+        "read buffers": most_buffers(plan, shards, cfg.read_ahead, n_ahead) * buffer,
         # the exchange, the last sort of the slots, and going on from several partials hold the state a second and a third time
         "accumulators and their merge": 3 * state,
         "distributions, when written": samples,
@@ -145,7 +147,7 @@ def fit(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device
     """What `cfg` needs on this rank, with as many of `n_threads` as host memory has room for. Refuse what cannot fit.
 
     Raises:
-        ConfigError: host memory of this machine's ranks, device memory, or the disk is too small.
+        ConfigError: host memory of this machine's ranks, device memory, or the disk is too small; of the disk rank 0 says so.
     """
     available = available_memory()
     wanted, need = within(cfg, shards, sae, plan, device, n_threads, available / world.local_size)
@@ -166,15 +168,29 @@ def fit(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device
                 f"this run needs about {gb(need.device_total)} of device memory; {gb(free)} are free on {device}. "
                 "Lower --batch-tokens."
             )
+    if world.rank == 0:
+        _fit_disk(cfg, plan, need, world.size)
+    return need
+
+
+def _fit_disk(cfg: Extract, plan: Plan, need: Estimate, n_ranks: int) -> None:
     free = free_disk(cfg.out)
-    one_each = need.partial * world.size
+    one_each = need.partial * n_ranks
     partials = max(one_each, 2 * one_each - _held(cfg.out / "partials"))  # a first one, then another while that is there
+    if need.artifacts + partials > free and not cfg.force:
+        with suppress(RunError):  # a damaged one: its batches are to be done again
+            if _all_are_kept(cfg.out / "partials", plan):
+                partials = 0  # what is left is to merge them
     if need.artifacts + partials > free:
         raise ConfigError(
             f"the artifacts need {gb(need.artifacts)} of disk, and snapshots {gb(partials)}; {gb(free)} are free at "
             f"{cfg.out}. Free some there, choose another --out, or lower --top-k or --max-distribution-samples."
         )
-    return need
+
+
+def _all_are_kept(dpath: Path, plan: Plan) -> bool:
+    """Whether the partials there cover all batches."""
+    return sum(segment.stop - segment.first for partial in newest(dpath) for segment in partial.segments) == plan.n_batches
 
 
 def _held(dpath: Path) -> int:

@@ -13,6 +13,9 @@ Names: as in `select`; `p` parts of rows, `g` groups of features, or pairs of im
 of the floats.
 """
 
+from threading import Lock
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +35,8 @@ GUESSES = 24
 CODES_AT_ONCE = 1024
 EXACT = {"enable_fp_fusion": False}
 """Results are those of plain torch, to the bit: no product is fused with a sum."""
+_launching = Lock()
+"""Of one thread at a time: Triton gives a kernel that another one is still loading out for loaded."""
 
 
 def select_strongest(h_bs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -72,14 +77,14 @@ def _strongest(h_bs: Tensor, k: int, n_parts: int, width: int) -> tuple[Tensor, 
     value_bk = torch.empty(n_tokens, n_parts * k, device=h_bs.device)
     grid = n_tokens, n_parts
     shift = 16 if h_bs.dtype == torch.bfloat16 else 0  # whose keys end in 16 equal bits
-    _scan_strongest[grid](
-        h_bs, group_pg, noted_3p, d_sae, width, k,
-        SIZE=size, GROUP=GROUP, GUESSES=GUESSES, SHIFT=shift, num_warps=_warps(size, 64), **EXACT,
+    _launch(
+        _scan_strongest, grid, h_bs, group_pg, noted_3p, d_sae, width, k,
+        SIZE=size, GROUP=GROUP, GUESSES=GUESSES, SHIFT=shift, num_warps=_warps(size, 64),
     )  # fmt: skip
     n_groups = min(GROUPS_AT_ONCE, size // GROUP)
-    _write_strongest[grid](
-        h_bs, group_pg, noted_3p, feature_bk, value_bk, d_sae, width, k,
-        N_GROUPS=size // GROUP, AT_ONCE=n_groups, GROUP=GROUP, SHIFT=shift, num_warps=_warps(n_groups * GROUP, 16), **EXACT,
+    _launch(
+        _write_strongest, grid, h_bs, group_pg, noted_3p, feature_bk, value_bk, d_sae, width, k,
+        N_GROUPS=size // GROUP, AT_ONCE=n_groups, GROUP=GROUP, SHIFT=shift, num_warps=_warps(n_groups * GROUP, 16),
     )  # fmt: skip
     return feature_bk, value_bk
 
@@ -101,18 +106,18 @@ def select_above(h_bs: Tensor, threshold_s: Tensor) -> tuple[Tensor, Tensor, Ten
     group_pg = torch.empty(n_tokens * n_parts, size // GROUP_ABOVE, dtype=torch.int32, device=h_bs.device)
     noted_2p = torch.empty(2, n_tokens * n_parts, dtype=torch.int32, device=h_bs.device)
     grid = n_tokens, n_parts
-    _scan_above[grid](
-        h_bs, threshold_s, group_pg, noted_2p, d_sae, width, SIZE=size, GROUP=GROUP_ABOVE, num_warps=_warps(size, 32), **EXACT
-    )
+    _launch(
+        _scan_above, grid, h_bs, threshold_s, group_pg, noted_2p, d_sae, width,
+        SIZE=size, GROUP=GROUP_ABOVE, num_warps=_warps(size, 32),
+    )  # fmt: skip
     end_p = noted_2p[1].cumsum(0)
     n_codes = int(end_p[-1])
     token_n, feature_n = (torch.empty(n_codes, dtype=torch.int64, device=h_bs.device) for _ in range(2))
     value_n = torch.empty(n_codes, device=h_bs.device)
     n_groups = min(GROUPS_AT_ONCE, size // GROUP_ABOVE)
-    _write_above[grid](
-        h_bs, threshold_s, group_pg, noted_2p, end_p, token_n, feature_n, value_n, d_sae, width,
+    _launch(
+        _write_above, grid, h_bs, threshold_s, group_pg, noted_2p, end_p, token_n, feature_n, value_n, d_sae, width,
         N_GROUPS=size // GROUP_ABOVE, AT_ONCE=n_groups, GROUP=GROUP_ABOVE, num_warps=_warps(n_groups * GROUP_ABOVE, 16),
-        **EXACT,
     )  # fmt: skip
     return token_n, feature_n, value_n
 
@@ -120,16 +125,17 @@ def select_above(h_bs: Tensor, threshold_s: Tensor) -> tuple[Tensor, Tensor, Ten
 def add_to_moments(sums_5s: Tensor, feature_n: Tensor, value_n: Tensor) -> None:
     """Add the counts of values above zero, and the parts that `fixed_point.to_parts` makes of them: int64 (5, s)."""
     grid = (triton.cdiv(len(value_n), CODES_AT_ONCE),)
-    _add_to_moments[grid](sums_5s, feature_n, value_n, len(value_n), sums_5s.shape[1], SIZE=CODES_AT_ONCE, num_warps=4, **EXACT)
+    _launch(_add_to_moments, grid, sums_5s, feature_n, value_n, len(value_n), sums_5s.shape[1], SIZE=CODES_AT_ONCE, num_warps=4)
 
 
 def add_to_histogram(counts_sh: Tensor, feature_n: Tensor, value_n: Tensor, shift: int, first: int) -> None:
     """Count the values above zero, each in the bin that the upper bits of its pattern are, `first` being bin 0."""
     grid = (triton.cdiv(len(value_n), CODES_AT_ONCE),)
     n_bins = counts_sh.shape[1]
-    _add_to_histogram[grid](
-        counts_sh, feature_n, value_n, len(value_n), n_bins, first, SHIFT=shift, SIZE=CODES_AT_ONCE, num_warps=4, **EXACT
-    )
+    _launch(
+        _add_to_histogram, grid, counts_sh, feature_n, value_n, len(value_n), n_bins, first,
+        SHIFT=shift, SIZE=CODES_AT_ONCE, num_warps=4,
+    )  # fmt: skip
 
 
 def strongest_means(token_n: Tensor, feature_n: Tensor, value_n: Tensor, n_imgs: int, n_patches: int, d_sae: int) -> Tensor:
@@ -141,10 +147,15 @@ def strongest_means(token_n: Tensor, feature_n: Tensor, value_n: Tensor, n_imgs:
     grid = (triton.cdiv(len(token_n), CODES_AT_ONCE),)
     for place in range(min(3, n_patches)):
         former_g = best_3g[max(0, place - 1)]
-        _raise_best[grid](best_3g[place], former_g, *codes, IS_FIRST=place == 0, SIZE=CODES_AT_ONCE, num_warps=4, **EXACT)
+        _launch(_raise_best, grid, best_3g[place], former_g, *codes, IS_FIRST=place == 0, SIZE=CODES_AT_ONCE, num_warps=4)
     grid = (triton.cdiv(n_groups, CODES_AT_ONCE),)
-    _mean_of_best[grid](mean_g, best_3g, n_groups, float(min(3, n_patches)), SIZE=CODES_AT_ONCE, num_warps=4, **EXACT)
+    _launch(_mean_of_best, grid, mean_g, best_3g, n_groups, float(min(3, n_patches)), SIZE=CODES_AT_ONCE, num_warps=4)
     return mean_g
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
+    with _launching:
+        kernel[grid](*args, **settings, **EXACT)
 
 
 def _warps(n_numbers: int, per_thread: int) -> int:

@@ -60,6 +60,8 @@ def memory_wanted(err: BaseException, device: torch.device) -> str:
     """What has run out of memory, if an error that came of work on `device` says that; else ""."""
     if isinstance(err, torch.OutOfMemoryError):  # torch's own, of a GPU only
         return str(device)
+    if device.type == "cuda" and re.search(r"out of memory|ALLOC_FAILED", str(err)):  # of CUDA, cuBLAS, Triton
+        return f"{device} or the host"  # for page-locked memory
     is_torchs = isinstance(err, RuntimeError) and "allocate memory" in str(err)
     return "the host" if is_torchs or isinstance(err, MemoryError) else ""
 

@@ -9,6 +9,8 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
+from saev_dist.errors import tell
+
 LOG_EVERY_S = 30.0
 
 
@@ -60,11 +62,9 @@ class Progress:
             self._logged = time.monotonic()
             n_left = total - self._done
             left = timedelta(seconds=round(n_left / rate if n_left else 0)) if rate or not n_left else "?"
-            print(
+            tell(
                 f"{self._prefix}{self._job} {self._done / total if total else 1:6.1%}  {self._done:,}/{total:,} tokens  "
-                f"{rate:,.0f} tok/s  read {rate * self._bytes_per_token / 1e6:,.0f} MB/s  ETA {left}",
-                file=sys.stderr,
-                flush=True,
+                f"{rate:,.0f} tok/s  read {rate * self._bytes_per_token / 1e6:,.0f} MB/s  ETA {left}"
             )
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -11,6 +12,13 @@ ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SAME_S, PASSED_ON_S = 2.0, 20.0
 """Launchers pass a signal on, as the same or as another, to a process that has had it from the terminal already: so soon it
 is no second one. Where all are busy the other may take its time."""
+
+
+def be_deaf() -> None:
+    """On the way out nothing is to interrupt: a launcher may pass on what this process has obeyed already."""
+    if threading.current_thread() is threading.main_thread():
+        for number in ASKING:
+            signal.signal(number, signal.SIG_IGN)
 
 
 class Signals:
@@ -46,7 +54,8 @@ class Signals:
             self.received, self._since, self._first = signal.Signals(number).name, time.monotonic(), number
             if self._rank == 0:
                 text = f"saev-dist: {self.received}: leaving after {self.last}; a second signal leaves at once.\n"
-                os.write(2, text.encode())  # print is not safe within a print
+                with suppress(OSError):  # the same signal may have ended who reads it
+                    os.write(2, text.encode())  # print is not safe within a print
         elif time.monotonic() - self._since > (SAME_S if number == self._first else PASSED_ON_S):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

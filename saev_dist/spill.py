@@ -9,7 +9,7 @@ batches. So a file's end may be torn: what no segment names is not there.
 import os
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saev_dist.errors import DamagedError, RunError
-from saev_dist.files import Syncer, read_part, reading, writing
+from saev_dist.files import Syncer, read_part, reading, retrying, writing
 from saev_dist.plan import Intervals, complement, union
 
 T = TypeVar("T")
@@ -223,7 +223,7 @@ class Rows:
         """Refuse to make an artifact of files that do not hold, together, what the plan promises.
 
         Raises:
-            RunError: bytes are missing or too many: the file system is not shared by all ranks.
+            RunError: bytes are missing or too many: the file system is not shared by all ranks; or nobody can tell.
         """
         found = 0
         for first, stop, segment in self._pieces:
@@ -232,14 +232,19 @@ class Rows:
                 continue
             begin, end, _ = segment.extents[self.name]
             fpath = segment.fpath(self._dpath, self.name)
-            found += max(0, min(end, fpath.stat().st_size if fpath.exists() else 0) - begin)
+            with reading(fpath):
+                try:
+                    size = retrying(fpath.stat).st_size
+                except FileNotFoundError:
+                    size = 0
+            found += max(0, min(end, size) - begin)
         if found != n_bytes:
             raise RunError(
                 f"{self._dpath}: the ranks' {self.name} files hold {found:,} bytes; the plan promises {n_bytes:,}. "
                 "Do all ranks see this directory? Run again."
             )
 
-    def each(self, work: Callable[[int, NDArray[Any]], T]) -> Iterator[tuple[int, int, T]]:
+    def each(self, work: Callable[[int, NDArray[Any]], T]) -> Generator[tuple[int, int, T], None, None]:
         """Go through the array, flat, whole rows of it, some megabytes at a time, several of these at a time on threads.
 
         Args:
@@ -297,10 +302,11 @@ class Rows:
 
 def _read_chunk(dpath: Path, segment: Segment, name: str, position: int, size: int) -> bytes:
     fpath = segment.fpath(dpath, name)
-    if not fpath.exists():
-        raise DamagedError(f"{fpath} is gone; run again to compute its batches again.")
     with reading(fpath):
-        data = read_part(fpath, size, position)
+        try:
+            data = read_part(fpath, size, position)
+        except FileNotFoundError:
+            raise DamagedError(f"{fpath} is gone; run again to compute its batches again.") from None
     if len(data) < size:
         raise _damaged(segment, fpath)
     return data

@@ -140,12 +140,15 @@ class Run:
         return under_way is None
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, *, patience_s: float = 0) -> Iterator[None]:
         """Keep other runs out of this directory; makes it. The kernel, or the file server, frees the lock of a dead process.
 
         An flock: on NFS it holds between machines where the server's lock service works (NFSv4, or v3 with lockd); the
         lock of a machine that crashed goes when its lease ends, after 90 s by default. Where the file system has no
         locks there is a warning and no protection.
+
+        Args:
+            patience_s: how long to wait for who holds it. A moment it waits in any case: it may be `holder` that looks.
 
         Raises:
             RunError: another process holds it, or the directory cannot be written.
@@ -157,11 +160,11 @@ class Run:
         with ExitStack() as stack:
             stack.callback(self._drop_partials)
             stack.enter_context(file)
-            is_ours = True
+            is_ours = True  # where nobody can tell
             try:
-                if not _try_lock(file, fcntl.LOCK_EX):  # it may be `holder` that looks
-                    time.sleep(GLANCE_S)
-                    is_ours = _try_lock(file, fcntl.LOCK_EX)
+                until = time.monotonic() + max(GLANCE_S, patience_s)
+                while not (is_ours := _try_lock(file, fcntl.LOCK_EX)) and time.monotonic() < until:
+                    time.sleep(0.05)
             except OSError as err:
                 warn(f"{fpath}: cannot lock ({err.strerror}); see to it that no other run uses {self.dpath}.")
             if not is_ours:
@@ -170,8 +173,9 @@ class Run:
                     file.seek(0)
                     holder = file.read(200)
                 raise self._in_use(os.fsdecode(holder))
-            if not fpath.exists() or not os.path.samestat(os.stat(fpath), os.fstat(file.fileno())):
-                raise self._in_use("a run that is just ending")
+            with writing(fpath):
+                if not fpath.exists() or not os.path.samestat(os.stat(fpath), os.fstat(file.fileno())):
+                    raise self._in_use("a run that is just ending")
             stack.callback(self._drop_lock, fpath)
             with writing(fpath):
                 file.truncate(0)
@@ -180,8 +184,8 @@ class Run:
 
     def _drop_lock(self, fpath: Path) -> None:
         """Remove a lock that is held, unless a run is under way: who has opened it meanwhile sees that it is gone."""
-        if not (self.partials_dpath / "run.json").exists():
-            with suppress(OSError):
+        with suppress(OSError):
+            if not (self.partials_dpath / "run.json").exists():
                 fpath.unlink()
 
     def _drop_partials(self) -> None:
@@ -212,14 +216,14 @@ class Run:
             The identity that the run began with: it may know shards that cannot be read now.
 
         Raises:
-            RunError: another process has finished the run since `is_finished` looked; there is work of a run that nothing
-                tells of; or the directory cannot be written.
+            RunError: another process has finished the run since `is_finished` looked, or has begun one of other settings;
+                there is work of a run that nothing tells of; or the directory cannot be written.
         """
         run_fpath = self.partials_dpath / "run.json"
         with writing(self.partials_dpath):
+            if self.is_finished(identity, force=afresh):
+                raise RunError(f"{self.dpath} has just been finished by another process: nothing to do.")
             if afresh or not run_fpath.exists():
-                if self.is_finished(identity, force=afresh):
-                    raise RunError(f"{self.dpath} has just been finished by another process: nothing to do.")
                 if not afresh:
                     self.refuse_orphans()
                 self._clear()
@@ -282,20 +286,23 @@ class Run:
             fsync_dir(self.dpath)
             os.replace(self.partials_dpath / "manifest.json", self.manifest_fpath)
             fsync_dir(self.dpath)
+            (self.partials_dpath / "run.json").unlink(missing_ok=True)
+        with suppress(OSError):  # the run is finished; what stays means nothing, and the next command removes it
             self._clear()
 
     def tidy(self) -> None:
         """Remove what a run that died in its last instant left beside its artifacts, if that can be done."""
         if self.partials_dpath.exists():
             with suppress(OSError, RunError), self.lock():
-                self._clear()
+                if not self.under_way():  # begun since, by another process
+                    self._clear()
 
     def _clear(self) -> None:
         """Remove what is under `partials/`: run.json first, without which the rest means nothing, and not the lock."""
         (self.partials_dpath / "run.json").unlink(missing_ok=True)
         for fpath in self.partials_dpath.iterdir():
             if fpath.name != "lock":
-                fpath.unlink()
+                fpath.unlink(missing_ok=True)  # a rank that was given up may still be at work
 
     def load_tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """An artifact that is one tensor of this shape.

@@ -10,10 +10,11 @@ Names: `r` rows of a state tensor.
 
 import json
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -33,8 +34,15 @@ ASKS_PER_S = 300  # of all ranks that wait: few ranks may ask often, many must n
 ACKNOWLEDGE_S = 10.0
 BEAT_S = 2.0
 LOST_AFTER_S = 15.0
+SLEPT_S = 2.0
+"""So much later than it meant to a rank looks that stood still itself, as all do in a job that was suspended: what it sees then
+says nothing of the others."""
+RESTART_PATIENCE_S = 120.0
+"""For the lock of the attempt before, which a node that crashed holds until its lease at the file server ends."""
 LEAVE_S = 60.0
 MAX_PORT = 65_535
+MAX_VALUE = 4 * 2**20
+"""Bytes in a value of the store, which hangs up on those of more than 8 MiB (MAX_PAYLOAD_LEN of torch's TCPStore)."""
 STORE_ERRORS = (dist.DistError, ConnectionError, RuntimeError)  # what a store raises when its host is gone
 
 
@@ -61,10 +69,12 @@ class World:
         self._lost = ""
         self._has_lost = False
         self._signals = Signals(self.rank)
+        self._catching = ExitStack()
 
     @contextmanager
     def obeying_signals(self, kept: Path, *, last: str = "this batch and a snapshot") -> Iterator[None]:
-        """Leave in an orderly way when a signal asks for it.
+        """Leave in an orderly way when a signal asks for it. Signals are caught until the world is left: a rank that leaves
+        because of another's may have its own while it still waits for the others.
 
         Args:
             kept: where what is done is kept, for the message.
@@ -74,9 +84,9 @@ class World:
             Preempted: on every rank, once one of them has had a signal.
         """
         self._signals.last = last
+        self._catching.enter_context(self._signals)
         try:
-            with self._signals:
-                yield
+            yield
         except Preempted as err:
             what = "what was done before the last snapshot" if self._has_lost else "what is done"
             raise Preempted(
@@ -98,6 +108,11 @@ class World:
         return _env("TORCHELASTIC_RESTART_COUNT", 0) > 0 or _env("SLURM_RESTART_COUNT", 0) > 0
 
     @property
+    def patience_s(self) -> float:
+        """How long to wait for the run's lock."""
+        return RESTART_PATIENCE_S if self.restarted else 0.0
+
+    @property
     def job_id(self) -> str | None:
         """What Slurm or torchrun call this job, in all its attempts; None where neither knows."""
         found = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
@@ -114,6 +129,8 @@ class World:
             raise ConfigError(f"WORLD_SIZE is {self.size} but {', '.join(missing)} is not set; start the ranks with torchrun.")
         if _env("MASTER_PORT", 0, least=1) > MAX_PORT:
             raise ConfigError(f"environment variable MASTER_PORT is {os.environ['MASTER_PORT']}; ports end at {MAX_PORT:,}.")
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection to each rank, and rank 0 another one
         try:
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=self._timeout))
             # After a restart by torchrun the store still holds the keys of the attempt before.
@@ -138,6 +155,10 @@ class World:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
+        with self._catching:
+            self._leave(err)
+
+    def _leave(self, err: BaseException | None) -> None:
         if self._store is None:
             return
         self._left.set()
@@ -157,7 +178,7 @@ class World:
             lingers = self.rank == 0 or not (err is None or isinstance(err, PeerError))
             looks = self._look_for_dead(self._store)
             while lingers and n_gone < self.size - max(bool(self._lost), len(dead)) and time.monotonic() < until:
-                time.sleep(0.05)
+                time.sleep(max(0.05, min(CHECK_EVERY_S, self.size / ASKS_PER_S)))
                 n_gone, dead = self._store.add("gone", 0), next(looks)
             if isinstance(err, Preempted) and not self._has_lost and self._store.check(["loss"]):
                 n = self._store.add("losses", 0)
@@ -232,21 +253,20 @@ class World:
         """Rank 0's `message` (JSON), on every rank, once all are here."""
         key = f"message{self._n_phases}"
         if self.rank == 0:
-            self._ask(lambda store: store.set(key, json.dumps(message)))
+            self._ask(lambda store: _put(store, key, message))
         self.wait()
-        text = self._ask(lambda store: store.get(key))
-        return message if text is None else json.loads(text)
+        return message if self._store is None else self._ask(lambda store: _get(store, key))
 
     def collect(self, report: Any) -> list[Any]:
         """Every rank's `report` (JSON) in rank order, once all are here; on ranks other than 0 an empty list."""
         key = f"report{self._n_phases}"
-        self._ask(lambda store: store.set(f"{key}/{self.rank}", json.dumps(report)))
+        self._ask(lambda store: _put(store, f"{key}/{self.rank}", report))
         self.wait()
         if self.size == 1:
             return [report]
         ranks = range(self.size if self.rank == 0 else 0)
-        texts = self._ask(lambda store: [store.get(f"{key}/{rank}") for rank in ranks])
-        return [json.loads(text) for text in texts]
+        reports: list[Any] = self._ask(lambda store: [_get(store, f"{key}/{rank}") for rank in ranks])
+        return reports
 
     def exchange(self, state: State) -> list[State]:
         """Send each rank its slice of the rows; return this rank's slice of every rank's state, in rank order.
@@ -297,30 +317,35 @@ class World:
 
     def _watch(self, store: dist.Store) -> None:
         """Give a sign of life, and watch the next rank's: each rank is watched by one, whatever the world size."""
-        watched, last, since = (self.rank + 1) % self.size, b"", time.monotonic()
+        watched, last = (self.rank + 1) % self.size, b""
+        since = looked = time.monotonic()
         n_beats = 0
         with suppress(*STORE_ERRORS):
             while not self._left.wait(BEAT_S):
                 n_beats += 1
                 store.set(f"beat/{self.rank}", str(n_beats))
                 beat = store.get(f"beat/{watched}") if store.check([f"beat/{watched}"]) else b""
-                if beat != last:
-                    last, since = beat, time.monotonic()
-                elif beat != b"left" and time.monotonic() - since > LOST_AFTER_S:
+                now = time.monotonic()
+                has_slept, looked = now - looked > BEAT_S + SLEPT_S, now
+                if beat != last or has_slept:
+                    last, since = beat, now
+                elif beat != b"left" and now - since > LOST_AFTER_S:
                     self._lost = _died(watched, self.size)
             store.set(f"beat/{self.rank}", "left")
 
     def _look_for_dead(self, store: dist.Store) -> Iterator[list[int]]:
         """Again and again, the ranks that have not left and give no sign of life. It looks more seldom than it is asked."""
-        last, since, looked = [b""] * self.size, [time.monotonic()] * self.size, 0.0
+        looked = now = time.monotonic()
+        last, since = [b""] * self.size, [now] * self.size
+        every_s = max(BEAT_S, self.size**2 / ASKS_PER_S)  # all ranks may be looking
         dead: list[int] = []
         while True:
             now = time.monotonic()
-            if now - looked > max(BEAT_S, self.size**2 / ASKS_PER_S):  # all ranks may be looking
-                looked = now
+            if now - looked > every_s:
+                has_slept, looked = now - looked > every_s + SLEPT_S, now
                 for rank in range(self.size):
                     beat = store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b""
-                    if beat != last[rank]:
+                    if beat != last[rank] or has_slept:
                         last[rank], since[rank] = beat, now
                 dead = [rank for rank in range(self.size) if last[rank] != b"left" and now - since[rank] > LOST_AFTER_S]
             yield dead
@@ -352,6 +377,20 @@ class World:
                 f"rank {self.rank} lost contact with the host of all ranks' store: rank 0, or torchrun on its node, died "
                 f"({first}). Run the same command again to continue."
             ) from None
+
+
+def _put(store: dist.Store, key: str, message: Any) -> None:
+    """Hand JSON over, in parts that the store takes. The first says how many there are."""
+    text = json.dumps(message)
+    first, *others = [text[start : start + MAX_VALUE] for start in range(0, len(text), MAX_VALUE)]
+    for number, part in enumerate(others, 1):
+        store.set(f"{key}+{number}", part)
+    store.set(key, f"{len(others)} {first}")
+
+
+def _get(store: dist.Store, key: str) -> Any:
+    n_others, _, first = store.get(key).decode().partition(" ")
+    return json.loads(first + "".join(store.get(f"{key}+{number}").decode() for number in range(1, int(n_others) + 1)))
 
 
 def _look_at_rank_0(store: dist.Store) -> tuple[bool, bool]:

@@ -17,7 +17,9 @@ import torch
 from saev_dist import files, partials, progress
 from saev_dist.cli import main
 from saev_dist.data import reader
+from saev_dist.data.shards import Shards
 from saev_dist.errors import DamagedError, DataError, RunError
+from saev_dist.spill import Rows, Spill
 from tests.crash import Fault, killed, unfinished
 from tests.ranks import artifact_hashes
 from tests.synthetic import N_IMGS, N_PATCHES, RELU, dense_codes, make_acts, make_sae, make_shards, make_weights
@@ -392,6 +394,53 @@ def test_a_read_that_fails_once_is_tried_again(tmp_path, server, whole):
         out = tmp_path / str(number)
         codes, output = server.run(*args, out, fault=Fault(ops="r", at=3, how=str(number)), roots=(shards / "acts000002.bin",))
         assert codes == [0] and artifact_hashes(out) == expected, output
+
+
+def stumble(monkeypatch, fname: str, number: int, n_times: int) -> None:
+    """Asking for the size of a file of that name fails so often."""
+    stat, left = Path.stat, [None] * n_times
+
+    def failing(path: Path, **settings: bool) -> os.stat_result:
+        if path.name == fname and left:
+            left.pop()
+            raise OSError(number, os.strerror(number), str(path))
+        return stat(path, **settings)
+
+    monkeypatch.setattr(Path, "stat", failing)
+    monkeypatch.setattr(files, "DELAYS_S", (0.0, 0.0))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_shard_whose_size_cannot_be_had_once_is_no_bad_shard(tmp_path, monkeypatch, number):
+    shards = Shards.open(make_shards(tmp_path, make_acts()))
+    stumble(monkeypatch, "acts000001.bin", number, 2)
+    assert shards.bad_files() == {}
+    stumble(monkeypatch, "acts000001.bin", number, 3)
+    assert list(shards.bad_files()) == [1]
+
+
+@pytest.mark.parametrize("n_times", [2, 3])
+def test_rows_whose_size_cannot_be_had_are_named(tmp_path, monkeypatch, n_times):
+    with Spill(tmp_path, "00000-x", ["r"]) as written:
+        written.append(0, [{"r": np.ones(6, np.float32)}])
+        rows = Rows(tmp_path, "r", written.segments, 1, np.float32, filler=lambda _: np.ones(0), check=lambda: None)
+    stumble(monkeypatch, "r.00000-x.bin", errno.ESTALE, n_times)
+    with (
+        nullcontext()
+        if n_times == 2
+        else pytest.raises(RunError, match=r"r\.00000-x\.bin: cannot read: Stale file handle; run")
+    ):
+        rows.check_size(24)
+
+
+def test_an_error_of_a_disk_that_nobody_foresaw_is_one_line(tmp_path, monkeypatch, capsys):
+    def fail(cfg):
+        raise OSError(errno.EIO, "Input/output error", "/data/x")
+
+    monkeypatch.setattr("saev_dist.inspect.run", fail)
+    with pytest.raises(SystemExit, match=r"^1$"):
+        main(["inspect", str(tmp_path)])
+    assert capsys.readouterr().err == "saev-dist: error: /data/x: Input/output error.\n"
 
 
 def test_no_shard_at_all_is_an_error(tmp_path, server, with_bad_shards):

@@ -141,3 +141,17 @@ def test_the_name_of_a_group_need_not_be_text(groups, tmp_path):
 def test_this_machine_has_some():
     assert machine.available_memory() > 10**8
     assert machine.cpu_threads() >= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("CUDA error: out of memory", "cuda:1 or the host"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "cuda:1 or the host"),
+        ("Triton Error [CUDA]: out of memory", "cuda:1 or the host"),
+        ("CUDA error: an illegal memory access was encountered", ""),
+    ],
+)
+def test_what_a_gpus_libraries_say_of_memory_is_understood(text, where):
+    assert machine.memory_wanted(RuntimeError(text), torch.device("cuda", 1)) == where
+    assert machine.memory_wanted(RuntimeError(text), torch.device("cpu")) == ""

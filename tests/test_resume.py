@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 
 import pytest
 
@@ -16,6 +17,7 @@ from saev_dist.errors import RunError
 from saev_dist.plan import Plan
 from saev_dist.spill import covered
 from saev_dist.store import Run, contrast
+from saev_dist.world import World
 from tests.crash import N_BATCHES, SLOW, killed, unfinished, wait_for
 from tests.ranks import ENV, artifact_hashes
 from tests.soak import Soak
@@ -404,6 +406,50 @@ def test_a_run_that_another_process_has_just_finished_is_not_computed_again(tmp_
     with pytest.raises(RunError, match="has just been finished by another process"), store.lock():
         store.begin(identity, {}, N_BATCHES, afresh=False)
     assert artifact_hashes(tmp_path / "run") == expected
+
+
+def test_a_run_of_other_settings_that_another_process_has_just_begun_is_not_taken_for_this_one(tmp_path):
+    identity, others = {"top_k": 4}, {"top_k": 5}
+    store = Run(tmp_path)
+    assert not store.is_finished(identity, force=False)
+    with Run(tmp_path).lock():
+        Run(tmp_path).begin(others, {}, N_BATCHES, afresh=False)  # and dies
+    with pytest.raises(RunError, match=r"an unfinished run of other settings \(top_k: there 5, here 4\)"), store.lock():
+        store.begin(identity, {}, N_BATCHES, afresh=False)
+    with store.lock():
+        assert store.begin(others, {}, N_BATCHES, afresh=False) == others, "that one goes on"
+
+
+def test_a_restarted_job_waits_for_the_lock_of_the_attempt_before(tmp_path, monkeypatch):
+    """A file server may hold that of a node that crashed for a while."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    held = ExitStack()
+    held.enter_context(Run(tmp_path).lock())
+    Run(tmp_path).begin({}, {}, N_BATCHES, afresh=False)
+    threading.Timer(1, held.close).start()
+    with Run(tmp_path).lock(patience_s=World(600).patience_s):
+        pass
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    with (
+        Run(tmp_path).lock(),
+        pytest.raises(RunError, match="is in use by"),
+        Run(tmp_path).lock(patience_s=World(600).patience_s),
+    ):
+        pass
+
+
+def test_a_disk_without_room_for_snapshots_is_no_obstacle_where_all_is_kept(tmp_path, server, whole):
+    args, expected, _ = whole
+    out = tmp_path / "run"
+    killed(server, args, out, at=2 + N_BATCHES)  # as it puts the first artifact in place
+    full = "import saev_dist.estimate as e; f = e.estimate; import dataclasses\n"
+    full += "e.estimate = lambda *a: dataclasses.replace(f(*a), partial=10**18)"
+    unfinished(server, args, tmp_path / "other")
+    codes, output = server.run(*args, tmp_path / "other", before=full)
+    assert codes == [1] and "and snapshots 2," in output, output
+    codes, output = server.run(*args, out, before=full)
+    assert codes == [0], output
+    assert artifact_hashes(out) == expected
 
 
 # ---- merge

@@ -1,5 +1,6 @@
 """Ranks that meet without torchrun, end at different times, or die."""
 
+import json
 import os
 import signal
 import subprocess
@@ -217,3 +218,65 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="local rank 2 has no GPU of its own: torch sees 2"):
         World(10).device("cuda")
+
+
+WAITS_FOR_RANK_0 = """
+import os, time, saev_dist.extract as job
+rows = job._rows
+def slow(*args):
+    if os.environ["RANK"] == "0":
+        print("at work", flush=True)
+        time.sleep(3)
+    return rows(*args)
+job._rows = slow
+"""
+
+
+def test_a_rank_that_leaves_for_anothers_signal_may_have_its_own_while_it_waits(tmp_path, args):
+    """As srun sends them: not at the same instant to all."""
+    ranks = server().start(*args, tmp_path / "run", n_ranks=2, before=WAITS_FOR_RANK_0, apart=True)
+    deadline = time.monotonic() + 60
+    while "at work" not in ranks.logs[0].read_text() or not list((tmp_path / "run/partials").glob("00001-*.partial")):
+        assert time.monotonic() < deadline, ranks.output()
+        time.sleep(0.02)
+    for at_s, rank in ((0, 1), (1, 0), (0.5, 1)):  # rank 1 has done its share and leaves at once; rank 0 ends its batch
+        time.sleep(at_s)
+        os.kill(ranks.pids[rank], signal.SIGUSR2 if at_s else signal.SIGTERM)
+    assert server().wait(ranks) == [75, 75], [log.read_text() for log in ranks.error_logs]
+
+
+def test_a_job_that_was_suspended_goes_on(tmp_path, args):
+    """For longer than a rank may be silent: when it is continued, each has heard nothing of the others for that long."""
+    before = (
+        WAITS_FOR_RANK_0.replace("sleep(3)", "sleep(0.5)") + "import saev_dist.world as w; w.BEAT_S, w.LOST_AFTER_S = 0.2, 3.0"
+    )
+    ranks = server().start(*args, tmp_path / "run", n_ranks=3, before=before, apart=True)
+    deadline = time.monotonic() + 60
+    while "at work" not in ranks.logs[0].read_text():
+        assert time.monotonic() < deadline, ranks.output()
+        time.sleep(0.02)
+    for number, pause_s in ((signal.SIGSTOP, 4), (signal.SIGCONT, 0)):
+        for pid in ranks.pids:
+            os.kill(pid, number)
+        time.sleep(pause_s)
+    assert server().wait(ranks) == [0, 0, 0], [log.read_text() for log in ranks.error_logs]
+
+
+def test_reports_may_be_larger_than_a_value_of_the_store(tmp_path, args):
+    assert run_ranks(*args, tmp_path / "one").returncode == 0
+    done = run_ranks(*args, tmp_path / "two", n_ranks=2, before="import saev_dist.world as world; world.MAX_VALUE = 7")
+    assert done.returncode == 0, done.stderr
+    assert artifact_hashes(tmp_path / "two") == artifact_hashes(tmp_path / "one")
+    manifest = json.loads((tmp_path / "two/manifest.json").read_text())
+    assert [rank["rank"] for rank in manifest["ranks"]] == [0, 1]
+
+
+def test_a_reader_of_stderr_that_has_gone_takes_nothing_from_the_run(tmp_path, args):
+    """As `2>&1 | tee` does at Ctrl-C."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    args = [*(word for word in args if word != "--no-progress")]  # so that it has something to say
+    command = [sys.executable, "-m", "saev_dist", *map(str, args), tmp_path / "run"]
+    done = subprocess.run(command, env=ENV, stdout=subprocess.PIPE, stderr=writing, text=True)
+    os.close(writing)
+    assert done.returncode == 0 and "tokens " in done.stdout

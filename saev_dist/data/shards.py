@@ -133,7 +133,7 @@ class Shards:
         for shard_i, (name, n_examples) in enumerate(zip(self.names, self.examples, strict=True)):
             fpath = self.dpath / name
             try:
-                n_bytes = fpath.stat().st_size
+                n_bytes = retrying(fpath.stat).st_size
             except OSError as err:
                 faults[shard_i] = f"{fpath}: {err.strerror}; shards.json lists it with {n_examples} examples"
                 continue

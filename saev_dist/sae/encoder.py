@@ -361,6 +361,7 @@ class Encoder:
         """This thread's block of a type, flat, kept for the whole run: a fresh array is paged in anew each time."""
         blocks = self._own.blocks
         if dtype not in blocks or len(blocks[dtype]) < n_codes:
+            blocks.pop(dtype, None)  # first, or both are there for a moment
             blocks[dtype] = torch.zeros(n_codes, device=self.device, dtype=dtype)
         return blocks[dtype][:n_codes]
 

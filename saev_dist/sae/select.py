@@ -38,8 +38,11 @@ def select_at_once(h_bs: Tensor, activation: Activation, threshold: float | Tens
             flat_n, value_n = _largest_of_groups(h_bs, k)
         case _:
             if kernels:
-                threshold_s = torch.as_tensor(threshold, dtype=torch.float32, device=h_bs.device).expand(h_bs.shape[1])
-                codes = kernels.select_above(h_bs, threshold_s.contiguous())
+                if isinstance(threshold, Tensor):
+                    threshold_s = threshold.float()
+                else:  # filled on the device: a copy from here would wait for the product
+                    threshold_s = torch.full((h_bs.shape[1],), threshold, dtype=torch.float32, device=h_bs.device)
+                codes = kernels.select_above(h_bs, threshold_s)
                 return codes
             flat_n = (h_bs > threshold).view(-1).nonzero().squeeze(1)
             value_n = h_bs.view(-1)[flat_n].float()
