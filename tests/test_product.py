@@ -144,7 +144,7 @@ def cpu(monkeypatch, tmp_path):
         (ZEN_3, "scipy-openblas", None, False),
         (ZEN_3, "openblas", "pthreads", False),
         (ZEN_3, "mkl", "pthreads", False),
-        (ZEN_3.replace("avx2", "avx2 avx512f"), "scipy-openblas", "pthreads", False),
+        (ZEN_3.replace("avx2", "avx2 avx512f"), "scipy-openblas", "pthreads", True),
         (ZEN_3.replace("avx2", ""), "scipy-openblas", "pthreads", False),
         (ZEN_3.replace("AuthenticAMD", "GenuineIntel"), "scipy-openblas", "pthreads", False),
         ("processor\t: 0\nFeatures\t: asimd\n", "scipy-openblas", "pthreads", False),

@@ -189,11 +189,11 @@ def test_a_run_that_was_computed_again_meanwhile_is_not_drawn(tmp_path, monkeypa
     lock = Run.lock
 
     @contextmanager
-    def late(store):
+    def late(store, **settings):
         extract.run(
             Extract(shards=tmp_path / "shards", sae=tmp_path / "sae.pt", out=run, layer=4, top_k=8, progress=False, force=True)
         )
-        with lock(store):
+        with lock(store, **settings):
             yield
 
     monkeypatch.setattr(replay, "Run", type("Late", (Run,), {"lock": late}))
