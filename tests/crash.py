@@ -3,6 +3,7 @@
 The process that ranks are forked off has `faults.c` preloaded.
 """
 
+import os
 import subprocess
 import time
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class Fault:
     ops: str
     at: int
     how: str
+    what: str = ""
+    """Only if the operation is this one, as `operations` has it: a rank's drawing processes count for themselves."""
     rank: int = 0
     forever: bool = False
 
@@ -59,7 +62,7 @@ class FaultyServer(Server):
         Args:
             before: Python code that each rank runs first.
             fault: counts operations below `roots`.
-            log: lists these operations.
+            log: lists these operations, for `operations`.
         """
         envs = []
         for rank in range(n_ranks):
@@ -69,19 +72,28 @@ class FaultyServer(Server):
             if fault is not None and fault.rank == rank:
                 env |= {"FAULT_OPS": fault.ops, "FAULT_AT": str(fault.at), "FAULT_HOW": fault.how}
                 env |= {"FAULT_FOREVER": "1"} if fault.forever else {}
+                env |= {"FAULT_WHAT": fault.what} if fault.what else {}
             envs.append(env)
         return super().start(*args, n_ranks=n_ranks, before=QUICK + before, envs=envs)
 
 
 def compile_faults(dpath: Path) -> Path:
-    """faults.c as a shared library; skips where there is no compiler."""
+    """faults.c as a shared library; where there is no compiler the test skips, or fails where CI is set."""
     library = dpath / "faults.so"
     source = Path(__file__).parent / "faults.c"
     try:
         subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
     except FileNotFoundError:
-        pytest.skip("no gcc to compile tests/faults.c")
+        reason = "no gcc to compile tests/faults.c"
+        pytest.fail(reason) if "CI" in os.environ else pytest.skip(reason)
     return library
+
+
+def operations(log: Path, rank: int = 0) -> list[tuple[int, str]]:
+    """The operations of a rank and its drawing processes: each one's number in its process, and what it was."""
+    fpath = Path(f"{log}.{rank}")
+    lines = [line.split(" ", 1) for line in fpath.read_text().splitlines()] if fpath.exists() else []
+    return [(int(number), what) for number, what in lines]
 
 
 def killed(server, args, out, *, at: int, n_ranks: int = 1, ops: str = "m", rank: int = 0) -> None:
