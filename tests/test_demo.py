@@ -87,7 +87,8 @@ def test_slots_are_the_brute_force_best_images_of_each_feature(out: Path) -> Non
 
 
 def test_training_lowers_the_error(tmp_path: Path) -> None:
-    acts_bd = torch.randn(2000, 8, generator=torch.Generator().manual_seed(1)) @ torch.randn(8, demo.D_MODEL)
+    random = torch.Generator().manual_seed(1)
+    acts_bd = torch.randn(2000, 8, generator=random) @ torch.randn(8, demo.D_MODEL, generator=random)
 
     def error(n_steps: int) -> float:
         demo.train(acts_bd, tmp_path / "sae.pt", Demo(n_steps=n_steps, progress=False))

@@ -268,7 +268,7 @@ def test_of_zero_tokens_little_is_computed_again(kind, most):
 
 @pytest.mark.parametrize(("rate", "pays"), [(0.5, False), (1.7, True)])
 def test_a_machine_on_which_it_does_not_pay_is_said(tmp_path, monkeypatch, capsys, rate, pays):
-    assert 0.01 < screen.speedup(96) < 100
+    assert screen.speedup(96) > 0
     monkeypatch.setattr(screen, "speedup", lambda d_model: rate)
     shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
     run(Extract(shards=shards, sae=sae, out=tmp_path / "run", screen="bf16", dry_run=True))

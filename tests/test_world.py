@@ -81,7 +81,7 @@ def test_a_killed_rank_stops_the_others_and_is_named(tmp_path, args, victim, pha
 
 SAYING_THAT_IT_FINISHES = """
 import saev_dist.world as world
-world.LOST_AFTER_S, finish = 4.0, world.World.finish
+world.LOST_AFTER_S, finish = 8.0, world.World.finish  # several beats: a busy machine may miss some
 world.World.finish = lambda self: (print("finishes", flush=True), finish(self))
 """
 
@@ -101,7 +101,7 @@ def test_ranks_that_torchrun_tells_to_leave_do_not_wait_for_the_dead_one(tmp_pat
     os.kill(ranks.pids[victim], signal.SIGKILL)
     for rank in others:
         os.kill(ranks.pids[rank], signal.SIGTERM)
-    codes = server().wait(ranks, timeout_s=20)
+    codes = server().wait(ranks, timeout_s=30)
     assert [codes[rank] for rank in others] == ([75, 75] if phase == "_merge" else [1, 1])
     if victim:
         assert f"rank {victim} of 3 died or hangs" in ranks.error_logs[0].read_text()
@@ -121,13 +121,14 @@ def test_a_rank_that_meets_a_peer_that_failed_already_leaves_the_message_to_it(t
 LEAVES = """
 import os, signal, time
 from pathlib import Path
+from saev_dist import world as w
 from saev_dist.errors import SaevDistError, RunError
 from saev_dist.world import World
 import torch
+w.ACKNOWLEDGE_S = w.LEAVE_S = 600  # who lingers so long hangs
 try:
     with World(600) as world, world.obeying_signals(Path("kept")):
         world.wait()
-        began = time.monotonic()
         if world.rank:
             world.exchange(dict(a=torch.zeros(1000)))
         time.sleep(1)
@@ -136,7 +137,6 @@ try:
             world.wait()
         raise RunError("disk full")
 except SaevDistError as err:
-    assert time.monotonic() - began < 9, "rank 0 lingers for 10 s or more"
     print(type(err).__name__, str(err)[:17])
 raise SystemExit(0)
 """
