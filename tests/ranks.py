@@ -10,8 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -53,6 +53,23 @@ def run_ranks(
     return subprocess.CompletedProcess(args, next(filter(None, codes), 0), attempt.output(), stderr)
 
 
+@contextmanager
+def leading_a_group(command: Sequence[object], **settings: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process whose output is piped. In the end it is told to leave, and what is left of its group is killed."""
+    with subprocess.Popen(
+        list(map(str, command)), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        **settings,
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.terminate()  # torchrun then ends its ranks, which lead groups of their own
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=40)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 def launch(*args: object, under: Sequence[str] = (), timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
     """Run `python -m slurm.launch ARGS`, by way of the command `under`."""
     command = [*under, sys.executable, "-m", "slurm.launch", *map(str, args)]
@@ -88,14 +105,20 @@ def artifact_hashes(dpath: Path) -> dict[str, str]:
 # ---- forks
 
 SERVER = """
-import json, os, selectors, sys
+import ctypes, json, os, selectors, signal, sys
 import numpy, pyarrow, saev_dist.extract, saev_dist.merge, saev_dist.replay, torch.distributed
 from saev_dist.cli import main, parse
 from saev_dist.render.plots import distributions_png
 
 parse(["replay", "--run", "x"]), distributions_png(numpy.ones((1, 1), "f4")), pyarrow.array(numpy.ones(1))  # they import more
 
+libc, server_pid = ctypes.CDLL(None), os.getpid()
+PR_SET_PDEATHSIG = 1
+
 def child(job):
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a rank does not outlive the tests
+    if os.getppid() != server_pid:
+        os._exit(70)
     os.environ.clear()
     os.environ.update(job["env"])
     torch.set_num_threads(int(job["env"]["OMP_NUM_THREADS"]))
@@ -206,7 +229,9 @@ class Server:
             own = env | ({"RANK": str(rank)} if n_ranks > 1 else {}) | (envs[rank] if envs else {})
             job = {"args": list(map(str, args)), "env": own, "logs": list(map(str, logs)), "before": before}
             self._process.stdin.write(json.dumps(job) + "\n")
-            attempt.pids.append(self._next("started", time.monotonic() + 60)["started"])
+            pid = self._next("started", time.monotonic() + 60)["started"]
+            self._ended.pop(pid, None)  # of an earlier rank that had this number
+            attempt.pids.append(pid)
         return attempt
 
     def wait(self, attempt: Attempt, *, timeout_s: float = 60, for_one: bool = False) -> list[int]:

@@ -6,6 +6,7 @@ four such attempts nothing strikes, and the artifacts must be the bytes of an un
 """
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -45,7 +46,7 @@ class Soak:
         self.strikes: Counter[str] = Counter()
         """How attempts ended."""
         self.n_tokens_before = 0
-        """Tokens that last attempts did not have to do again."""
+        """Tokens that the attempts which finished did not have to do again."""
         shards, with_bad = (make_shards(dpath / name, make_acts(N_IMGS)) for name in ("shards", "bad"))
         (with_bad / "acts000001.bin").unlink()
         os.truncate(with_bad / "acts000003.bin", 100)
@@ -83,6 +84,8 @@ class Soak:
         assert codes == [0] * n_ranks, (seed, output)
         assert artifact_hashes(out) == self.expected[kind], seed
         assert not (out / "partials").exists()
+        ranks = json.loads((out / "manifest.json").read_bytes())["ranks"]
+        self.n_tokens_before += sum(rank["n_tokens_before"] for rank in ranks)
         shutil.rmtree(out)
 
     def _strike(self, rng: random.Random, args: list[object], out: Path, most_ranks: int) -> bool:
@@ -125,7 +128,9 @@ def main() -> None:
             for seed in range(args.first_seed, args.first_seed + args.n_trials):
                 soak.trial(seed)
                 print(f"seed {seed}: same bytes", flush=True)
-    print(f"{args.n_trials} runs struck {sum(soak.strikes.values())} times ({dict(soak.strikes)}): 0 differing bytes")
+    assert soak.n_tokens_before or args.n_trials < 20, "no attempt had anything of an earlier one"
+    struck = f"{args.n_trials} runs struck {sum(soak.strikes.values())} times ({dict(soak.strikes)})"
+    print(f"{struck}: {soak.n_tokens_before:,} tokens not done again, 0 differing bytes")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 import os
 import re
 import signal
-import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import submitit
@@ -20,11 +21,23 @@ from slurm.jobs import cancelled_fpath, launched
 from slurm.launch import run
 from slurm.progress import describe
 from slurm.submit import submit
-from tests.ranks import ENV, artifact_hashes, launch, run_ranks
+from tests.crash import wait_for
+from tests.ranks import ENV, artifact_hashes, launch, leading_a_group, run_ranks
 from tests.synthetic import make_acts, make_sae, make_shards
 
 IN_THE_BACKGROUND = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
 """What `launch … &` in a script does to SIGINT."""
+
+
+def wait_beside(waiting: Future[Any], condition: Callable[[], Any]) -> None:
+    """Wait for what comes before a launcher's end."""
+    wait_for(lambda: condition() or waiting.done())
+    assert not waiting.done(), waiting.result()
+
+
+def are_at_work(run: Path) -> bool:
+    """Whether both ranks have done something, and so keep it when they are told to leave."""
+    return all(list(run.glob(f"partials/*.{rank:05d}-*.bin")) for rank in range(2))
 
 
 def test_local_ranks_have_the_bytes_of_one_process_and_the_gallery_follows(tmp_path, inputs):
@@ -50,9 +63,7 @@ def test_a_local_job_that_is_told_to_leave_comes_back_and_has_the_same_bytes(tmp
     run = tmp_path / "run"
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(launch, "--cluster", "local", "--gpus-per-node", 2, *args, run)
-        while not list(run.glob("partials/*.partial")):
-            assert not waiting.done(), waiting.result()
-            time.sleep(0.02)
+        wait_beside(waiting, lambda: list(run.glob("partials/*.partial")) and are_at_work(run))
         (job,) = launched(run)
         lines = "\n".join(describe(job, is_running=True))
         os.kill(int(job.job_id), signal.SIGTERM)
@@ -73,9 +84,7 @@ def test_a_local_job_has_the_gpus_of_its_shell_and_can_be_cancelled_behind_anoth
     flags = ["--cluster", "local", "--gpus-per-node", 2, "--setup", show, "--wait"]
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(launch, *flags, *args, out, under=IN_THE_BACKGROUND)
-        while not list(out.glob("partials/*.partial")):
-            assert not waiting.done(), waiting.result()
-            time.sleep(0.02)
+        wait_beside(waiting, lambda: list(out.glob("partials/*.partial")))
         assert run(["cancel", "--run", str(out)])
         done = waiting.result()
     assert done.returncode == 1 and re.search(r"^extract \d+ cancelled\. Launch it again", done.stderr, re.M)
@@ -87,44 +96,22 @@ def test_an_interrupted_launcher_ends_its_local_job_in_order(tmp_path, whom):
     shards, sae = make_shards(tmp_path / "shards", make_acts(3000), imgs_per_shard=1000), make_sae(tmp_path / "sae.pt")
     args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 600, "--out"]
     out = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "slurm.launch",
-        "--cluster",
-        "local",
-        "--gpus-per-node",
-        0,
-        "--tasks-per-node",
-        2,
-        *args,
-        out,
-    ]
-    process = subprocess.Popen(
-        [*map(str, command)],
-        env=ENV,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in a terminal, wherever the tests run
-    )
-    while len(list(out.glob("partials/*.bin"))) < 2:  # at work, and far from a snapshot
-        assert process.poll() is None
-        time.sleep(0.02)
-    if whom == "all":  # as a terminal does
-        os.killpg(process.pid, signal.SIGINT)
-    else:
-        process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=100)
-    assert process.returncode == 130 and "Traceback" not in said, said
-    assert re.search(r"told to keep what is done and leave.*cancelled\. Launch it again.*no longer waiting", said, re.S), said
-    (job,) = launched(out)
-    assert list(out.glob("partials/*.partial"))
-    deadline = time.monotonic() + 30  # its ranks have ended; the process that started them follows
-    while os.path.exists(f"/proc/{job.job_id}"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    command = [sys.executable, "-m", "slurm.launch", "--cluster", "local", "--gpus-per-node", 0, "--tasks-per-node", 2]
+    in_a_terminal = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # as there, wherever the tests run
+    with leading_a_group([*command, *args, out], preexec_fn=in_a_terminal) as process:
+        wait_for(lambda: are_at_work(out) or process.poll() is not None)  # far from a snapshot
+        if whom == "all":  # as a terminal does
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=100)
+        assert process.returncode == 130 and "Traceback" not in said, said
+        assert re.search(r"told to keep what is done and leave.*cancelled\. Launch it again.*no longer waiting", said, re.S), (
+            said
+        )
+        (job,) = launched(out)
+        assert list(out.glob("partials/*.partial"))
+        wait_for(lambda: not os.path.exists(f"/proc/{job.job_id}"))  # its ranks have ended; what started them follows
     assert run_ranks(*args, out).returncode == 0
 
 
@@ -135,11 +122,7 @@ def test_a_local_job_can_be_cancelled_before_it_is_at_work(tmp_path, inputs, set
         waiting = pool.submit(
             launch, "--cluster", "local", "--gpus-per-node", 0, "--tasks-per-node", 2, *setup, "extract", *inputs, "--out", out
         )
-        while not (out / "slurm/jobs.jsonl").exists():
-            assert not waiting.done(), waiting.result()
-            time.sleep(0.01)
-        while not launched(out):
-            time.sleep(0.01)
+        wait_beside(waiting, lambda: launched(out))
         run(["cancel", "--run", str(out)])
         done = waiting.result()
     assert done.returncode == 1 and re.search(r"^extract \d+ cancelled\. Launch it again", done.stderr, re.M), done.stderr

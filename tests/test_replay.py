@@ -23,6 +23,7 @@ from saev_dist.errors import RunError
 from saev_dist.render.geometry import Geometry
 from saev_dist.render.heatmap import highlight
 from saev_dist.sae.saev import save_saev
+from tests.crash import wait_for
 from tests.ranks import fails, run_ranks
 from tests.replays import N_IMGS, N_PATCHES, make_pictures, make_replay, make_run, tree
 from tests.synthetic import BATCH_TOPK, RELU, TOPK, dense_codes, make_acts, make_shards, make_weights
@@ -233,8 +234,7 @@ def test_a_drawing_process_that_dies_ends_the_replay_with_one_line(tmp_path, mon
     def slow_task(job, image):  # by the second image the first one's process has died
         if image.img_i != job.slots["img_i"].min():
             time.sleep(0.1)
-            while multiprocessing.active_children() and fate is die:
-                time.sleep(0.1)
+            wait_for(lambda: fate is not die or not multiprocessing.active_children())
         return make_task(job, image)
 
     monkeypatch.setattr(draw, "draw", fate)

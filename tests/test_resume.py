@@ -5,21 +5,20 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 from contextlib import ExitStack
 
 import pytest
 
-from saev_dist import partials
+from saev_dist import partials, store
 from saev_dist.errors import RunError
 from saev_dist.plan import Plan
 from saev_dist.spill import covered
 from saev_dist.store import Run, contrast
 from saev_dist.world import World
 from tests.crash import N_BATCHES, SLOW, killed, unfinished, wait_for
-from tests.ranks import ENV, artifact_hashes
+from tests.ranks import artifact_hashes, leading_a_group
 from tests.soak import Soak
 from tests.synthetic import N_IMGS, N_PATCHES, TOPK, make_acts, make_sae, make_shards
 
@@ -62,12 +61,10 @@ def test_a_restart_by_torchrun_continues_by_itself(tmp_path, whole):
     slow = f"import time, saev_dist.extract as e; f = e._rows; e._rows = lambda *a: (time.sleep(0.2), f(*a))[1]; from saev_dist.cli import main; main({[*map(str, args), str(out)]!r})"  # fmt: skip
     (tmp_path / "slow.py").write_text(slow)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    process = subprocess.Popen(
-        [*command, tmp_path / "slow.py"], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(lambda: list(out.glob("partials/00000-*.partial")))
-    os.kill(int(re.match(r"process (\d+) ", (out / "partials/lock").read_text())[1]), signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=180)
+    with leading_a_group([*command, tmp_path / "slow.py"]) as process:
+        wait_for(lambda: list(out.glob("partials/00000-*.partial")))
+        os.kill(int(re.match(r"process (\d+) ", (out / "partials/lock").read_text())[1]), signal.SIGKILL)
+        stdout, stderr = process.communicate(timeout=180)
     assert process.returncode == 0, stderr
     assert "tokens were done before" in stdout
     assert artifact_hashes(out) == expected
@@ -278,11 +275,21 @@ def test_rank_0_says_so_of_another_ranks_loss(tmp_path, server, long_run, when):
     )
 
 
+STOPPING = """
+import time, saev_dist.extract as e
+rows, n_batches = e._rows, iter(range(99))
+e._rows = lambda *a: rows(*a) if next(n_batches) < 2 else time.sleep(600)
+"""
+"""Code for `before`: each rank does two batches and no more."""
+
+
 def test_a_signal_is_obeyed_between_partials(tmp_path, server, whole):
     """There may be a thousand, and no rows in whose midst to look."""
     args, out = [*whole[0][:-1], "--no-img-acts", "--n-distributions", 0, "--out"], tmp_path / "run"
-    killed(server, args, out, at=4, n_ranks=2)
-    assert len(list(out.glob("partials/*.partial"))) >= 2
+    attempt = server.start(*args, out, n_ranks=2, before=STOPPING)
+    wait_for(lambda: all(list(out.glob(f"partials/{rank:05d}-*.partial")) for rank in range(2)))
+    server.kill(attempt)
+    server.wait(attempt)
     for function in ("check_digest", "load"):
         codes, output = server.run(*args, out, before=HIT.format("partials", function))
         assert codes == [75] and output.count("struck") == 1, output
@@ -311,7 +318,7 @@ def test_a_signal_is_obeyed_while_rows_are_put_together_or_verified(tmp_path, se
 def test_a_signal_after_the_last_rename_does_not_make_a_finished_run_a_failed_one(tmp_path, server, whole):
     args, expected, _ = whole
     codes, output = server.run(*args, tmp_path / "run", n_ranks=2, before=HIT.format("extract", "summary"))
-    assert codes == [0, 0], output
+    assert codes == [0, 0] and output.count("struck") == 1, output
     assert artifact_hashes(tmp_path / "run") == expected
 
 
@@ -368,14 +375,19 @@ def test_a_signal_to_another_rank_is_obeyed_while_rank_0_still_obeys(tmp_path, s
 # ---- two runs at once
 
 
-def test_a_look_at_the_lock_keeps_nobody_out(tmp_path):
+def test_a_look_at_the_lock_keeps_nobody_out(tmp_path, monkeypatch):
     (tmp_path / "partials").mkdir()
+    waited = []
     with open(tmp_path / "partials/lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
-        looks = threading.Timer(0.02, lambda: fcntl.flock(file, fcntl.LOCK_UN))
-        looks.start()
+
+        def wait(seconds: float) -> None:
+            waited.append(seconds)
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(store.time, "sleep", wait)
         with Run(tmp_path).lock():
-            looks.join()
+            assert waited == [store.GLANCE_S]
     assert not (tmp_path / "partials").exists()
 
 
