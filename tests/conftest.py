@@ -5,7 +5,9 @@ where there are more of them than cores.
 """
 
 import os
+import platform
 import shutil
+from importlib.util import find_spec
 
 import pytest
 from hypothesis import settings
@@ -36,6 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 on_ci = "CI" in os.environ
 settings.register_profile("saev-dist", max_examples=30 if on_ci else 60, deadline=None, derandomize=on_ci, database=None)
 settings.load_profile("saev-dist")
+
+
+def pytest_configure() -> None:
+    """On CI no test may skip for want of a package that the extra `test` installs."""
+    wanted = ["datasets", "scipy", "skimage"] + ["triton"] * (platform.machine() == "x86_64")
+    if on_ci and (absent := [name for name in wanted if find_spec(name) is None]):
+        raise pytest.UsageError(f"CI is set, and {', '.join(absent)} is not installed: install the extra `test`.")
 
 
 @pytest.fixture(scope="module")
