@@ -11,6 +11,7 @@ import scipy.sparse
 import torch
 
 import saev_dist.extract
+from saev_dist import job
 from saev_dist.cli import main
 from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
@@ -143,19 +144,17 @@ def test_any_number_of_threads_writes_the_same_bytes(tmp_path):
 
 def test_batches_of_one_piece_keep_all_threads_busy(tmp_path, monkeypatch):
     shards, sae = make_shards(tmp_path / "shards", make_acts(21)), make_sae(tmp_path / "sae.pt")
-    n_threads, met, encode = torch.get_num_threads(), threading.Barrier(3), Encoder._encode
+    met, encode = threading.Barrier(3), Encoder._encode
 
     def meet_and_encode(*args):
         met.wait(timeout=30)
         return encode(*args)
 
     monkeypatch.setattr(Encoder, "_encode", meet_and_encode)
-    torch.set_num_threads(3)
-    try:
-        run(Extract(shards=shards, sae=sae, out=tmp_path / "run", batch_tokens=1, self_check="off", progress=False))
-    finally:
-        torch.set_num_threads(n_threads)
-    assert json.loads((tmp_path / "run/manifest.json").read_text())["plan"] == {"n_batches": 21, "images_per_batch": 1}
+    monkeypatch.setattr(job, "batch_threads", lambda device: 3)
+    run(Extract(shards=shards, sae=sae, out=tmp_path / "run", batch_tokens=1, self_check="off", progress=False))
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert manifest["plan"] == {"n_batches": 21, "images_per_batch": 1} and manifest["machine"]["n_threads"] == 3
 
 
 def test_more_ranks_than_batches_work(tmp_path):
@@ -322,7 +321,7 @@ def test_a_finished_run_is_left_as_it_is_and_another_is_refused(tmp_path, capsys
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     main(args)
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         main([*args, "--top-k", "5"])
     assert "top_k: there 128, here 5" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -335,7 +334,7 @@ def test_artifacts_of_unknown_origin_are_not_overwritten(tmp_path, capsys):
     shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
     (tmp_path / "run").mkdir()
     (tmp_path / "run/top_values.pt").write_bytes(b"mine")
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         main(["extract", "--shards", str(shards), "--sae", str(sae), "--out", str(tmp_path / "run")])
     assert "no manifest.json" in capsys.readouterr().err
     assert (tmp_path / "run/top_values.pt").read_bytes() == b"mine"
@@ -367,7 +366,7 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path, capsys):
 def test_what_cannot_fit_is_refused_before_the_start(tmp_path, capsys):
     shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
     args = ["extract", "--shards", str(shards), "--sae", str(sae), "--out", str(tmp_path / "run"), "--top-k", str(10**9)]
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         main(args)
     assert "of host memory" in capsys.readouterr().err
 
@@ -412,7 +411,7 @@ def test_missing_rows_of_a_rank_stop_the_run(tmp_path, monkeypatch, capsys):
             return merge(bundle, world)
 
         monkeypatch.setattr(saev_dist.extract, "_merge", lose)
-        with pytest.raises(SystemExit, match="1"):
+        with pytest.raises(SystemExit, match=r"^1$"):
             main(args)
         assert f"the ranks' {name} files hold 0 bytes; the plan promises" in capsys.readouterr().err
         assert not list((tmp_path / "run").glob("*.*"))

@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import CancelledError
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,10 +25,16 @@ from saev_dist.sae.encoder import Encoder
 from saev_dist.sae.model import Relu, Sae, Threshold
 from saev_dist.sae.pieces import batches_ahead
 from saev_dist.sae.sieve import Sieve
+from tests.crash import wait_for
 from tests.ranks import artifact_hashes
 from tests.synthetic import N_IMGS, N_PATCHES, RELU, make_acts, make_sae, make_shards, make_weights
 
 CPU = torch.device("cpu")
+
+
+def threads_of(run: Path) -> int:
+    """How many encoded, as its manifest has it."""
+    return json.loads((run / "manifest.json").read_text())["machine"]["n_threads"]
 
 
 class Piece:
@@ -116,13 +123,13 @@ def test_what_was_read_before_an_error_is_handed_over(n_ahead):
         next(stream)
 
 
-def test_a_failed_read_loses_no_batch(tmp_path, capsys):
+def test_a_failed_read_loses_no_batch(tmp_path, monkeypatch, capsys):
     """Of what comes before it, all is kept."""
     shards, sae = make_shards(tmp_path / "shards", make_acts(9), imgs_per_shard=1), make_sae(tmp_path / "sae.pt")
     cfg = Extract(
         shards=shards, sae=sae, out=tmp_path / "run", batch_tokens=1, self_check="off", progress=False, snapshot_every=1e9
     )
-    bad, (former, threads) = Shards.open(shards), (torch.get_num_threads(), 4)
+    bad = Shards.open(shards)
     fpath = shards / bad.names[6]
     content, read = fpath.read_bytes(), Reader.__iter__
 
@@ -132,17 +139,15 @@ def test_a_failed_read_loses_no_batch(tmp_path, capsys):
                 fpath.write_bytes(content[:-4])
             yield batch, acts_bd
 
-    torch.set_num_threads(threads)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Reader, "__iter__", read_and_cut)
-            with pytest.raises(DataError, match=bad.names[6]):
-                run(cfg)
-        fpath.write_bytes(content)
-        run(cfg)
-    finally:
-        torch.set_num_threads(former)
+    monkeypatch.setattr(job, "batch_threads", lambda device: 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "__iter__", read_and_cut)
+        with pytest.raises(DataError, match=bad.names[6]):
+            run(cfg)
+    fpath.write_bytes(content)
+    run(cfg)
     assert "holds 6 of 9 images" in capsys.readouterr().out
+    assert threads_of(tmp_path / "run") == 4
 
 
 def test_activations_stay_until_their_codes_are_used(tmp_path, monkeypatch):
@@ -153,18 +158,16 @@ def test_activations_stay_until_their_codes_are_used(tmp_path, monkeypatch):
         shards=shards, sae=sae, out=tmp_path / "plain", batch_tokens=1, self_check="off", progress=False, metrics=True
     )
     run(cfg)
-    encode, former = Encoder._encode, torch.get_num_threads()
+    encode = Encoder._encode
 
     def wait_and_encode(self, acts_bd, img_i, *args):
         time.sleep(0.05 * (img_i % 2))
         return encode(self, acts_bd, img_i, *args)
 
     monkeypatch.setattr(Encoder, "_encode", wait_and_encode)
-    torch.set_num_threads(6)
-    try:
-        run(Extract(**vars(cfg) | {"out": tmp_path / "slow", "read_ahead": 1}))
-    finally:
-        torch.set_num_threads(former)
+    monkeypatch.setattr(job, "batch_threads", lambda device: 6)
+    run(Extract(**vars(cfg) | {"out": tmp_path / "slow", "read_ahead": 1}))
+    assert threads_of(tmp_path / "slow") == 6
     assert artifact_hashes(tmp_path / "plain") == artifact_hashes(tmp_path / "slow")
 
 
@@ -193,7 +196,7 @@ def test_threads_are_as_many_as_memory_has_room_for(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(estimate, "estimate", note)
     monkeypatch.setattr(job, "batch_threads", lambda device: 30)
     monkeypatch.setattr(estimate, "available_memory", lambda: 0)
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         main([*args, "--out", str(tmp_path / "refused")])
     err = capsys.readouterr().err
     assert "of host memory" in err
@@ -204,7 +207,7 @@ def test_threads_are_as_many_as_memory_has_room_for(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(estimate, "available_memory", lambda: asked[11] - 1)
     main([*args, "--out", str(tmp_path / "run")])
     assert "warning: 10 of 30 threads encode" in capsys.readouterr().err
-    assert json.loads((tmp_path / "run/manifest.json").read_text())["machine"]["n_threads"] == 10
+    assert threads_of(tmp_path / "run") == 10
     monkeypatch.setattr(estimate, "available_memory", lambda: asked[30])
     main([*args, "--out", str(tmp_path / "all")])
     assert "warning" not in capsys.readouterr().err
@@ -247,7 +250,7 @@ def test_partials_that_will_go_are_no_want_of_disk(tmp_path, monkeypatch):
     for held, free, fits in ((0, 2, True), (0, 1.9, False), (0.5, 1.5, True), (0.5, 1.4, False), (3, 1, True), (3, 0.9, False)):
         (tmp_path / "run/partials/00000-a.000000.partial").write_bytes(bytes(int(held * need.partial)))
         monkeypatch.setattr(estimate, "free_disk", lambda dpath, free=free: need.artifacts + free * need.partial + 1)
-        with nullcontext() if fits else pytest.raises(SystemExit, match="1"):
+        with nullcontext() if fits else pytest.raises(SystemExit, match=r"^1$"):
             main(args)
 
 
@@ -271,8 +274,7 @@ def test_nobody_waits_for_what_nobody_wants(monkeypatch):
     )  # fmt: skip
     with Encoder(sae, CPU, "fp32", 2) as encoder:
         codes = encoder.submit_batch(torch.randn(10, 8, generator=random), img_i=0, n_patches=5)
-        while not n_seen:
-            time.sleep(0.001)
+        wait_for(lambda: n_seen)
     assert n_seen < 500
     with pytest.raises(CancelledError):
         codes[0].result()
