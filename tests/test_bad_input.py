@@ -166,7 +166,7 @@ def test_a_good_case_passes(tmp_path):
 def test_absent_cuda_is_said(tmp_path, capsys):
     case = Case(tmp_path)
     case.flags["--device"] = "cuda"
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         main(case.args)
     assert "torch sees no GPU here" in capsys.readouterr().err
 
@@ -193,7 +193,7 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path, capsys):
     torch.save({"W_enc": Bomb()}, buffer)
     for body in (buffer.getvalue(), pickle.dumps(Bomb()), pickle.dumps({"W_enc": Bomb()}, protocol=4)):
         case.sae.write_bytes(header + b"\n" + body)
-        with pytest.raises(SystemExit, match="1"):
+        with pytest.raises(SystemExit, match=r"^1$"):
             main(case.args)
         assert capsys.readouterr().err.count("\n") == 1
         assert not ESCAPED.exists()
@@ -237,7 +237,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_artifact(tmp_path, small_disk, ca
     case = Case(tmp_path / "case")
     case.flags |= {"--out": small_disk / "run", "--top-k": 2000}
     (small_disk / "other").write_bytes(bytes(filled_kb * 1024))
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         main(case.args)
     err = capsys.readouterr().err
     *warnings, error = err.splitlines()
@@ -264,7 +264,7 @@ def test_a_disk_that_is_quite_full_is_one_line_in_every_job(tmp_path, small_disk
     if command == "launcher":
         start, args = slurm.launch.main, ["--cluster", "local", "--gpus-per-node", "0", "--logs", str(small_disk)]
         args += [*case.args, "--out", str(tmp_path / "run")]
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         start(args)
     *warnings, line = capsys.readouterr().err.splitlines()
     assert all(warning.startswith("saev-dist: warning: ") for warning in warnings)
@@ -279,7 +279,7 @@ def test_another_programs_manifest_is_left_alone(tmp_path, capsys):
     for text in ('{"name": "app"}', '[{"file": "a.js"}]', "CACHE MANIFEST"):
         (out / "manifest.json").write_text(text)
         for more in ([], ["--force"]):
-            with pytest.raises(SystemExit, match="1"):
+            with pytest.raises(SystemExit, match=r"^1$"):
                 main([*case.args, "--out", str(out), *more])
             assert "app/manifest.json is not that of a run of saev-dist. Choose another --out." in capsys.readouterr().err
         assert (out / "manifest.json").read_text() == text
@@ -299,13 +299,13 @@ def test_what_lies_one_step_away_is_named(tmp_path, capsys):
         (["--sae", str(case.sae.parent)], None),
         (["--sae", str(case.shards)], f"{case.shards} is a directory of shards; give it to --shards, and an SAE to --sae."),
     ):
-        with pytest.raises(SystemExit, match="1"):
+        with pytest.raises(SystemExit, match=r"^1$"):
             main([*case.args, *flags])
         err = capsys.readouterr().err
         assert (words in err) if words else "Did you mean" not in err, err  # there are two
     case.sae.unlink()
     (case.sae.parent / "hparams.json").write_text('{"lr": 1}\n')  # begins as saev's own do
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         main([*case.args, "--sae", str(case.sae.parent)])
     assert f"Did you mean {tmp_path / 'case' / 'plain'}?" in capsys.readouterr().err
 
@@ -313,7 +313,7 @@ def test_what_lies_one_step_away_is_named(tmp_path, capsys):
 def test_a_disk_too_small_is_refused_before_the_start(tmp_path, small_disk, capsys):
     case = Case(tmp_path / "case")
     case.flags |= {"--out": small_disk / "run", "--top-k": 20_000}
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         main(case.args)
     assert "of disk" in capsys.readouterr().err
     assert not (small_disk / "run").exists()

@@ -20,7 +20,7 @@ def inputs(tmp_path):
 
 
 def refused(capsys, path, *flags: str) -> str:
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         main(["inspect", str(path), *flags])
     err = capsys.readouterr().err
     assert err.count("\n") == 1

@@ -43,10 +43,10 @@ def test_the_command_parts_the_flags(argv, parts):
 
 
 def test_a_missing_command_is_wrong_usage(capsys):
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         main(["--nodes", "2"])
     assert "a command is missing: one of extract, replay" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         main(["--cluster", "local", "extrct", "--shards", "s"])
     assert "a command is missing: did you mean 'extract'?" in capsys.readouterr().err
 
@@ -54,27 +54,27 @@ def test_a_missing_command_is_wrong_usage(capsys):
 @pytest.mark.parametrize("flag", ["--partition=gpu", "--gpus_per_node", "--wait", "--no-wait"])
 @pytest.mark.parametrize("command", ["extract", "replay", "pipeline"])
 def test_a_flag_of_the_launcher_after_the_command_is_sent_back(capsys, flag, command):
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         main([command, "--out", "o", flag, "3"])
     assert f"{flag} is a flag of the launcher: write it before '{command}'." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--no-pictures", "--n_images=3", "--images"])
 def test_a_flag_of_replay_in_a_pipelines_extract_is_sent_to_the_end(capsys, flag):
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         main(["pipeline", "--out", "o", flag, "--", "--n-features", "3"])
     assert f"{flag} is a flag of replay: write it at the end, behind a --." in capsys.readouterr().err
 
 
 def test_what_a_flag_of_the_launcher_is_called_may_be_a_value(tmp_path, inputs, capsys):
-    with pytest.raises(SystemExit, match="0"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["--dry-run", "extract", *inputs, "--out", "nodes", "--no-progress"])
     assert "dry run: nothing was submitted" in capsys.readouterr().out
 
 
 def test_a_preset_of_the_jobs_is_sent_to_the_job(tmp_path, capsys):
     (tmp_path / "extract.toml").write_text("top_k = 3")
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         main(["--config", str(tmp_path / "extract.toml"), "extract"])
     assert (
         "which launcher does not know; it is one of extract: write --config among the flags of that." in capsys.readouterr().err
@@ -204,7 +204,7 @@ def test_another_mean_in_the_same_file_is_another_run(tmp_path, inputs):
 
 @pytest.mark.parametrize("fpath", sorted((ROOT / "configs" / "slurm").glob("*.toml")), ids=lambda fpath: fpath.name)
 def test_presets_are_defaults_that_flags_override(fpath, capsys, inputs, tmp_path):
-    with pytest.raises(SystemExit, match="0"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["--config", str(fpath), "--dry-run", "--cpus-per-gpu", "3", "extract", *inputs, "--out", str(tmp_path / "run")])
     text = capsys.readouterr().out
     assert "#SBATCH --cpus-per-task=3" in text and "#SBATCH --mem=" in text
@@ -238,7 +238,7 @@ def test_a_dry_run_prints_plan_and_sbatch_file_and_needs_no_slurm(tmp_path, inpu
     flags = ["--nodes", "3", "--gpus-per-node", "4", "--mem-gb", "1.5", "--time-h", "0.5", "--qos", "low", "--exclude", "n[1-2]",
              "--constraint", "h200&ib", "--margin-s", "60", "--signal", "USR1", "--max-requeues", "0", "--array-parallelism", "2",
              "--slurm-args", "comment=it's mine", "exclusive", "--setup", "module load cuda", "ulimit -l unlimited"]  # fmt: skip
-    with pytest.raises(SystemExit, match="0"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main([*flags, "--dry-run", "pipeline", *inputs, "--sae", *map(str, saes), "--out", str(tmp_path / "it's")])
     out = capsys.readouterr().out
     assert out.count("batches on 12 rank(s)") == 3 and out.count("#!/bin/bash") == 2
@@ -258,12 +258,12 @@ def test_a_dry_run_states_the_jobs_threads_and_memory_not_this_machines(tmp_path
         ([], 7, ""),
         (["--mem-gb", "1e-4"], 1, "--mem-gb 0.0001 is less than the 2 rank(s) of a node"),
     ):
-        with pytest.raises(SystemExit, match="0"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             main([*cpus, *flags, *job])
         done = capsys.readouterr()
         assert f"per rank, {n_threads} thread(s): " in done.out and warning in done.err and bool(done.err) == bool(warning)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    with pytest.raises(SystemExit, match="0"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main([*cpus, *job])
     done = capsys.readouterr()
     assert "per rank, 3 thread(s): " in done.out and "OMP_NUM_THREADS=3, of this shell or of --setup, will hold" in done.err
@@ -272,7 +272,7 @@ def test_a_dry_run_states_the_jobs_threads_and_memory_not_this_machines(tmp_path
 
 
 def test_extracts_own_dry_run_submits_nothing_either(tmp_path, inputs, capsys):
-    with pytest.raises(SystemExit, match="0"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["extract", *inputs, "--out", str(tmp_path / "run"), "--dry-run"])
     assert "nothing was submitted" in capsys.readouterr().out and not (tmp_path / "run").exists()
 

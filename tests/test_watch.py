@@ -230,7 +230,7 @@ def test_a_partial_that_has_just_been_replaced_counts_as_an_earlier_attempts(tmp
 
 def test_a_run_that_nobody_launched_is_said(tmp_path, capsys):
     for command in ("status", "cancel"):
-        with pytest.raises(SystemExit, match="1"):
+        with pytest.raises(SystemExit, match=r"^1$"):
             main([command, "--run", str(tmp_path)])
         assert "no job was launched for it" in capsys.readouterr().err
 
