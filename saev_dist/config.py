@@ -186,15 +186,17 @@ class Replay:
     """Strongest distinct images per feature."""
 
     fit: Literal["auto", "grid", "crop"] = "auto"
-    """How pictures were prepared for the model. grid: resized to whole patches at about their own aspect. crop: resized to --resize, then the middle --crop. auto: crop for clip and siglip, grid for others."""
+    """How pictures were prepared for the model. grid: resized to whole patches at about their own aspect. crop: resized to --resize, then the middle --crop, by default as saev does it; --resize says what open_clip does. auto: crop for clip and siglip, and for dinov2 where it gives the shards' number of patches; grid for others."""
     patch_size: OptionalInt = None
     """Edge of a patch in px. Default: 16 for grid; for crop what gives the shards' number of patches."""
     grid: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="INT INT", help_behavior_hint="")] = None
     """Columns and rows of patches, for --fit grid, where the aspect of the pictures does not tell."""
     resize: tuple[int, int] = (256, 256)
-    """Width and height before the crop, px."""
+    """Width and height before the crop, px. open_clip's own transform of CLIP is --fit crop --resize 224 224 --keep-aspect, that of SigLIP --fit crop --resize 224 224."""
     crop: tuple[int, int] = (224, 224)
     """Width and height of the crop, px."""
+    keep_aspect: bool = False
+    """Before the crop the shorter side becomes what --resize says (one number twice), and the aspect stays."""
     img_scale: float = 1.0
     """Pixels shown per pixel that the model saw: 2 shows sharper pictures."""
     image_format: Literal["webp", "png"] = "webp"

@@ -167,12 +167,17 @@ def open_job(cfg: Replay) -> Job:
         seed=cfg.seed,
     )
     geometry = Geometry(
-        fit=default_fit(shards.family) if cfg.fit == "auto" else cfg.fit,
+        fit=(
+            default_fit(shards.family, shards.n_patches, crop=cfg.crop, patch_size=cfg.patch_size)
+            if cfg.fit == "auto"
+            else cfg.fit
+        ),
         n_patches=shards.n_patches,
         patch_size=cfg.patch_size,
         grid=cfg.grid,
         resize=cfg.resize,
         crop=cfg.crop,
+        keep_aspect=cfg.keep_aspect,
         img_scale=cfg.img_scale,
     )
     pictures = None

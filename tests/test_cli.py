@@ -118,6 +118,7 @@ def test_flags_that_are_missing_altogether_are_wrong_usage(argv):
             log_freq_range=(-3.5, 0.0), grid=(4, 3), patch_size=14, img_scale=2.0, all=True, progress=False,
         ),
         Replay(run=Path("/r"), pictures=False, workers=2),
+        Replay(run=Path("/r"), fit="crop", resize=(224, 224), keep_aspect=True),
     ],
 )  # fmt: skip
 def test_the_flags_of_a_config_make_it_again(cfg):

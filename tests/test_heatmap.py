@@ -77,19 +77,67 @@ def test_the_grid_is_the_factorisation_nearest_to_the_aspect(n_patches, aspect):
     assert abs(n_cols / n_rows - aspect) == best
 
 
-def test_clip_and_siglip_are_cropped_and_others_fit_a_grid():
-    assert [default_fit(family) for family in ("clip", "siglip", "dinov3", "pe", "demo")] == [
-        "crop",
-        "crop",
-        "grid",
-        "grid",
-        "grid",
-    ]
+def test_clip_siglip_and_dinov2_are_cropped_and_others_fit_a_grid():
+    fits = {family: default_fit(family, 256) for family in ("clip", "siglip", "dinov2", "dinov3", "pe", "demo")}
+    assert fits == {"clip": "crop", "siglip": "crop", "dinov2": "crop", "dinov3": "grid", "pe": "grid", "demo": "grid"}
+    assert Geometry(fit="crop", n_patches=256).place(640, 480).patch == 14
     place = Geometry(fit="crop", n_patches=196).place(640, 480)
     assert (place.resize, place.crop, place.n_cols, place.n_rows, place.patch) == ((256, 256), (16, 16, 240, 240), 14, 14, 16)
     scaled = Geometry(fit="crop", n_patches=196, img_scale=2).place(640, 480)
     assert (scaled.resize, scaled.size, scaled.patch) == ((512, 512), (448, 448), 32)
     assert Geometry(fit="grid", n_patches=1920).place(640, 480).size == (48 * 16, 40 * 16)
+
+
+def test_dinov2_fits_a_grid_where_the_crop_does_not_give_its_patches_and_clip_is_refused():
+    assert [default_fit("dinov2", n_patches) for n_patches in (9, 12, 256, 576, 1369)] == [
+        "grid",
+        "grid",
+        "crop",
+        "grid",
+        "grid",
+    ]
+    assert default_fit("dinov2", 1369, crop=(518, 518)) == "crop"
+    assert [default_fit("dinov2", 9, patch_size=size) for size in (16, 74)] == ["grid", "crop"]
+    assert default_fit("clip", 576) == "crop"  # a larger picture, cropped; a grid would be drawn without a word
+    with pytest.raises(ConfigError, match=r"into 9 patches without a rest\. Set --resize and --crop"):
+        Geometry(fit="crop", n_patches=9)
+
+
+def test_a_patch_that_does_not_divide_the_default_crop_must_be_asked_for():
+    """CLIP at 336 px has 24 x 24 patches; 9 px would give as many of a picture of 224."""
+    with pytest.raises(ConfigError, match=r"576 patches without a rest.* such as --resize 384 384 --crop 336 336 for patches"):
+        Geometry(fit="crop", n_patches=576)
+    assert Geometry(fit="crop", n_patches=576, patch_size=9).place(640, 480).patch == 9
+    assert Geometry(fit="crop", n_patches=576, resize=(384, 384), crop=(336, 336)).place(640, 480).patch == 14
+    assert Geometry(fit="crop", n_patches=729, resize=(384, 384), crop=(384, 384)).place(640, 480).patch == 14  # 6 px over
+
+
+@pytest.mark.parametrize(
+    ("picture", "resize", "corner"),
+    [
+        ((640, 480), (298, 224), (37, 0)),  # 298.67 px, as torchvision cuts it
+        ((480, 640), (224, 298), (0, 37)),
+        ((500, 333), (336, 224), (56, 0)),
+        ((501, 333), (337, 224), (56, 0)),  # 56.5: half a pixel goes to the even side
+        ((503, 333), (338, 224), (57, 0)),
+        ((100, 100), (224, 224), (0, 0)),
+        ((50, 30), (373, 224), (74, 0)),
+    ],
+)
+def test_with_its_aspect_kept_a_picture_lies_where_torchvisions_resize_and_center_crop_have_it(picture, resize, corner):
+    """`int(size * long / short)` in `_compute_resized_output_size` of torchvision/transforms/functional.py."""
+    geometry = {"fit": "crop", "n_patches": 49, "resize": (224, 224), "keep_aspect": True}
+    place = Geometry(**geometry).place(*picture)
+    (left, top), (width, height) = corner, resize
+    assert (place.resize, place.crop) == ((width, height), (left, top, left + 224, top + 224))
+    assert (place.n_cols, place.n_rows, place.patch, place.size) == (7, 7, 32, (224, 224))
+    twice = Geometry(**geometry, img_scale=2).place(*picture)
+    assert (twice.resize, twice.size, twice.patch) == ((2 * width, 2 * height), (448, 448), 64)
+
+
+def test_a_picture_too_long_for_its_aspect_to_be_kept_is_refused():
+    with pytest.raises(ConfigError, match="Lower --img-scale or --resize, or leave --keep-aspect out"):
+        Geometry(fit="crop", n_patches=196, resize=(224, 224), keep_aspect=True).place(100_000, 10)
 
 
 @pytest.mark.parametrize(("edge", "left"), [(256, 16), (255, 16), (257, 16), (253, 14)])
@@ -116,8 +164,13 @@ def test_pictures_too_large_to_be_stored_are_refused(settings):
         ({"fit": "crop", "n_patches": 7}, ["no patch size cuts --crop 224 224 into 7", "7 1, 1 7"]),
         ({"fit": "crop", "n_patches": 196, "crop": (300, 224)}, ["larger than --resize 256 256"]),
         ({"fit": "crop", "n_patches": 196, "grid": (14, 14)}, ["--grid belongs to --fit grid"]),
-        ({"fit": "grid", "n_patches": 196, "crop": (448, 448)}, ["--resize and --crop belong to --fit crop"]),
-        ({"fit": "grid", "n_patches": 196, "resize": (512, 512)}, ["--resize and --crop belong to --fit crop"]),
+        (
+            {"fit": "crop", "n_patches": 196, "resize": (256, 224), "keep_aspect": True},
+            ["got 256 224", "such as --resize 224 224"],
+        ),
+        ({"fit": "grid", "n_patches": 196, "crop": (448, 448)}, ["--resize, --crop and --keep-aspect belong to --fit crop"]),
+        ({"fit": "grid", "n_patches": 196, "resize": (512, 512)}, ["--resize, --crop and --keep-aspect belong to --fit crop"]),
+        ({"fit": "grid", "n_patches": 196, "keep_aspect": True}, ["--resize, --crop and --keep-aspect belong to --fit crop"]),
     ],
 )
 def test_a_geometry_that_does_not_fit_names_those_that_would(settings, words):
@@ -136,6 +189,10 @@ def test_a_geometry_that_does_not_fit_names_those_that_would(settings, words):
         (
             Geometry(fit="crop", n_patches=196),
             "crop: resized to 256 × 256 px, of that the middle 224 × 224: 14 × 14 patches of 16 px",
+        ),
+        (
+            Geometry(fit="crop", n_patches=49, resize=(224, 224), keep_aspect=True),
+            "crop: resized to 224 px on the shorter side, its aspect kept, of that the middle 224 × 224: 7 × 7 patches of 32 px",
         ),
         (
             Geometry(fit="crop", n_patches=12, resize=(90, 80), crop=(70, 50), img_scale=2),

@@ -58,6 +58,33 @@ def test_pictures_equal_brute_force(tmp_path, activation, rank_by):
     assert len(heatmaps) == n_drawn > 10
 
 
+def test_a_picture_that_keeps_its_aspect_is_cut_out_of_the_middle_and_is_another_gallery(tmp_path):
+    """As torchvision's Resize(12) and CenterCrop((8, 12)) cut it."""
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    shape = {
+        "fit": "crop",
+        "resize": (12, 12),
+        "crop": (12, 8),
+        "patch_size": 4,
+        "images": images,
+        "all": False,
+        "n_features": 2,
+    }
+    identities = []
+    for keep_aspect, resize, (left, top) in ((True, (18, 12), (3, 2)), (False, (12, 12), (0, 2))):
+        replay.run(make_replay(run, **shape, keep_aspect=keep_aspect))
+        fpaths = [fpath for fpath in (run / "visuals/features").rglob("*.png") if "heatmap" not in fpath.name]
+        assert len(fpaths) > 2
+        for fpath in fpaths:
+            img_i = int(fpath.stem.split("-")[1])
+            picture = Image.open(sorted(images.rglob("*.png"))[img_i]).resize(resize, Image.Resampling.LANCZOS)
+            assert (np.asarray(Image.open(fpath)) == np.asarray(picture)[top : top + 8, left : left + 12]).all()
+        identities.append(json.loads((run / "visuals/replay.json").read_text()))
+        told = (run / "visuals/data.js").read_text(), (run / "visuals/index.html").read_text()
+        assert ["--keep-aspect" in told[0], "on the shorter side, its aspect kept" in told[1]] == [keep_aspect] * 2
+    assert identities[0] != identities[1]
+
+
 def test_three_ranks_write_the_files_of_one(tmp_path):
     run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
     trees = []
