@@ -1,5 +1,6 @@
 """Where pictures come from: folders, data sets, what is wrong with them and with who may look at them."""
 
+import io
 import os
 import struct
 import zlib
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from saev_dist import replay
-from saev_dist.data.images import load_picture
+from saev_dist.data.images import load_picture, open_pictures
 from saev_dist.errors import DataError
 from tests.ranks import fails, run_ranks
 from tests.replays import N_IMGS, make_pictures, make_replay, make_run, tree
@@ -81,15 +82,105 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         load_picture(tmp_path, "x.png", in_data_set=False)
 
 
-def test_a_picture_never_starts_another_program(tmp_path, monkeypatch):
-    """Pillow hands Encapsulated PostScript, whatever its name, to a `gs` on the path."""
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 40\n%%EndComments\n%%EOF\n"
+
+
+@pytest.fixture
+def ran(tmp_path, monkeypatch):
+    """The file that a `gs` on the path leaves when it is run."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\necho ran >> {tmp_path}/ran\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    (tmp_path / "x.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 40\n%%EndComments\n%%EOF\n")
+    return tmp_path / "ran"
+
+
+def save_rows(dpath: Path, stored: list[dict], kinds: dict | None = None, **columns: list) -> Path:
+    """A data set whose pictures are stored just so; `datasets` would copy those that are only named, wherever they are."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), **(kinds or {})})
+    datasets.Dataset.from_dict({name: [None] for name in features}, features=features).save_to_disk(dpath)
+    arrow = pyarrow.table({"image": stored, **columns}, schema=features.arrow_schema)
+    (fpath,) = dpath.glob("*.arrow")
+    with pyarrow.ipc.new_stream(fpath, arrow.schema) as writer:
+        writer.write_table(arrow)
+    return dpath
+
+
+def test_a_picture_never_starts_another_program(tmp_path, ran):
+    """Pillow hands Encapsulated PostScript, whatever its name, to a `gs` on the path."""
+    (tmp_path / "x.png").write_bytes(EPS)
     with pytest.raises(DataError, match=r"x\.png is not a picture"):
         load_picture(tmp_path, "x.png", in_data_set=False)
-    assert not (tmp_path / "ran").exists()
+    assert not ran.exists()
+
+
+def test_nor_does_a_picture_of_a_data_set_whichever_column_it_stands_in(tmp_path, ran):
+    datasets = pytest.importorskip("datasets")
+    picture, out = io.BytesIO(), {"bytes": EPS, "path": None}
+    Image.new("RGB", (6, 4)).save(picture, "PNG")
+    (tmp_path / "x.png").write_bytes(EPS)
+    rows = [out, {"bytes": None, "path": str(tmp_path / "x.png")}, {"bytes": picture.getvalue(), "path": "x.eps"}]
+    further = {"label": datasets.Image(), "mask": datasets.Image()}
+    dpath = save_rows(tmp_path / "set", rows, further, label=[out] * 3, mask=[out] * 3)
+    for name in ("0", "1"):
+        with pytest.raises(DataError, match=f"set, picture {name} is not a picture that Pillow can read"):
+            load_picture(dpath, name, in_data_set=True)
+    assert load_picture(dpath, "2", in_data_set=True).size == (6, 4)
+    pictures = open_pictures(dpath, 3)
+    assert list(pictures.rows()) == [("0", ""), ("1", ""), ("2", "")] and pictures.label(0) == ""
+    assert not ran.exists()
+
+
+def test_what_a_data_set_only_names_is_a_file_here_or_refused(tmp_path):
+    Image.new("RGB", (6, 4)).save(tmp_path / "x.png")
+    os.mkfifo(tmp_path / "pipe")
+    paths = [str(tmp_path / "x.png"), str(tmp_path / "pipe"), "http://127.0.0.1:9/x.png", f"zip://x.png::{tmp_path}/x.zip"]
+    dpath = save_rows(tmp_path / "set", [{"bytes": None, "path": path} for path in paths])
+    assert load_picture(dpath, "0", in_data_set=True).size == (6, 4)
+    with pytest.raises(DataError, match=r"set, picture 1 \(.*/pipe\) is no file; expected a picture"):
+        load_picture(dpath, "1", in_data_set=True)
+    for name in ("2", "3"):
+        with pytest.raises(DataError, match=rf"set, picture {name} is not in the data set but at .*, which is no file here"):
+            load_picture(dpath, name, in_data_set=True)
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "tif", "webp"])
+def test_a_picture_of_a_data_set_is_turned_and_converted_as_datasets_does_it(tmp_path, extension):
+    datasets = pytest.importorskip("datasets")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise = np.random.default_rng(0).integers(0, 255, (4, 6, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / f"x.{extension}", exif=exif)
+    content = (tmp_path / f"x.{extension}").read_bytes()
+    features = datasets.Features({"image": datasets.Image(mode="L")})
+    rows = datasets.Dataset.from_dict({"image": [content, str(tmp_path / f"x.{extension}")]}, features=features)
+    rows.save_to_disk(tmp_path / "set")
+    for i in range(2):
+        read = load_picture(tmp_path / "set", str(i), in_data_set=True)
+        assert read.size == (4, 6) and np.array_equal(read, rows[i]["image"].convert("RGB"))
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "arrow"])
+def test_a_data_set_that_was_saved_with_a_format_is_read_as_any_other(tmp_path, kind):
+    datasets = pytest.importorskip("datasets")
+    fpaths = [str(fpath) for fpath in sorted(make_pictures(tmp_path / "images", 3).rglob("*.png"))]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = datasets.Dataset.from_dict({"image": fpaths, "label": [1, 0, None]}, features=features)
+    rows.set_format(kind, columns=["label"])
+    rows.save_to_disk(tmp_path / "set")
+    pictures = open_pictures(tmp_path / "set", 3)
+    assert list(pictures.rows()) == [("0", "b"), ("1", "a"), ("2", "")]
+    assert [pictures.label(i) for i in range(3)] == ["b", "a", ""]
+    assert load_picture(tmp_path / "set", "1", in_data_set=True).size == (60, 40)
+
+
+def test_a_label_is_looked_up_without_a_copy_of_the_data_set(tmp_path, columns, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    _, dpath = columns(label=[1] * N_IMGS)
+    pictures = open_pictures(dpath, N_IMGS)
+    copies = []
+    monkeypatch.setattr(datasets.arrow_dataset.copy, "deepcopy", lambda thing, *rest: copies.append(thing) or thing)
+    assert {pictures.label(i) for i in range(N_IMGS)} == {"b"} and not copies
 
 
 @pytest.mark.parametrize(

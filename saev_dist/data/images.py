@@ -9,15 +9,17 @@ Nothing here imports torch: the processes that draw start in a fraction of a sec
 
 import functools
 import importlib.util
+import io
 import os
 import stat
+import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from saev_dist.errors import ConfigError, DataError
 
@@ -45,17 +47,17 @@ class Pictures:
         """The class folder; the name of the class in a data set that has a column "label"; otherwise ""."""
         if self.names is not None:
             return self.names[img_i].split(os.sep, 1)[0] if os.sep in self.names[img_i] else ""
-        labels = _labels(self.root)
-        return "" if labels is None else _readable(labels, labels[img_i]["label"])
+        rows, features = _data_set(self.root)
+        return _readable(features, rows[img_i]["label"].to_pylist()[0]) if _has_labels(features) else ""
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Name and label of every picture, in order."""
-        labels = _labels(self.root) if self.names is None else None
-        if labels is None:
+        if self.names is not None or not _has_labels(_data_set(self.root)[1]):
             yield from ((self.name(img_i), self.label(img_i)) for img_i in range(self.n))
             return
-        values = (value for batch in labels.iter(batch_size=10_000) for value in batch["label"])
-        yield from ((self.name(img_i), _readable(labels, value)) for img_i, value in enumerate(values))
+        rows, features = _data_set(self.root)
+        values = (value for batch in rows.iter(batch_size=10_000) for value in batch["label"].to_pylist())
+        yield from ((self.name(img_i), _readable(features, value)) for img_i, value in enumerate(values))
 
 
 def open_pictures(root: Path, n_examples: int) -> Pictures:
@@ -69,9 +71,9 @@ def open_pictures(root: Path, n_examples: int) -> Pictures:
         found = "a file" if os.path.exists(root) else "nothing"
         raise DataError(f"{root}: found {found}, expected a folder of pictures; set --images, or --no-pictures.")
     if os.path.exists(root / "state.json") and os.path.exists(root / "dataset_info.json"):
-        rows = _data_set(root)
-        if type(rows.features.get("image")).__name__ != "Image":
-            found = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in rows.features.items())
+        rows, features = _data_set(root)
+        if type(features.get("image")).__name__ != "Image":
+            found = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in features.items())
             raise DataError(f"{root} is a data set with columns {found}; expected one named image, of kind Image.")
         candidates = [Pictures(root=root, kind="data set", names=None, n=len(rows))]
     elif os.path.exists(root / "dataset_dict.json"):
@@ -155,24 +157,51 @@ def load_picture(root: Path, name: str, *, in_data_set: bool) -> Image.Image:
     """
     where = f"{root}, picture {name}" if in_data_set else str(root / name)
     try:
-        if not in_data_set and not stat.S_ISREG(os.stat(root / name).st_mode):  # a pipe would be waited for
-            raise DataError(f"{where} is no file; expected a picture. Replace it, or use --no-pictures.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged EXIF data and the like, as many photographs have them
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = _data_set(root)[int(name)]["image"] if in_data_set else Image.open(root / name, formats=FORMATS)
-            if picture is None:
-                raise DataError(f"{where} is not there: the row has no picture. Use --no-pictures.")
-            rgb: Image.Image = picture.convert("RGB")
-            return rgb
+            picture = _of_row(*_data_set(root), int(name), where) if in_data_set else _opened(root / name, where)
+            return picture.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = Image.MAX_IMAGE_PIXELS or 0
         raise DataError(f"{where} would decode to more than {limit:,} pixels; expected a picture. Make it smaller.") from None
     except UnidentifiedImageError:
         raise DataError(f"{where} is not a picture that Pillow can read. Replace it, or use --no-pictures.") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as err:  # what Pillow's decoders raise on damaged files
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as err:  # what Pillow's decoders raise on damaged files
         reason = getattr(err, "strerror", None) or str(err)
         raise DataError(f"{where} cannot be read: {reason}. Replace it, or use --no-pictures.") from None
+
+
+def _opened(fpath: Path, where: str) -> Image.Image:
+    """A file's picture, not decoded yet."""
+    if not stat.S_ISREG(os.stat(fpath).st_mode):  # a pipe would be waited for
+        raise DataError(f"{where} is no file; expected a picture. Replace it, or use --no-pictures.")
+    return Image.open(fpath, formats=FORMATS)
+
+
+def _of_row(rows: Any, features: Any, img_i: int, where: str) -> Image.Image:
+    """A data set's picture, turned and converted as `datasets` would do it (datasets/features/image.py, `decode_example`).
+
+    `datasets` itself would try every format that Pillow knows, and fetch what lies elsewhere.
+    """
+    stored = rows[img_i]["image"].to_pylist()[0] or {}
+    content, path = stored.get("bytes"), stored.get("path")
+    if content is not None:
+        picture: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
+    elif path is None:
+        raise DataError(f"{where} is not there: the row has no picture. Use --no-pictures.")
+    elif os.path.exists(path):
+        picture = _opened(Path(path), f"{where} ({path})")
+    else:
+        raise DataError(
+            f"{where} is not in the data set but at {path}, which is no file here; nothing is fetched. "
+            "Put it there, or use --no-pictures."
+        )
+    picture.load()  # a TIFF is turned by that alone
+    if picture.getexif().get(ExifTags.Base.Orientation) is not None:
+        picture = ImageOps.exif_transpose(picture)
+    mode = features["image"].mode
+    return picture.convert(mode) if mode else picture
 
 
 def _cannot_list(error: OSError, root: Path) -> DataError:
@@ -187,27 +216,30 @@ def _flat(root: Path) -> list[str]:
         raise _cannot_list(error, root) from error
 
 
-def _labels(root: Path) -> Any:
-    """The labels alone of a data set, or None if it has none."""
-    rows = _data_set(root)
-    return rows.select_columns(["label"]) if "label" in rows.features else None
+def _has_labels(features: Any) -> bool:
+    """Whether a column says what each picture shows; one that would itself be decoded, as pictures are, does not."""
+    return "label" in features and not hasattr(features["label"], "decode")
 
 
-def _readable(labels: Any, value: Any) -> str:
+def _readable(features: Any, value: Any) -> str:
     """The name of a class, where the data set knows it; "" for a row without one, which is None or -1."""
-    kind = labels.features["label"]
+    kind = features["label"]
     if value is None or (hasattr(kind, "int2str") and value == -1):
         return ""
     return str(kind.int2str(value) if hasattr(kind, "int2str") else value)
 
 
 @functools.lru_cache(maxsize=1)
-def _data_set(root: Path) -> Any:
-    """A data set saved on disk; its Arrow files are mapped into memory, not read."""
+def _data_set(root: Path) -> tuple[Any, Any]:
+    """A data set saved on disk, and the kinds of its columns; its Arrow files are mapped into memory, not read.
+
+    Rows and batches are tables of Arrow, whatever format it was saved with: as they are stored, with nothing decoded.
+    """
     if importlib.util.find_spec("datasets") is None:
         raise ConfigError(f"{root} is a Hugging Face data set; to read it: pip install datasets.")
     datasets = importlib.import_module("datasets")
     try:
-        return datasets.load_from_disk(str(root))
+        rows = datasets.load_from_disk(str(root)).with_format("arrow")
+        return rows, rows.features  # once: it is copied, the names of all classes with it
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:  # it checks nothing that it reads
         raise DataError(f"{root} is no data set that `datasets` can read: {type(err).__name__}: {err}.") from None
