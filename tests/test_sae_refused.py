@@ -227,6 +227,15 @@ def compressed(dpath: Path) -> None:
             archive.writestr(name, content)
 
 
+def without_storage(dpath: Path) -> None:
+    """In torch's older form, which names each storage twice: in the tensor, and in a list at the end, here another one."""
+    tensor = torch.ones(3)
+    with open(dpath / "ae.pt", "wb") as file:
+        torch.save({"b_dec": tensor}, file, _use_new_zipfile_serialization=False)
+    head, key, tail = (dpath / "ae.pt").read_bytes().rpartition(str(tensor.untyped_storage()._cdata).encode())
+    (dpath / "ae.pt").write_bytes(head + b"7" * len(key) + tail)
+
+
 def link_out(name: str):
     def spoil(dpath: Path) -> None:
         outside = dpath.parent.parent / "outside"
@@ -267,6 +276,8 @@ HOSTILE = {
     "pickle in a backup": (DICTIONARY, lambda dpath: torch.save({"ae": {}, "config": Bomb()}, dpath / "ae.pt"), "nothing of it was run"),
     "no pickle": (DICTIONARY, lambda dpath: (dpath / "ae.pt").write_bytes(b"\x00" * 100), "nothing of it was run"),
     "state dict truncated": (DICTIONARY, lambda dpath: os.truncate(dpath / "ae.pt", 9000), "truncated or damaged"),
+    "state dict ends amid a number": (DICTIONARY, lambda dpath: (dpath / "ae.pt").write_bytes(b"\x80\x02M"), "truncated or damaged"),
+    "state dict without a storage": (DICTIONARY, without_storage, "truncated or damaged"),
     "state dict a list": (DICTIONARY, lambda dpath: torch.save([torch.ones(1)], dpath / "ae.pt"), "holds a list; expected a state dict"),
     "tensor larger than its storage": ("dictionary_learning/standard", expanded, "is larger than what the file stores of it"),
     "tensor without data": (DICTIONARY, without_data("b_dec"), "is larger than what the file stores of it"),

@@ -197,7 +197,6 @@ def _of_row(rows: Any, features: Any, img_i: int, where: str) -> Image.Image:
             f"{where} is not in the data set but at {path}, which is no file here; nothing is fetched. "
             "Put it there, or use --no-pictures."
         )
-    picture.load()  # a TIFF is turned by that alone
     if picture.getexif().get(ExifTags.Base.Orientation) is not None:
         picture = ImageOps.exif_transpose(picture)
     mode = features["image"].mode

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saev_dist.errors import CheckpointError
+from saev_dist.errors import CheckpointError, SaevDistError
 from saev_dist.fields import Fields
 from saev_dist.machine import memory_wanted
 from saev_dist.sae.model import Gated
@@ -77,15 +77,14 @@ def load_torch(fpath: Path, body: bytes) -> Any:
                     raise CheckpointError(f"{fpath} holds compressed tensors, which torch.save does not write; refused.")
         with warnings.catch_warnings(action="ignore"):  # torch's advice to its own developers about odd pickles
             return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except SaevDistError:
+        raise
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{fpath} holds more than tensors (torch.load with weights_only=True refuses it); nothing of it was run. "
             "Get the file from a source you trust, or save its state dict again."
         ) from None
-    except (
-        RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError, MemoryError,
-        NotImplementedError, zipfile.BadZipFile, RecursionError,
-    ) as err:  # fmt: skip
+    except Exception as err:  # noqa: BLE001  # torch lets through whatever a damaged byte sets off, its own assertions too
         if memory_wanted(err, torch.device("cpu")):
             what = f"{len(body) / 1e9:.1f} GB of weights do not fit into memory; free some, or convert it on a larger machine"
         else:
