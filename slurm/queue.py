@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,8 +101,13 @@ def _process(job: Job) -> State:
         if _has_ended(job):
             return State(name="ENDED", nodes=job.host)
         return State(name="UNKNOWN", reason=f"it was started on {job.host}: ask there")
+    fpath = Path(f"/proc/{job.job_id}/cmdline")
     try:
-        is_there = b"submitit" in Path(f"/proc/{job.job_id}/cmdline").read_bytes()
+        command = fpath.read_bytes()
+        if not command:  # it has ended, or the shell is just turning into what follows it
+            time.sleep(0.1)
+            command = fpath.read_bytes()
+        is_there = b"submitit" in command
     except OSError:
         is_there = False
     return State(name="RUNNING" if is_there else "ENDED", nodes=os.uname().nodename)

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
@@ -11,6 +12,7 @@ from io import StringIO
 from itertools import takewhile
 from math import ceil
 from pathlib import Path
+from shlex import join
 from typing import Any
 
 import submitit
@@ -21,13 +23,17 @@ from saev_dist.errors import ConfigError
 from saev_dist.files import writing
 from slurm.config import Launcher
 from slurm.jobs import Job, cancelled_fpath
-from slurm.queue import call
 from slurm.sweep import run_dpath
 from slurm.task import Task
 
 # submitit would count a signal as a time-out if it comes within 10 minutes of the limit, and give up after a few;
 # `Task` counts requeues itself.
 NO_LIMIT = 1_000_000
+# submitit's own program for a local job, `submitit.local._local`, starts the ranks six times at most.
+CONTROLLER = (
+    "import pathlib, sys; from submitit.local.local import Controller; "
+    "Controller(pathlib.Path(sys.argv[1])).run(max_retry=int(sys.argv[2]))"
+)
 # Of the shell that submits; in the job they would be taken for its own. Slurm's own settings must stay.
 KEPT = ("SLURM_CONF", "SBATCH_", "SLURM_CLUSTERS")
 
@@ -74,7 +80,7 @@ def submit(launcher: Launcher, cfgs: Sequence[Extract | Replay], logs: Path, dep
                 gpus_per_node=launcher.gpus_per_node,
                 visible_gpus=_visible_gpus(launcher.gpus_per_node),
                 tasks_per_node=launcher.ranks_per_node,
-                setup=list(launcher.setup),
+                setup=[*launcher.setup, *_controlling(logs, launcher.max_requeues + 1)],
                 stderr_to_stdout=True,
             )
             with writing(logs), _beyond_ctrl_c():
@@ -108,6 +114,15 @@ def submit(launcher: Launcher, cfgs: Sequence[Extract | Replay], logs: Path, dep
     ]
 
 
+def _controlling(logs: Path, n_attempts: int) -> list[str]:
+    """Shell lines that become the process which starts a local job's ranks; what submitit adds after them is not reached.
+
+    The shell's number, by which the launcher knows the job, is that process's own then. submitit takes it for its parent's,
+    but a shell may, as bash since 5.1 does, run its last command in its own place: the parent is then the launcher.
+    """
+    return ["export SUBMITIT_LOCAL_WITH_SHELL=", "exec " + join([sys.executable, "-c", CONTROLLER, str(logs), str(n_attempts)])]
+
+
 def _submit(executor: submitit.SlurmExecutor, tasks: Sequence[Task]) -> list[submitit.Job[None]]:
     try:
         return executor.submit_array(tasks)
@@ -128,10 +143,8 @@ def tell_to_leave(job: Job) -> None:
     marker_fpath = cancelled_fpath(job.folder, job.job_id)
     with writing(marker_fpath):
         marker_fpath.touch()  # first: a rank that the signal does not reach, for it is only starting, sees it
-    # With --setup a shell is between, which keeps signals to itself.
-    found = call("pgrep", "--parent", job.job_id, "--full", "submitit.local._local").stdout.split()
     try:
-        os.kill(int(found[0] if found else job.job_id), signal.SIGTERM)
+        os.kill(int(job.job_id), signal.SIGTERM)
     except ProcessLookupError:
         pass  # it has just ended
     except PermissionError:

@@ -20,6 +20,7 @@ from slurm.config import Launcher
 from slurm.jobs import cancelled_fpath, launched
 from slurm.launch import run
 from slurm.progress import describe
+from slurm.queue import ask
 from slurm.submit import submit
 from tests.crash import wait_for
 from tests.ranks import ENV, artifact_hashes, launch, leading_a_group, run_ranks
@@ -126,6 +127,31 @@ def test_a_local_job_can_be_cancelled_before_it_is_at_work(tmp_path, inputs, set
         run(["cancel", "--run", str(out)])
         done = waiting.result()
     assert done.returncode == 1 and re.search(r"^extract \d+ cancelled\. Launch it again", done.stderr, re.M), done.stderr
+
+
+@pytest.mark.parametrize("shell", ["/bin/bash", "/bin/dash"])
+@pytest.mark.parametrize("setup", [(), ("true",)], ids=["", "setup"])
+def test_a_local_job_comes_back_as_often_as_it_may_and_is_known_by_its_number(tmp_path, monkeypatch, shell, setup):
+    """submitit stops after six attempts; bash runs the last command of a shell in the shell's own place."""
+
+    def leave() -> None:
+        with open(tmp_path / "attempts", "a") as file:
+            file.write(os.environ["SUBMITIT_LOCAL_JOB_ID"] + "\n")
+        raise SystemExit(144)  # what submitit takes for a wish to be started again
+
+    def popen(command, **settings):
+        started.append(subprocess.Popen(command, **settings | ({"executable": shell} if settings["shell"] else {})))
+        return started[-1]
+
+    started: list[subprocess.Popen] = []
+    monkeypatch.setattr("slurm.submit.Task", lambda **_: leave)
+    monkeypatch.setattr("submitit.local.local.subprocess", SimpleNamespace(Popen=popen))
+    cfg = Extract(shards=tmp_path, sae=tmp_path, out=tmp_path)
+    (job,) = submit(Launcher(cluster="local", gpus_per_node=0, setup=setup, max_requeues=7), [cfg], tmp_path / "my logs")
+    assert ask([job])[job.job_id].is_at_work
+    started[0].wait(100)
+    assert (tmp_path / "attempts").read_text() == f"{job.job_id}\n" * 8
+    assert not ask([job])[job.job_id].is_under_way
 
 
 def test_the_mark_of_an_earlier_job_of_that_number_is_forgotten(tmp_path, monkeypatch):
