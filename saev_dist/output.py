@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 from saev_dist.errors import OutputError, RunError
@@ -19,6 +20,7 @@ def printing() -> Iterator[None]:
     Raises:
         RunError: it takes no more for another reason.
     """
+    escape_what_cannot_be_encoded()
     stream = sys.stdout
     if stream is None:  # as under a daemon that closes it
         yield
@@ -45,6 +47,16 @@ def printing() -> Iterator[None]:
         raise
     finally:
         sys.stdout = stream
+
+
+def escape_what_cannot_be_encoded() -> None:
+    """A path of bytes that are no text, or a character that the locale lacks, is printed as an escape, not an error.
+
+    Python does so on standard error only, and the other comes up at the end of a run, with its summary.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class _Output:

@@ -24,6 +24,7 @@ from submitit.core.job_environment import JobEnvironment
 
 from saev_dist.config import Extract, Replay
 from saev_dist.errors import PeerError, Preempted, SaevDistError
+from saev_dist.output import escape_what_cannot_be_encoded
 from slurm.jobs import End, cancelled_fpath, end_fpath
 
 TELLING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -50,6 +51,7 @@ class Task:
     """So far; where Slurm does not count them."""
 
     def __call__(self) -> None:
+        escape_what_cannot_be_encoded()
         here: JobEnvironment = submitit.JobEnvironment()
         requeue = signal.getsignal(here._usr_sig())  # submitit's own handler
         attempt = int(os.environ.get("SLURM_RESTART_COUNT", self.n_requeues))

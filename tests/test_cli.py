@@ -187,6 +187,27 @@ def test_a_full_disk_under_the_output_is_one_line(tmp_path, command, says):
     assert (done.returncode, done.stderr) == (1, f"{says}: cannot print: No space left on device.\n")
 
 
+@pytest.mark.parametrize(
+    ("encoding", "name", "shown"),
+    [("ascii", "\xe9 \u2026".encode(), r"\xe9 \u2026"), ("latin-1", b"\xe2\x80\xa6", r"\u2026"), ("utf-8", b"\xff", r"\udcff")],
+)
+def test_a_name_that_the_output_cannot_encode_is_escaped(tmp_path, encoding, name, shown):
+    shards = os.fsencode(make_shards(tmp_path / "shards", make_acts(3)))
+    os.rename(shards, shards + name)
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        [sys.executable, "-m", "saev_dist", "inspect", shards + name], env=env, capture_output=True, encoding=encoding
+    )
+    assert (done.returncode, done.stderr) == (0, "") and f"shards{shown}" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["saev_dist extract", "slurm.launch"])
+def test_help_is_printed_in_ascii(command):
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(f"{sys.executable} -m {command} --help", shell=True, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "usage: " in done.stdout
+
+
 def test_what_could_not_be_printed_changes_no_other_exit_code():
     """As that of a job which is told to leave: it would not be begun again."""
     code = "from saev_dist.output import printing\nwith printing():\n print(1); raise SystemExit(75)"

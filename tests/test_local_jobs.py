@@ -41,8 +41,9 @@ def are_at_work(run: Path) -> bool:
     return all(list(run.glob(f"partials/*.{rank:05d}-*.bin")) for rank in range(2))
 
 
-def test_local_ranks_have_the_bytes_of_one_process_and_the_gallery_follows(tmp_path, inputs):
-    run = tmp_path / 'a "run" of it\'s own'
+def test_local_ranks_have_the_bytes_of_one_process_and_the_gallery_follows(tmp_path, inputs, monkeypatch):
+    monkeypatch.setitem(ENV, "PYTHONIOENCODING", "ascii")
+    run = tmp_path / 'a "run" of it\'s own…'
     done = launch(
         "--cluster", "local", "--gpus-per-node", 2, "--partition", "gpu", "--mem-gb", 9, "--setup", "true", "pipeline", *inputs,
         "--out", run, "--", "--no-pictures", "--n-features", 3,
