@@ -334,6 +334,8 @@ class Demo:
     def __post_init__(self) -> None:
         if self.n_steps < 1:
             raise ConfigError(f"n_steps must be at least 1, got {self.n_steps}.")
+        if not -(2**63) <= self.seed < 2**64:  # torch's own bounds
+            raise ConfigError(f"seed must be a number of 64 bits (-2^63 to 2^64 - 1), got {self.seed}.")
 
 
 def from_json(command: type[T], content: dict[str, Any]) -> T:

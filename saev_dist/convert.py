@@ -14,8 +14,10 @@ def run(cfg: Convert) -> None:
     """Read and write.
 
     Raises:
-        SaevDistError: the source cannot be read, or the target is there already or cannot be written.
+        SaevDistError: the source cannot be read, or the target is there already, is a directory or cannot be written.
     """
+    if os.path.isdir(cfg.target):
+        raise ConfigError(f"{cfg.target} is a directory; name a file in it, such as {cfg.target / 'sae.safetensors'}.")
     if os.path.lexists(cfg.target) and not cfg.force:
         raise ConfigError(f"{cfg.target} is there already; choose another name, or replace it with --force.")
     loaded = load_sae(cfg.source, Overrides.of(cfg))

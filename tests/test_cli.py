@@ -130,6 +130,15 @@ def test_the_demo_needs_no_flags():
     assert parse(["demo"]) == Demo()
 
 
+def test_seeds_of_the_demo_are_those_that_torch_takes(capsys, tmp_path):
+    assert [parse(["demo", "--seed", str(seed)]).seed for seed in (-(2**63), 2**64 - 1)] == [-(2**63), 2**64 - 1]
+    for seed in (-(2**63) - 1, 2**64):
+        with pytest.raises(SystemExit, match="1"):
+            main(["demo", "--out", str(tmp_path / "out"), "--seed", str(seed)])
+        error = f"saev-dist: error: seed must be a number of 64 bits (-2^63 to 2^64 - 1), got {seed}.\n"
+        assert capsys.readouterr().err == error
+
+
 def test_the_version_is_told(capsys):
     main(["--version"])
     assert capsys.readouterr().out.startswith("saev-dist 0.")

@@ -117,6 +117,9 @@ def test_a_converted_sae_gives_the_same_artifacts(tmp_path, shards, capsys):
     main(["convert", str(source), str(target), *map(str, flags)])
     assert "input_scale 0.5" in capsys.readouterr().out
     assert "is there already" in fails(capsys, "convert", source, target)
+    for directory in (".", "/", tmp_path):  # the first two have no name, and so none that a file beside them could have
+        line = fails(capsys, "convert", source, directory, "--force")
+        assert f"{directory} is a directory; name a file in it, such as " in line
     assert "cannot write: File name too long" in fails(capsys, "convert", source, tmp_path / ("x" * 300))
     main(["convert", str(source), str(target), *map(str, flags), "--force"])
     common = ["extract", "--shards", shards, "--metrics", "--self-check", "off"]
