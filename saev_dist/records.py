@@ -78,17 +78,24 @@ class Records:
         found: list[NDArray[np.void]] = []
         for fpath in self.fpaths():
             with reading(fpath):
-                n_records = fpath.stat().st_size // self.dtype.itemsize
-                if n_records:
-                    found.append(np.memmap(fpath, self.dtype, "r", shape=(n_records,)))
+                rows = self._mapped(fpath)[0]
+                if len(rows):
+                    found.append(rows)
         return found
+
+    def _mapped(self, fpath: Path) -> tuple[NDArray[np.void], int]:
+        """A file's whole records, mapped, and its size. That is the open file's: on NFS only opening asks the server for it."""
+        with open(fpath, "rb") as file:
+            n_bytes = os.fstat(file.fileno()).st_size
+            n_records = n_bytes // self.dtype.itemsize
+            rows = np.memmap(file, self.dtype, "r", shape=(n_records,)) if n_records else np.empty(0, self.dtype)
+        return rows, n_bytes
 
     def keep_sound(self, fpath: Path) -> None:
         """Drop what an earlier attempt, or a crash of the machine, left torn: records, and those of torn pictures."""
         with reading(fpath):
-            n_bytes = fpath.stat().st_size
-            n_records = n_bytes // self.dtype.itemsize
-            rows = np.memmap(fpath, self.dtype, "r", shape=(n_records,)) if n_records else np.empty(0, self.dtype)
+            rows, n_bytes = self._mapped(fpath)
+            n_records = len(rows)
             whole_n = np.fromiter((self._is_whole(row) for row in rows), bool, n_records)
         if whole_n.all() and n_bytes == rows.nbytes:
             return

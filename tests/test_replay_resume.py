@@ -7,7 +7,9 @@ import signal
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from saev_dist import extract, replay
@@ -50,6 +52,18 @@ def test_a_replay_that_died_draws_only_what_is_missing(tmp_path, monkeypatch):
     replay.run(cfg)
     assert tree(run / "visuals") == whole
     assert 0 < sum(drawn) < n_pictures and said[0]["n_pictures"] == n_pictures - sum(drawn)
+
+
+def test_records_are_counted_in_the_open_file(tmp_path, monkeypatch, capsys):
+    """What a client of NFS remembers of a file's size may be older than what another node has appended to it."""
+    records = Records(tmp_path, n_patches=6, image_format="png")
+    fpath, stat = tmp_path / "records.00001.bin", os.stat
+    fpath.write_bytes(np.zeros(3, records.dtype).tobytes() + b"torn")
+    stale = SimpleNamespace(st_size=0)
+    monkeypatch.setattr(os, "stat", lambda path, **how: stale if str(path) == str(fpath) else stat(path, **how))
+    assert [len(rows) for rows in records.load()] == [3]
+    records.keep_sound(fpath)
+    assert "3 pictures are not whole and will be drawn again" in capsys.readouterr().err and not fpath.read_bytes()
 
 
 class Killed(BaseException):
