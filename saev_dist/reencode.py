@@ -30,7 +30,7 @@ from saev_dist.sae.model import GroupMax, TopK
 # at 2^-24 (fp32), 2^-11 (tf32) and 2^-9 (bf16) of each term; the rest is room for the sum's own rounding.
 TOLERANCE = {"fp32": 2.0**-16, "tf32": 2.0**-9, "bf16": 2.0**-6}
 SLOTS_AT_ONCE = 4096
-"""Whose terms are added up at a time."""
+"""Or features, whose terms are added up at a time: each brings a row of the encoder's weights along."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,7 +153,8 @@ def _is_on_edge(encoder: Encoder, acts_pd: Tensor, slot: np.void, allowed: float
         return True
     if not isinstance(encoder.sae.activation, TopK | GroupMax):
         return False
-    largest = float(encoder.magnitude(acts_1d, torch.arange(encoder.sae.d_sae)).max())
+    parts = torch.arange(encoder.sae.d_sae).split(SLOTS_AT_ONCE)
+    largest = max(float(encoder.magnitude(acts_1d, feature_n).max()) for feature_n in parts)
     return is_there(allowed + tolerance * largest)
 
 

@@ -214,8 +214,12 @@ def test_a_score_that_its_code_leaves_out_by_more_than_rounding_is_found(tmp_pat
 
 
 @pytest.mark.parametrize(("ahead", "on_edge"), [(2.0**-10, True), (0.5, False)])
-def test_the_score_that_wins_by_rounding_may_be_the_larger_sum(ahead, on_edge):
+@pytest.mark.parametrize("at_once", [4096, 1])
+def test_the_score_that_wins_by_rounding_may_be_the_larger_sum(monkeypatch, ahead, on_edge, at_once):
     """Feature 0 is exactly 1; feature 1, of terms of thousands, is ahead by less than they round, or by more."""
+    magnitude, sizes = Encoder.magnitude, []
+    monkeypatch.setattr("saev_dist.reencode.SLOTS_AT_ONCE", at_once)
+    monkeypatch.setattr(Encoder, "magnitude", lambda *args: sizes.append(len(args[2])) or magnitude(*args))
     w_enc = torch.tensor([[1.0, 8192.0], [0.0, 8191.0 - ahead]])
     sae = Sae(
         w_enc_ds=w_enc, b_enc_s=torch.zeros(2), w_dec_sd=w_enc.T.contiguous(), b_dec_d=torch.zeros(2), activation=TopK(1),
@@ -227,3 +231,4 @@ def test_the_score_that_wins_by_rounding_may_be_the_larger_sum(ahead, on_edge):
     with Encoder(sae, torch.device("cpu"), "fp32", 1) as encoder:
         assert encoder.encode(acts_pd, img_i=0, n_patches=1).feature_n.tolist() == [1]
         assert _is_on_edge(encoder, acts_pd, slot, tolerance * 1.0, tolerance) == on_edge
+    assert sizes == ([2] if at_once == 4096 else [1, 1])  # not the weights of all features at once
