@@ -195,6 +195,15 @@ def test_pictures_of_every_mode_are_read_as_rgb(tmp_path, mode, extension):
     assert (read.mode, read.size) == ("RGB", (6, 4))
 
 
+def test_a_damage_that_pillow_does_not_expect_is_told_as_any_other(tmp_path):
+    Image.new("RGB", (6, 4)).save(tmp_path / "x.tif")
+    content = (tmp_path / "x.tif").read_bytes()
+    strip = content.index(struct.pack("<HH", 273, 4))  # where the pixels begin: a number, which becomes a text
+    (tmp_path / "x.tif").write_bytes(content[: strip + 2] + b"\2" + content[strip + 3 :])
+    with pytest.raises(DataError, match=r"x\.tif cannot be read: 'str' object cannot be interpreted as an integer"):
+        load_picture(tmp_path, "x.tif", in_data_set=False)
+
+
 def test_sound_pictures_with_odd_metadata_are_read_without_a_warning(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

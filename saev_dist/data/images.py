@@ -12,7 +12,6 @@ import importlib.util
 import io
 import os
 import stat
-import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from saev_dist.errors import ConfigError, DataError
+from saev_dist.errors import ConfigError, DataError, SaevDistError
 
 # Pillow would also try formats that are drawn by other programs: EPS runs Ghostscript, whatever the file is called.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
@@ -160,15 +159,19 @@ def load_picture(root: Path, name: str, *, in_data_set: bool) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged EXIF data and the like, as many photographs have them
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = _of_row(*_data_set(root), int(name), where) if in_data_set else _opened(root / name, where)
-            return picture.convert("RGB")
+            if in_data_set:
+                return _of_row(*_data_set(root), int(name), where).convert("RGB")
+            with _opened(root / name, where) as picture:
+                return picture.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = Image.MAX_IMAGE_PIXELS or 0
         raise DataError(f"{where} would decode to more than {limit:,} pixels; expected a picture. Make it smaller.") from None
     except UnidentifiedImageError:
         raise DataError(f"{where} is not a picture that Pillow can read. Replace it, or use --no-pictures.") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as err:  # what Pillow's decoders raise on damaged files
-        reason = getattr(err, "strerror", None) or str(err)
+    except (SaevDistError, MemoryError):
+        raise
+    except Exception as err:  # noqa: BLE001  # Pillow lets through whatever a damaged byte sets off
+        reason = getattr(err, "strerror", None) or str(err) or type(err).__name__
         raise DataError(f"{where} cannot be read: {reason}. Replace it, or use --no-pictures.") from None
 
 
