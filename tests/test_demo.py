@@ -138,7 +138,7 @@ def test_a_demo_that_is_told_to_leave_says_that_it_starts_over(tmp_path: Path, m
 
 def test_a_missing_scikit_image_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'saev-dist\[demo\]'"):
+    with pytest.raises(ConfigError, match=r"pip install scikit-image\."):
         demo.run(Demo(out=tmp_path / "out", progress=False))
     assert not (tmp_path / "out").exists()
 

@@ -387,7 +387,7 @@ def test_a_look_at_the_lock_keeps_nobody_out(tmp_path, monkeypatch):
 
         monkeypatch.setattr(store.time, "sleep", wait)
         with Run(tmp_path).lock():
-            assert waited == [store.GLANCE_S]
+            assert len(waited) == 1
     assert not (tmp_path / "partials").exists()
 
 
