@@ -18,6 +18,7 @@ from typing import Literal
 from saev_dist.errors import ConfigError
 
 CROPPED_FAMILIES = ("clip", "siglip", "dinov2")
+DINOV2_PATCH = 14
 Fit = Literal["grid", "crop"]
 MAX_SIDE_PX = 16_383  # of a WebP picture
 Size = tuple[int, int]
@@ -179,9 +180,8 @@ def default_fit(family: str, n_patches: int, *, crop: Size = Geometry.crop, patc
     """
     if family not in CROPPED_FAMILIES:
         return "grid"
-    fitting = _patch_sizes(crop, n_patches, patch_size)
-    is_possible = bool(fitting) if patch_size is None else patch_size in fitting
-    return "crop" if is_possible or family != "dinov2" else "grid"
+    patch_size = patch_size or DINOV2_PATCH
+    return "crop" if family != "dinov2" or patch_size in _patch_sizes(crop, n_patches, patch_size) else "grid"
 
 
 def nearest_grid(n_patches: int, aspect: float) -> Size:
