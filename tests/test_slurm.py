@@ -88,7 +88,7 @@ def meanwhile(launch, cluster, slow, tmp_path_factory) -> Iterator[dict[str, Fut
         ]
         with ThreadPoolExecutor() as pool:
             waiting = pool.submit(launch, *command)
-            until(lambda: (run / "slurm" / "jobs.jsonl").exists())
+            until(lambda: launched(run))  # the file is there before its line
             pid = until(lambda: pid_of_rank(latest(run), 1))  # now: the search takes its time, and the stream some seconds
             until(lambda: has_snapshot(run, 2))
             os.kill(pid, signal.SIGKILL)
