@@ -26,6 +26,8 @@ if (reason := missing()) and "REQUIRE_SLURM" not in os.environ:
 
 # What is waited for takes seconds; on CI's machine, which has much else to do, a minute.
 PATIENCE_S = 300.0
+N_IMGS = 24_000 if "SLURM_FULL" in os.environ else 8000
+"""Batches that two ranks do not get through while a node is drained."""
 RANKS = ("--gpus-per-node", "2", "--cpus-per-gpu", "1")  # per node
 
 
@@ -52,7 +54,7 @@ def launch(cluster: Cluster) -> Callable[..., subprocess.CompletedProcess[str]]:
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[object], Callable[[], dict[str, str]]]]:
     """Flags of an extract whose stream takes a while, and what its artifacts are when one process makes them."""
     dpath = tmp_path_factory.mktemp("slow")
-    shards, sae = make_shards(dpath / "shards", make_acts(8000), imgs_per_shard=1000), make_sae(dpath / "sae.pt")
+    shards, sae = make_shards(dpath / "shards", make_acts(N_IMGS), imgs_per_shard=1000), make_sae(dpath / "sae.pt")
     flags = ["--shards", shards, "--sae", sae, "--batch-tokens", "5", "--top-k", "4", "--snapshot-every", "0.5"]
     command = [sys.executable, "-m", "saev_dist", "extract", *map(str, flags), "--out", str(dpath / "alone")]
     alone = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # while others wait
@@ -349,11 +351,13 @@ def test_on_another_node_it_goes_on_and_the_gallery_follows(launch, cluster, slo
     until(lambda: has_snapshot(run, 2))
     here = cluster.ask("squeue", "--noheader", "--jobs", extract.job_id, "--format=%N").strip()
     cluster.ask("scontrol", "update", f"nodename={here}", "state=drain", "reason=test")  # takes no new job
-    cluster.ask("scancel", "--signal=USR1", extract.job_id)
-    until(lambda: (run / "manifest.json").exists())
-    (there,) = set(NODES) - {here}
-    assert f"NodeList={there}" in cluster.ask("scontrol", "show", "job", extract.job_id)
-    cluster.ask("scontrol", "update", f"nodename={here}", "state=resume")
+    try:
+        cluster.ask("scancel", "--signal=USR1", extract.job_id)
+        until(lambda: (run / "manifest.json").exists())
+        (there,) = set(NODES) - {here}
+        assert f"NodeList={there}" in cluster.ask("scontrol", "show", "job", extract.job_id)
+    finally:  # other tests need it
+        cluster.ask("scontrol", "update", f"nodename={here}", "state=resume")
     until(lambda: launch("status", "--run", run).stdout.count("  done\n") == 2)
     assert "SIGUSR1: leaving after this batch" in extract.log_fpath(0).read_text()
     assert {end.attempt for end in extract.ends()} == {1} and {end.attempt for end in replay.ends()} == {0}
