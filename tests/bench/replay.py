@@ -33,25 +33,24 @@ from tests.bench.extract import PRODUCT, Case, bare_product_s, make_inputs, read
 from tests.bench.record import emit
 
 MEMORY = """
-import json, multiprocessing, sys, threading
+import json, sys, threading, time
 from contextlib import suppress
 from pathlib import Path
 import saev_dist.replay
 from saev_dist.config import Replay
 def peak(pid="self"):
     return 1024 * int(Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0])
-def watch():
-    while not done.wait(0.02):
-        for process in multiprocessing.active_children():
-            with suppress(OSError, IndexError):  # it may end meanwhile
-                drawing.append(peak(process.pid))
-done, drawing, before = threading.Event(), [], peak()
-watching = threading.Thread(target=watch)
-watching.start()
+def watch():  # not by multiprocessing, which would take notice of their ends
+    while True:
+        for fpath in Path("/proc/self/task").glob("*/children"):
+            with suppress(OSError, IndexError):  # one may end meanwhile
+                drawing.update((pid, peak(pid)) for pid in fpath.read_text().split())
+        time.sleep(0.02)
+drawing, before = {}, peak()  # by process; a fork has its parent's peak until it becomes another program
+threading.Thread(target=watch, daemon=True).start()
 run, images, n = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 saev_dist.replay.run(Replay(run=run, images=images, n_features=n, n_images=8, progress=False, force=True))
-done.set(), watching.join()
-print(json.dumps([peak() - before, max(drawing)]))
+print(json.dumps([peak() - before, max(drawing.values())]))
 """
 
 
