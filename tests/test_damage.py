@@ -20,6 +20,7 @@ from saev_dist.data import reader
 from saev_dist.data.shards import Shards
 from saev_dist.errors import DamagedError, DataError, RunError
 from saev_dist.spill import Rows, Spill
+from saev_dist.store import Run
 from tests.crash import Fault, killed, operations, unfinished
 from tests.ranks import artifact_hashes
 from tests.synthetic import N_IMGS, N_PATCHES, RELU, dense_codes, make_acts, make_sae, make_shards, make_weights
@@ -189,6 +190,18 @@ def test_torn_ends_and_leftovers_are_removed(tmp_path, server, whole):
     assert rows.stat().st_size <= size and not orphan.exists() and not (fpath.parent / "x.partial.tmp").exists()
     assert server.run(*args, out)[0] == [0]
     assert artifact_hashes(out) == expected
+
+
+def test_an_artifact_cut_off_anywhere_is_one_line(tmp_path):
+    """As torch once wrote them too: its reader's own assertions and struct.error are among what comes of it."""
+    fpath = tmp_path / "top_values.pt"
+    torch.save(torch.ones(2, 3), fpath, _use_new_zipfile_serialization=False)
+    content = fpath.read_bytes()
+    assert Run(tmp_path).load_tensor("top_values.pt", (2, 3)).sum() == 6
+    for size in range(0, len(content) - 24, 3):  # the numbers themselves are not missed by torch
+        fpath.write_bytes(content[:size])
+        with pytest.raises(RunError, match=r"top_values\.pt is damaged; run extract again with --force"):
+            Run(tmp_path).load_tensor("top_values.pt", (2, 3))
 
 
 # ---- the disk

@@ -17,8 +17,11 @@ from saev_dist.accumulators.reconstruction import Reconstruction
 from saev_dist.accumulators.topk import TopK as Slots
 from saev_dist.cli import main
 from saev_dist.config import Extract
+from saev_dist.data.shards import Shards
 from saev_dist.errors import DataError, MergeError
+from saev_dist.estimate import estimate
 from saev_dist.extract import run
+from saev_dist.plan import Plan
 from saev_dist.sae import encoder, pieces
 from saev_dist.sae.encoder import Encoder, batch_threads
 from saev_dist.sae.model import Gated, GroupMax, LayerNorm, Relu, Sae, Threshold, TopK
@@ -312,3 +315,13 @@ def test_a_bad_value_is_named_with_its_place(tmp_path, device):
                 progress=False,
             )
         )  # fmt: skip
+
+
+def test_page_locked_buffers_are_counted_as_torch_takes_them(tmp_path):
+    """Up to a power of two."""
+    shards = Shards.open(make_shards(tmp_path, make_acts()))
+    sae = Sae(**make_weights(), activation=Relu(), pre_bias=False, source="")
+    cfg, plan = Extract(shards=tmp_path, sae=tmp_path, out=tmp_path), Plan(shards.examples, 7)
+    n_bytes = estimate(cfg, shards, sae, plan, torch.device("cuda", 0), 2).host["read buffers"]
+    one = 7 * shards.content_bytes
+    assert one < 1024 and n_bytes % 1024 == 0 and n_bytes >= 1024

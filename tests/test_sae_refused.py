@@ -40,6 +40,16 @@ def test_flags_that_contradict_the_file_or_each_other_are_refused(tmp_path, name
 # What is refused, by name.
 
 
+def check_refused(copy_sae, source, spoil, message):
+    """An SAE that loads does not any more once it is spoilt, and one line says why."""
+    dpath = copy_sae(source)
+    load(dpath)
+    spoil(dpath)
+    with pytest.raises(CheckpointError) as caught:
+        load(dpath)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
 def cfg(**changes):
     return lambda dpath: edit(next(dpath.glob("c*.json")), **changes)
 
@@ -90,13 +100,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_known_is_refused_by_name(copy_sae, name):
-    source, spoil, message = REFUSED[name]
-    dpath = copy_sae(source)
-    load(dpath)
-    spoil(dpath)
-    with pytest.raises(CheckpointError) as caught:
-        load(dpath)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    check_refused(copy_sae, *REFUSED[name])
 
 
 def test_sizes_of_saev_must_agree(tmp_path):
@@ -288,13 +292,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_are_refused_in_one_line_and_run_nothing(copy_sae, name):
-    source, spoil, message = HOSTILE[name]
-    dpath = copy_sae(source)
-    load(dpath)
-    spoil(dpath)
-    with pytest.raises(CheckpointError) as caught:
-        load(dpath)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    check_refused(copy_sae, *HOSTILE[name])
     assert not ESCAPED.exists()
 
 
