@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given
 
-from saev_dist.accumulators import fixed_point, rows
+from saev_dist.accumulators import fixed_point, reconstruction, rows
 from saev_dist.accumulators.base import Accumulator, Codes
 from saev_dist.accumulators.histogram import N_BINS, Histogram, bin_of, edges
 from saev_dist.accumulators.moments import Moments
@@ -304,6 +304,33 @@ def test_squares_of_integers_are_summed_exactly():
     acc.update(codes)
     assert fixed_point.to_fractions(acc.squares_12) == [n * D_MODEL * 3001**2]
     assert fixed_point.to_fractions(acc.errors_12) == [n * D_MODEL * 3000**2]
+
+
+@pytest.mark.parametrize("n_parts", [1, 2, 5, 40])
+def test_the_decoder_is_read_in_parts_without_a_trace(monkeypatch, n_parts):
+    """With integers, whose sums are exact in any order; of some parts and of some tokens there are no codes."""
+    rng = np.random.default_rng(0)
+    dense = rng.integers(-3, 4, (24, 40)) * (rng.random((24, 40)) < 0.6)
+    dense[3:6], dense[:, 5:17] = 0, 0
+    w_dec, b_dec, x = (
+        torch.from_numpy(rng.integers(-9, 9, shape)).float() for shape in ((40, D_MODEL), D_MODEL, (24, D_MODEL))
+    )
+    feature_n, token_n = dense.T.nonzero()
+    codes = Codes(
+        token_n=torch.from_numpy(token_n), feature_n=torch.from_numpy(feature_n),
+        value_n=torch.from_numpy(dense[token_n, feature_n]).float(), img_i=0, n_imgs=4, n_patches=6, acts_bd=x,
+    )  # fmt: skip
+    monkeypatch.setattr(reconstruction, "CACHED_BYTES", w_dec.nbytes // n_parts)
+    monkeypatch.setattr(reconstruction, "CODES_AT_A_TIME", 0.1)
+    parts = []
+    sum_rows = reconstruction._sum_rows
+    monkeypatch.setattr(reconstruction, "_sum_rows", lambda *args: parts.append(len(args[3])) or sum_rows(*args))
+    acc = Reconstruction(w_dec, b_dec)
+    acc.update(codes)
+    assert len(parts) == n_parts and sum(parts) == 40
+    expected = torch.from_numpy(dense).float() @ w_dec + b_dec - x
+    assert fixed_point.to_fractions(acc.errors_12) == [int(expected.square().sum())]
+    assert fixed_point.to_fractions(acc.sum_d2) == x.sum(0).int().tolist()
 
 
 def test_a_features_sum_does_not_depend_on_the_other_features():
