@@ -116,12 +116,22 @@ def numpy_product_s(acts_td: torch.Tensor, w_ds: torch.Tensor, batch_tokens: int
     return time.perf_counter() - began
 
 
-def check_slots(out_dpath: Path, acts_td: torch.Tensor, sae_fpath: Path, case: Case, *, n_names: int = 1) -> None:
-    """The best score of every feature, and its place, by a dense search; and all scores of some features.
+@dataclass(frozen=True)
+class Searched:
+    """What a dense search of the tokens found."""
 
-    Args:
-        n_names: how often the run saw these tokens. Of equal scores the first images' win.
-    """
+    best_s: torch.Tensor
+    """Best code of each feature, float32 (d_sae,); -inf: none."""
+    place_s: torch.Tensor
+    """Its token."""
+    some_s: torch.Tensor
+    """Features, all of whose strongest codes are in `strongest_sk`, float32 (some, top_k at most)."""
+    strongest_sk: torch.Tensor
+    threshold: float
+
+
+def search(acts_td: torch.Tensor, sae_fpath: Path, case: Case) -> Searched:
+    """By torch, the whole dense product."""
     sae = load_saev(sae_fpath)
     some_s = torch.arange(0, case.d_sae, -(-case.d_sae // N_SEARCHED))
     found: list[torch.Tensor] = []
@@ -131,30 +141,39 @@ def check_slots(out_dpath: Path, acts_td: torch.Tensor, sae_fpath: Path, case: C
         if case.activation == "TopK":
             value, feature = codes.topk(case.l0, dim=1)
             codes = torch.zeros_like(codes).scatter_(1, feature, value)
-        top, where = codes.max(dim=0)
         found.append(codes[:, some_s])
-        better = top > best_s
-        best_s[better], place_s[better] = top[better], where[better] + first
+        better_x = (codes.amax(dim=0) > best_s).nonzero()[:, 0]
+        best_s[better_x], where_x = codes[:, better_x].max(dim=0)
+        place_s[better_x] = where_x + first
+    strongest_sk = torch.cat(found).topk(min(case.top_k, len(acts_td)), dim=0).values.T
+    return Searched(best_s, place_s, some_s, strongest_sk, getattr(sae.activation, "threshold", 0))
+
+
+def check_slots(out_dpath: Path, searched: Searched, case: Case, *, n_names: int = 1) -> None:
+    """The best score of every feature, and its place; and all scores of some features.
+
+    Args:
+        n_names: how often the run saw these tokens. Of equal scores the first images' win.
+    """
     values_sk, imgs_sk, patches_sk = (
         torch.load(out_dpath / f"top_{s}.pt", weights_only=True) for s in ("values", "img_i", "patch_i")
     )
     values, imgs, patches = values_sk[:, 0], imgs_sk[:, 0], patches_sk[:, 0]
-    threshold = getattr(sae.activation, "threshold", 0)
-    fired = best_s > threshold
+    fired = searched.best_s > searched.threshold
     assert fired.float().mean() > 0.99, "hardly anything fires: the bench would measure nothing"
-    torch.testing.assert_close(values[fired], best_s[fired], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(values[fired], searched.best_s[fired], rtol=1e-4, atol=1e-5)
     assert (values[~fired] == -torch.inf).all()
-    assert (imgs * case.n_patches + patches == place_s)[fired].float().mean() > 0.999, (
+    assert (imgs * case.n_patches + patches == searched.place_s)[fired].float().mean() > 0.999, (
         "places may differ where scores all but tie"
     )
-    all_sk = torch.cat(found).topk(-(-case.top_k // n_names), dim=0).values.T.repeat_interleave(n_names, dim=1)
+    expected_sk = searched.strongest_sk.repeat_interleave(n_names, dim=1)[:, : case.top_k]
     # what is just above the threshold here may be just below it there
-    expected_sk, found_sk = all_sk[:, : case.top_k].clamp(min=threshold), values_sk[some_s].clamp(min=threshold)
-    torch.testing.assert_close(found_sk, expected_sk, rtol=1e-4, atol=1e-5)
+    found_sk = values_sk[searched.some_s].clamp(min=searched.threshold)
+    torch.testing.assert_close(found_sk, expected_sk.clamp(min=searched.threshold), rtol=1e-4, atol=1e-5)
 
 
-def measure(case: Case, rounds: int, **settings: object) -> None:
-    """Print the line of one case; `settings` are of `Extract`."""
+def measure(case: Case, rounds: int, screens: list[str]) -> None:
+    """Print a line of one case for each `--screen`."""
     with tempfile.TemporaryDirectory() as name:
         dpath = Path(name)
         shards, sae = make_inputs(dpath, case)
@@ -163,32 +182,39 @@ def measure(case: Case, rounds: int, **settings: object) -> None:
         # A shared machine's speed wanders: the ceiling is taken right before and right after each run.
         products, numpy_products, manifests = [bare_product_s(*product)], [], []
         for _ in range(rounds):
-            run(Extract(shards=shards, sae=sae, out=dpath / "run", top_k=case.top_k, device="cpu", force=True, **settings))
-            numpy_products.append(numpy_product_s(acts_td, loaded.w_enc_ds, case.batch_tokens))
-            products.append(bare_product_s(*product))
-            manifests.append(json.loads((dpath / "run/manifest.json").read_text()))
-        check_slots(dpath / "run", acts_td, sae, case)
+            for screen in screens:
+                out, on = dpath / f"run-{screen}", {} if screen == "none" else {"screen": screen}
+                run(Extract(shards=shards, sae=sae, out=out, top_k=case.top_k, device="cpu", force=True, **on))
+                numpy_products.append(numpy_product_s(acts_td, loaded.w_enc_ds, case.batch_tokens))
+                products.append(bare_product_s(*product))
+                manifests.append(json.loads((out / "manifest.json").read_text()))
+        searched = search(acts_td, sae, case)
+        for screen in screens:
+            check_slots(dpath / f"run-{screen}", searched, case)
     totals = [sum(manifest["wall_s"].values()) for manifest in manifests]
     shares = [(a + b) / 2 / total for (a, b), total in zip(pairwise(products), totals, strict=True)]
-    emit(
-        "extract",
-        "".join([f"extract: {case}", *(f", {key} {value}" for key, value in settings.items())]),
-        asdict(case) | settings,
-        ceiling=PRODUCT,
-        share=median(shares),
-        shares=[round(share, 3) for share in shares],
-        by=manifests[-1]["ranks"][0]["product"],
-        of_numpy=round(median(a / b for a, b in zip(numpy_products, totals, strict=True)), 3),
-        l0=round(manifests[-1]["metrics"]["l0"], 1),
-        tokens_per_s=round(case.n_tokens / min(totals)),
-        product_gflops=round(2 * case.n_tokens * case.d_model * case.d_sae / min(products) / 1e9, 1),
-        product_s=[round(seconds, 2) for seconds in products],
-        rounds=[
-            {stage: round(seconds, 2) for stage, seconds in manifest["wall_s"].items()}
-            | {key: round(manifest["ranks"][0][key], 2) for key in ("encode_s", "accumulate_s", "rows_s", "read_wait_s")}
-            for manifest in manifests
-        ],
-    )
+    numpy_shares = [a / b for a, b in zip(numpy_products, totals, strict=True)]
+    for index, screen in enumerate(screens):
+        mine = slice(index, None, len(screens))
+        emit(
+            "extract",
+            f"extract: {case}" + ("" if screen == "none" else f", screen {screen}"),
+            asdict(case) | ({} if screen == "none" else {"screen": screen}),
+            ceiling=PRODUCT,
+            share=median(shares[mine]),
+            shares=[round(share, 3) for share in shares[mine]],
+            by=manifests[index]["ranks"][0]["product"],
+            of_numpy=round(median(numpy_shares[mine]), 3),
+            l0=round(manifests[index]["metrics"]["l0"], 1),
+            tokens_per_s=round(case.n_tokens / min(totals[mine])),
+            product_gflops=round(2 * case.n_tokens * case.d_model * case.d_sae / min(products) / 1e9, 1),
+            product_s=[round(seconds, 2) for seconds in products],
+            rounds=[
+                {stage: round(seconds, 2) for stage, seconds in manifest["wall_s"].items()}
+                | {key: round(manifest["ranks"][0][key], 2) for key in ("encode_s", "accumulate_s", "rows_s", "read_wait_s")}
+                for manifest in manifests[mine]
+            ],
+        )
 
 
 def main() -> None:
@@ -199,8 +225,7 @@ def main() -> None:
     args = parser.parse_args()
     screens = args.screen or ["none", *(["bf16"] if speedup(CASES[0].d_model) >= PAYS else [])]
     for index in args.cases:
-        for screen in screens:
-            measure(CASES[index], args.rounds, **({} if screen == "none" else {"screen": screen}))
+        measure(CASES[index], args.rounds, screens)
 
 
 if __name__ == "__main__":

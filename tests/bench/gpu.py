@@ -28,7 +28,7 @@ import torch
 from saev_dist.config import Extract
 from saev_dist.extract import run
 from saev_dist.sae.saev import load_saev
-from tests.bench.extract import Case, check_slots, make_inputs, read_all
+from tests.bench.extract import Case, check_slots, make_inputs, read_all, search
 from tests.bench.record import emit
 
 CASES = [
@@ -150,7 +150,7 @@ def measure_precision(
         products.append(product_s())
         manifests.append(json.loads((dpath / "run/manifest.json").read_text()))
     if precision == "fp32":
-        check_slots(dpath / "run", acts_td, dpath / "sae.pt", case, n_names=n_names)
+        check_slots(dpath / "run", search(acts_td, dpath / "sae.pt", case), case, n_names=n_names)
     else:
         values_sk = torch.load(dpath / "run/top_values.pt", weights_only=True)
         exact_s = torch.full((case.d_sae,), -torch.inf)

@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from tests.bench.extract import Case, check_slots, make_inputs, read_all
+from tests.bench.extract import Case, check_slots, make_inputs, read_all, search
 from tests.bench.record import emit
 
 TOKENS = Case(n_imgs=10_000, n_patches=100, d_model=128, d_sae=4_096, top_k=32)
@@ -95,7 +95,7 @@ def measure_tokens(rounds: int) -> None:
         taken = all_runs(inputs, case.top_k, dpath, rounds, few=SIZES[2])
         for n in SIZES[1:]:
             acts_td = read_all(shards)[: n * case.n_patches]
-            check_slots(dpath / f"run{n}", acts_td, sae, replace(case, n_imgs=n))
+            check_slots(dpath / f"run{n}", search(acts_td, sae, case), case)
     half, one, *_ = (taken[n]["cpu_s"] for n in SIZES)
     start_s = 2 * half - one
     per_token = {n: 1e6 * (taken[n]["cpu_s"] - start_s) / (n * case.n_patches) for n in SIZES[1:]}
@@ -121,7 +121,8 @@ def measure_features(rounds: int) -> None:
             inputs[width] = make_inputs(dpath / str(width), replace(FEATURES, d_sae=width))
         taken = all_runs(inputs, FEATURES.top_k, dpath, rounds, few=WIDTHS[2])
         for width, (shards, sae) in inputs.items():
-            check_slots(dpath / f"run{width}", read_all(shards), sae, replace(FEATURES, d_sae=width))
+            case = replace(FEATURES, d_sae=width)
+            check_slots(dpath / f"run{width}", search(read_all(shards), sae, case), case)
 
     def slopes(key: str, unit: float) -> dict[str, float]:
         pairs = {f"{a} to {b}": (taken[b][key] - taken[a][key]) / (b - a) for a, b in pairwise(WIDTHS)}
