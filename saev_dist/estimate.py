@@ -101,8 +101,8 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     if device.type == "cpu":
         host["codes of batches under way"] = min(n_ahead + 1, plan.n_batches) * codes
         host["dense codes"] = dense
-        if cfg.metrics:  # what is decoded, twice in float32 and once in float64
-            host["reconstruction"] = (2 * 4 + 8) * sae.d_model * piece
+        if cfg.metrics:  # in float32 the sums and a part of them; or one, and two in float64 for `undo_norm`
+            host["reconstruction"] = (4 + 2 * 8) * sae.d_model * piece
         if cfg.precision == "fp32" and cfg.screen == "none":  # on some processors, maybe not on the one that asks
             host["weights and tokens, as NumPy multiplies them"] = 4 * (sae.d_model + 1) * (sae.d_sae + block)
         on_device = {}
@@ -113,7 +113,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
             merging += min(plan.largest_batch * sae.d_sae, max(GROUPS_ON_DEVICE, sae.d_sae)) * DEVICE_GROUP_BYTES
         on_device = {
             "weights": weights if cfg.metrics or cfg.self_check != "off" else weights // 2,
-            "batches": (n_threads + (7 if cfg.metrics else 1)) * batch,
+            "batches": (n_threads + (6 if cfg.metrics else 1)) * batch,
             "dense codes": dense,
             "codes": batch_tokens * per_token * DEVICE_CODE_BYTES,
             "statistics": sae.d_sae * (8 * N_BINS + 44) + slots + merging,

@@ -95,7 +95,7 @@ def run(cfg: Extract) -> None:
             job.shards.check_files()
         if world.rank == 0:
             job = replace(job, self_check=check(job.sae, job.shards, job.device, cfg.self_check, skip_bad=cfg.skip_bad_shards))
-        with store.lock(patience_s=world.patience_s) if world.rank == 0 else nullcontext():
+        with store.lock(patience_s=world.patience_s, check=world.check) if world.rank == 0 else nullcontext():
             if world.rank == 0:
                 identity = store.begin(job.identity, as_json(cfg), job.plan.n_batches, afresh=force)
                 job = replace(job, identity=identity)

@@ -117,7 +117,7 @@ def run(cfg: Replay) -> None:
                 print(f"{job.visuals_dpath / 'index.html'} is this gallery, finished: open it. (--force draws it again.)")
             return
         # Two replays in one directory would mix their pictures, and an `extract --force` would change what is drawn.
-        with Run(cfg.run).lock(patience_s=world.patience_s) if world.rank == 0 else nullcontext():
+        with Run(cfg.run).lock(patience_s=world.patience_s, check=world.check) if world.rank == 0 else nullcontext():
             if world.rank == 0:
                 if Run(cfg.run).manifest_sha256() != job.identity["manifest_sha256"]:
                     raise RunError(f"{cfg.run} has changed: another process computed it again. Run again.")

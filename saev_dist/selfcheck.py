@@ -6,7 +6,7 @@ read it and as each of a few common mistakes would have it; where one of those r
 reconstructs at all, there is a finding.
 
 Cost: for each reading the encoder's and the decoder's work on `n_tokens` tokens. The ReLU reading of a top-k SAE, which
-fires half of all features, takes most of it: at d_model 1,024 and d_sae 16,384 2.6 of the 5.5 s that two cores take in all.
+fires half of all features, takes half of it: at d_model 1,024 and d_sae 16,384 2.6 of the 5.5 s of two cores (Zen 5).
 
 Names: `b` tokens, `d` model width, `s` features.
 """

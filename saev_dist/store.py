@@ -20,7 +20,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -28,7 +28,7 @@ from typing import IO, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from saev_dist.errors import ConfigError, RunError, warn
+from saev_dist.errors import ConfigError, RunError, tell, warn
 from saev_dist.fields import Fields
 from saev_dist.files import fsync_dir, retrying, writing
 from saev_dist.world import World
@@ -139,7 +139,7 @@ class Run:
         return under_way is None
 
     @contextmanager
-    def lock(self, *, patience_s: float = 0) -> Iterator[None]:
+    def lock(self, *, patience_s: float = 0, check: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Keep other runs out of this directory; makes it. The kernel, or the file server, frees the lock of a dead process.
 
         An flock: on NFS it holds between machines where the server's lock service works (NFSv4, or v3 with lockd); the
@@ -148,6 +148,7 @@ class Run:
 
         Args:
             patience_s: how long to wait for who holds it. A moment it waits in any case: it may be `holder` that looks.
+            check: called while it waits; what it raises ends the waiting.
 
         Raises:
             RunError: another process holds it, or the directory cannot be written.
@@ -159,19 +160,16 @@ class Run:
         with ExitStack() as stack:
             stack.callback(self._drop_partials)
             stack.enter_context(file)
-            is_ours = True  # where nobody can tell
-            try:
-                until = time.monotonic() + max(GLANCE_S, patience_s)
-                while not (is_ours := _try_lock(file, fcntl.LOCK_EX)) and time.monotonic() < until:
-                    time.sleep(0.05)
-            except OSError as err:
-                warn(f"{fpath}: cannot lock ({err.strerror}); see to it that no other run uses {self.dpath}.")
-            if not is_ours:
-                holder = b""
-                with suppress(OSError):  # there are locks that keep others from reading
-                    file.seek(0)
-                    holder = file.read(200)
-                raise self._in_use(os.fsdecode(holder))
+            began, has_told = time.monotonic(), False
+            while not self._try_to_own(file):
+                waited = time.monotonic() - began
+                if waited >= max(GLANCE_S, patience_s):
+                    raise self._in_use(_who_holds(file))
+                if waited > GLANCE_S and not has_told:
+                    tell(f"saev-dist: {self._in_use(_who_holds(file), f'Waiting for it, {patience_s:.0f} s at most.')}")
+                    has_told = True
+                check()
+                time.sleep(0.05)
             with writing(fpath):
                 if not fpath.exists() or not os.path.samestat(os.stat(fpath), os.fstat(file.fileno())):
                     raise self._in_use("a run that is just ending")
@@ -180,6 +178,14 @@ class Run:
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
             yield
+
+    def _try_to_own(self, file: BinaryIO) -> bool:
+        """Whether the lock is ours now, or nobody can tell."""
+        try:
+            return _try_lock(file, fcntl.LOCK_EX)
+        except OSError as err:
+            warn(f"{file.name}: cannot lock ({err.strerror}); see to it that no other run uses {self.dpath}.")
+            return True
 
     def _drop_lock(self, fpath: Path) -> None:
         """Remove a lock that is held, unless a run is under way: who has opened it meanwhile sees that it is gone."""
@@ -194,13 +200,13 @@ class Run:
 
     def holder(self) -> str:
         """The process that works here now, as it calls itself; "" where none does, or nobody can tell. Changes nothing."""
-        with suppress(OSError), open(self.partials_dpath / "lock", encoding="utf-8", errors="replace") as file:
+        with suppress(OSError), open(self.partials_dpath / "lock", "rb") as file:
             if not _try_lock(file, fcntl.LOCK_SH):
-                return file.read(200).strip() or "another process"
+                return _who_holds(file)
         return ""
 
-    def _in_use(self, holder: str) -> RunError:
-        return RunError(f"{self.dpath} is in use by {holder.strip() or 'another process'}. Wait for it, or stop it.")
+    def _in_use(self, holder: str, mend: str = "Wait for it, or stop it.") -> RunError:
+        return RunError(f"{self.dpath} is in use by {holder}. {mend}")
 
     def begin(self, identity: dict[str, Any], config: dict[str, Any], n_batches: int, *, afresh: bool) -> dict[str, Any]:
         """Note what is under way here, unless it is noted already. The lock must be held.
@@ -340,6 +346,15 @@ class Run:
             raise
         except Exception:  # noqa: BLE001  # torch lets through whatever a damaged byte sets off
             raise RunError(f"{fpath} is damaged; run extract again with --force.") from None
+
+
+def _who_holds(file: BinaryIO) -> str:
+    """What the process that has the lock wrote into it."""
+    holder = b""
+    with suppress(OSError):  # there are locks that keep others from reading
+        file.seek(0)
+        holder = file.read(200)
+    return holder.decode(errors="replace").strip() or "another process"
 
 
 def _try_lock(file: IO[Any], kind: int) -> bool:

@@ -304,6 +304,7 @@ def test_squares_of_integers_are_summed_exactly():
     acc.update(codes)
     assert fixed_point.to_fractions(acc.squares_12) == [n * D_MODEL * 3001**2]
     assert fixed_point.to_fractions(acc.errors_12) == [n * D_MODEL * 3000**2]
+    assert fixed_point.to_fractions(acc.sum_d2) == [n * 3001] * D_MODEL
 
 
 @pytest.mark.parametrize("n_parts", [1, 2, 5, 40])
@@ -320,14 +321,18 @@ def test_the_decoder_is_read_in_parts_without_a_trace(monkeypatch, n_parts):
         token_n=torch.from_numpy(token_n), feature_n=torch.from_numpy(feature_n),
         value_n=torch.from_numpy(dense[token_n, feature_n]).float(), img_i=0, n_imgs=4, n_patches=6, acts_bd=x,
     )  # fmt: skip
-    monkeypatch.setattr(reconstruction, "CACHED_BYTES", w_dec.nbytes // n_parts)
-    monkeypatch.setattr(reconstruction, "CODES_AT_A_TIME", 0.1)
+    monkeypatch.setattr(reconstruction, "PART_BYTES", w_dec.nbytes // n_parts)
+    monkeypatch.setattr(reconstruction, "CODES_IN_PART", 0.1)
     parts = []
     sum_rows = reconstruction._sum_rows
     monkeypatch.setattr(reconstruction, "_sum_rows", lambda *args: parts.append(len(args[3])) or sum_rows(*args))
     acc = Reconstruction(w_dec, b_dec)
     acc.update(codes)
     assert len(parts) == n_parts and sum(parts) == 40
+    monkeypatch.setattr(reconstruction, "MOST_BYTES", w_dec.nbytes // n_parts - 1)  # where they would not fit the cache either
+    parts.clear()
+    Reconstruction(w_dec, b_dec).update(codes)
+    assert parts == [40]
     expected = torch.from_numpy(dense).float() @ w_dec + b_dec - x
     assert fixed_point.to_fractions(acc.errors_12) == [int(expected.square().sum())]
     assert fixed_point.to_fractions(acc.sum_d2) == x.sum(0).int().tolist()

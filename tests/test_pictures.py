@@ -295,6 +295,17 @@ def columns(tmp_path, capsys):
     return save
 
 
+def test_a_class_that_the_names_do_not_reach_is_its_number(tmp_path, columns):
+    run = make_run(tmp_path)
+    fpaths, _ = columns()
+    _, source = columns(name="classes", label=[i % 2 for i in range(len(fpaths))])
+    info = source / "dataset_info.json"
+    info.write_text(info.read_text().replace('"b"', "").replace('"a",', '"a"'))
+    replay.run(make_replay(run, images=source, all=False, n_features=4))
+    labels = pyarrow.parquet.read_table(run / "visuals/images.parquet").column("label").to_pylist()
+    assert labels == ["a1"[i % 2] for i in range(len(fpaths))]
+
+
 @pytest.mark.parametrize("missing", [-1, None])
 def test_rows_of_a_data_set_without_a_class_have_no_label(tmp_path, columns, missing):
     """The test splits of public data sets have -1 everywhere."""

@@ -432,7 +432,7 @@ def test_a_run_of_other_settings_that_another_process_has_just_begun_is_not_take
         assert store.begin(others, {}, N_BATCHES, afresh=False) == others, "that one goes on"
 
 
-def test_a_restarted_job_waits_for_the_lock_of_the_attempt_before(tmp_path, monkeypatch):
+def test_a_restarted_job_waits_for_the_lock_of_the_attempt_before(tmp_path, monkeypatch, capsys):
     """A file server may hold that of a node that crashed for a while."""
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     held = ExitStack()
@@ -441,6 +441,9 @@ def test_a_restarted_job_waits_for_the_lock_of_the_attempt_before(tmp_path, monk
     threading.Timer(1, held.close).start()
     with Run(tmp_path).lock(patience_s=World(600).patience_s):
         pass
+    said = rf"saev-dist: {tmp_path} is in use by process {os.getpid()} on .*\. Waiting for it, 120 s at most\.\n"
+    assert re.fullmatch(said, capsys.readouterr().err)
+
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     with (
         Run(tmp_path).lock(),
@@ -448,6 +451,20 @@ def test_a_restarted_job_waits_for_the_lock_of_the_attempt_before(tmp_path, monk
         Run(tmp_path).lock(patience_s=World(600).patience_s),
     ):
         pass
+
+
+@pytest.mark.parametrize("job", ["extract", "replay"])
+def test_a_job_that_waits_for_the_lock_obeys_signals(tmp_path, server, whole, job):
+    args, out = whole[0], tmp_path / "run"
+    command = (*args, out)
+    if job == "replay":
+        assert server.run(*args, out)[0] == [0]
+        command = ("replay", "--run", out)
+    with Run(out).lock():
+        waiting = server.start(*command, before='import os; os.environ["SLURM_RESTART_COUNT"] = "1"')
+        wait_for(lambda: "Waiting for it, 120 s at most." in waiting.output())
+        server.kill(waiting, signal.SIGTERM)
+        assert server.wait(waiting) == [75], waiting.output()
 
 
 def test_a_disk_without_room_for_snapshots_is_no_obstacle_where_all_is_kept(tmp_path, server, whole):

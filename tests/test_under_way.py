@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from saev_dist import estimate, job
+from saev_dist.accumulators import reconstruction
 from saev_dist.cli import main
 from saev_dist.config import Extract
 from saev_dist.data.reader import Reader
@@ -151,7 +152,9 @@ def test_a_failed_read_loses_no_batch(tmp_path, monkeypatch, capsys):
 
 
 def test_activations_stay_until_their_codes_are_used(tmp_path, monkeypatch):
-    """Every other image takes longer to encode than its successors take to be read."""
+    """Every other image takes longer to encode than its successors take to be read. The decoder is read in parts, as a large one."""
+    monkeypatch.setattr(reconstruction, "PART_BYTES", 64)
+    monkeypatch.setattr(reconstruction, "CODES_IN_PART", 1)
     acts = np.random.default_rng(0).normal(size=(40, 5, 6)).astype(np.float32)
     shards, sae = make_shards(tmp_path / "shards", acts), make_sae(tmp_path / "sae.pt", RELU)
     cfg = Extract(

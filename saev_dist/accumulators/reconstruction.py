@@ -1,6 +1,6 @@
 """PURE. How much of the activations the SAE's decoder gives back.
 
-Names: `b` tokens, `d` model width, `s` features.
+Names: `b` tokens, `d` model width, `n` codes, `s` features.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from torch import Tensor
 from saev_dist.accumulators import fixed_point
 from saev_dist.accumulators.base import Accumulator, Codes, DeviceCodes, stable_order, to_cpu
 
-TOKENS = 1024
-"""Of which a float64 copy is made at a time: it stays in the cache."""
-TOKENS_ON_DEVICE = 8192
-"""The same on a GPU, for few kernels."""
-CACHED_BYTES = 2**22
-"""Of the decoder, for all tokens of a piece at a time: then they come from the cache, three times as fast."""
-CODES_AT_A_TIME = 16
-"""Of a token, on average at least: with fewer the sums are fetched too often."""
+TOKENS, TOKENS_ON_DEVICE = 1024, 8192
+"""Of which a float64 copy is made at a time, into one buffer; on a GPU more, for few kernels."""
+PART_BYTES = 2**22
+"""Of the decoder, that all tokens of a piece are given before the next part: then it comes from a CPU's cache."""
+MOST_BYTES = 2**24
+"""Of a part; a larger one would not stay in the cache either."""
+CODES_IN_PART = 16
+"""Of a token, on average at least: with fewer, fetching the sums again costs more than the cache saves."""
 
 
 class Reconstruction(Accumulator):
@@ -31,7 +31,8 @@ class Reconstruction(Accumulator):
     `normalized_mse = sum |x - x_hat|^2 / sum |x - mean(x)|^2`, with the mean over all tokens, as saev defines it. A
     batch's float64 sums are rounded to fixed point, and the rest is exact integer arithmetic.
 
-    Cost: one row of the decoder is read per code; two (tokens, d_model) arrays for each batch; on a GPU the decoder.
+    Cost: one row of the decoder is read per code; two (tokens, d_model) arrays of a piece, or on a GPU of a batch, and what
+    `undo_norm` takes; on a GPU the decoder.
 
     Args:
         w_dec_sd: float32 (d_sae, d_model).
@@ -100,8 +101,10 @@ class Reconstruction(Accumulator):
 def _decode_by_parts(codes: Codes, w_dec_sd: Tensor, b_dec_d: Tensor) -> Tensor:
     """What the decoder makes of codes, float32 (b, d): of some features for all tokens, then of the next ones."""
     decoded_bd, token_n = b_dec_d.repeat(codes.n_tokens, 1), codes.token_n.numpy()
-    n_parts = min(w_dec_sd.nbytes // CACHED_BYTES, len(token_n) // (CODES_AT_A_TIME * codes.n_tokens))
-    step = -(-len(w_dec_sd) // max(1, n_parts))
+    n_parts = min(-(-w_dec_sd.nbytes // PART_BYTES), len(token_n) // (CODES_IN_PART * codes.n_tokens))
+    if w_dec_sd.nbytes > n_parts * MOST_BYTES:
+        n_parts = 1
+    step = -(-len(w_dec_sd) // n_parts)
     cuts = np.searchsorted(codes.feature_n.numpy(), range(0, len(w_dec_sd) + step, step))
     for part_i, (low, high) in enumerate(pairwise(cuts)):
         order_n = low + stable_order(codes.token_n[low:high], codes.n_tokens)

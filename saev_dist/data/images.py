@@ -14,6 +14,7 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,11 +225,13 @@ def _has_labels(features: Any) -> bool:
 
 
 def _readable(features: Any, value: Any) -> str:
-    """The name of a class, where the data set knows it; "" for a row without one, which is None or -1."""
+    """The name of a class, where the data set knows it; its number where it has none; "" for a row without one, None or -1."""
     kind = features["label"]
     if value is None or (hasattr(kind, "int2str") and value == -1):
         return ""
-    return str(kind.int2str(value) if hasattr(kind, "int2str") else value)
+    with suppress(ValueError):  # a number that the names do not reach
+        return str(kind.int2str(value) if hasattr(kind, "int2str") else value)
+    return str(value)
 
 
 @functools.lru_cache(maxsize=1)

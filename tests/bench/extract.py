@@ -1,10 +1,11 @@
 """End-to-end extraction over the bare matrix product of the same shapes: `python -m tests.bench.extract`.
 
-Shards, SAE and run directory are real files; progress, snapshots, checks and every artifact are on: it is `extract.run`
+Shards, SAE and run directory are real files; progress, snapshots, checks and the default's artifacts are on: it is `extract.run`
 that is timed, by the manifest's stages: the start and the self-check are not in them. The ceiling is one `torch.addmm` in
 fp32 per batch over the same activations, into one reused array, before and after every run; the share is the median over
 the rounds of their mean over the run's time. `of_numpy` holds a run against `np.matmul` instead, right after it. The last
-round's slots are checked against a dense search: the first of each feature, and all of some features. One JSON line a case.
+round's slots are checked against a dense search: the first of each feature, and all of some features. One JSON line for a
+case and a `--screen`.
 """
 
 import argparse
@@ -116,17 +117,18 @@ def numpy_product_s(acts_td: torch.Tensor, w_ds: torch.Tensor, batch_tokens: int
     return time.perf_counter() - began
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Searched:
-    """What a dense search of the tokens found."""
+    """What a dense search of the tokens found. What does not exceed the threshold is no code."""
 
     best_s: torch.Tensor
-    """Best code of each feature, float32 (d_sae,); -inf: none."""
+    """Best score of each feature, float32 (d_sae,)."""
     place_s: torch.Tensor
     """Its token."""
     some_s: torch.Tensor
-    """Features, all of whose strongest codes are in `strongest_sk`, float32 (some, top_k at most)."""
+    """Some features."""
     strongest_sk: torch.Tensor
+    """Their strongest scores, in descending order, float32 (some, top_k at most)."""
     threshold: float
 
 
@@ -146,7 +148,8 @@ def search(acts_td: torch.Tensor, sae_fpath: Path, case: Case) -> Searched:
         best_s[better_x], where_x = codes[:, better_x].max(dim=0)
         place_s[better_x] = where_x + first
     strongest_sk = torch.cat(found).topk(min(case.top_k, len(acts_td)), dim=0).values.T
-    return Searched(best_s, place_s, some_s, strongest_sk, getattr(sae.activation, "threshold", 0))
+    threshold = getattr(sae.activation, "threshold", 0)
+    return Searched(best_s=best_s, place_s=place_s, some_s=some_s, strongest_sk=strongest_sk, threshold=threshold)
 
 
 def check_slots(out_dpath: Path, searched: Searched, case: Case, *, n_names: int = 1) -> None:
@@ -172,8 +175,8 @@ def check_slots(out_dpath: Path, searched: Searched, case: Case, *, n_names: int
     torch.testing.assert_close(found_sk, expected_sk.clamp(min=searched.threshold), rtol=1e-4, atol=1e-5)
 
 
-def measure(case: Case, rounds: int, screens: list[str]) -> None:
-    """Print a line of one case for each `--screen`."""
+def measure(case: Case, rounds: int, screens: list[str], **settings: object) -> None:
+    """Print a line of one case for each `--screen`; `settings` are of `Extract`."""
     with tempfile.TemporaryDirectory() as name:
         dpath = Path(name)
         shards, sae = make_inputs(dpath, case)
@@ -183,8 +186,9 @@ def measure(case: Case, rounds: int, screens: list[str]) -> None:
         products, numpy_products, manifests = [bare_product_s(*product)], [], []
         for _ in range(rounds):
             for screen in screens:
-                out, on = dpath / f"run-{screen}", {} if screen == "none" else {"screen": screen}
-                run(Extract(shards=shards, sae=sae, out=out, top_k=case.top_k, device="cpu", force=True, **on))
+                out = dpath / f"run-{screen}"
+                on = {"shards": shards, "sae": sae, "out": out, "top_k": case.top_k, "screen": screen} | settings
+                run(Extract(**on, device="cpu", force=True))
                 numpy_products.append(numpy_product_s(acts_td, loaded.w_enc_ds, case.batch_tokens))
                 products.append(bare_product_s(*product))
                 manifests.append(json.loads((out / "manifest.json").read_text()))
@@ -196,10 +200,11 @@ def measure(case: Case, rounds: int, screens: list[str]) -> None:
     numpy_shares = [a / b for a, b in zip(numpy_products, totals, strict=True)]
     for index, screen in enumerate(screens):
         mine = slice(index, None, len(screens))
+        on = ({} if screen == "none" else {"screen": screen}) | settings
         emit(
             "extract",
-            f"extract: {case}" + ("" if screen == "none" else f", screen {screen}"),
-            asdict(case) | ({} if screen == "none" else {"screen": screen}),
+            "".join([f"extract: {case}", *(f", {key} {value}" for key, value in on.items())]),
+            asdict(case) | on,
             ceiling=PRODUCT,
             share=median(shares[mine]),
             shares=[round(share, 3) for share in shares[mine]],
@@ -208,7 +213,7 @@ def measure(case: Case, rounds: int, screens: list[str]) -> None:
             l0=round(manifests[index]["metrics"]["l0"], 1),
             tokens_per_s=round(case.n_tokens / min(totals[mine])),
             product_gflops=round(2 * case.n_tokens * case.d_model * case.d_sae / min(products) / 1e9, 1),
-            product_s=[round(seconds, 2) for seconds in products],
+            product_s=[[round(seconds, 2) for seconds in pair] for pair in [*pairwise(products)][mine]],
             rounds=[
                 {stage: round(seconds, 2) for stage, seconds in manifest["wall_s"].items()}
                 | {key: round(manifest["ranks"][0][key], 2) for key in ("encode_s", "accumulate_s", "rows_s", "read_wait_s")}
@@ -222,10 +227,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="runs of each case, of some minutes each")
     parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="numbers in CASES; default: all")
     parser.add_argument("--screen", nargs="*", choices=("none", "bf16"), help="default: none, and bf16 where it pays")
+    parser.add_argument("--metrics", action="store_true", help="measure the reconstruction too")
     args = parser.parse_args()
     screens = args.screen or ["none", *(["bf16"] if speedup(CASES[0].d_model) >= PAYS else [])]
     for index in args.cases:
-        measure(CASES[index], args.rounds, screens)
+        measure(CASES[index], args.rounds, screens, **({"metrics": True} if args.metrics else {}))
 
 
 if __name__ == "__main__":

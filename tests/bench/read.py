@@ -133,8 +133,9 @@ def rate(shards: Shards, work: Callable[[int], None], *, cold: bool) -> float:
         before, began = io_counters()["read_bytes"], time.perf_counter()
         work(n_passes)
         seconds, fetched = time.perf_counter() - began, io_counters()["read_bytes"] - before
+    n_bytes *= n_passes
     assert fetched >= 0.99 * n_bytes if cold else fetched < 0.01 * n_bytes, f"fetched {fetched:,} of {n_bytes:,} bytes"
-    return n_bytes * n_passes / seconds / 1e9
+    return n_bytes / seconds / 1e9
 
 
 def check(shards: Shards, depth: int) -> dict[str, int]:
