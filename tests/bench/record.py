@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -47,11 +48,11 @@ def emit(
 
 
 def cpu_model() -> str:
-    """The processor's name, as Linux has it."""
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
-    ]
-    return names[0] if names else "unknown processor"
+    """The processor's name, as Linux has it, and its generation, which the names of virtual machines leave out."""
+    first, *_ = Path("/proc/cpuinfo").read_text().split("\n\n")
+    fields = dict(re.findall(r"^(.+?)\s*: (.+)$", first, re.M))
+    name = fields.get("model name", "unknown processor")
+    return f"{name}, family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else name
 
 
 def table(lines: list[dict[str, Any]]) -> str:
