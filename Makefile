@@ -38,7 +38,7 @@ check: install
 	$(BIN)/mypy
 	$(MAKE) test
 
-# Some two hours of a quiet machine; a line of JSON a measurement.
+# One to two hours of a quiet machine; a line of JSON a measurement.
 bench: SHELL := /bin/bash -o pipefail
 bench: install
 	set -e; for name in $(BENCHES); do $(BIN)/python -m tests.bench.$$name | tee -a bench.jsonl; done

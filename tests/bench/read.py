@@ -2,8 +2,9 @@
 
 `data.reader.Reader`, as `extract` makes it, delivers every batch to a consumer that does nothing. The ceiling is one thread
 that reads the same bytes in the same order, `PIECE_BYTES` at a time, and fills as much memory as the reader's buffers take,
-in turn. It is taken right before and right after each reading; the share is the median over the rounds. `of_cached` is the
-share of the same thread's speed where it throws each piece away, so that its buffer stays in the CPU's cache.
+in turn; both begin without memory, which a virtual machine may get more slowly than it reads. It is taken right before and
+right after each reading; the share is the median over the rounds. `of_cached` is the share of the same thread's speed where
+it throws each piece away, so that its buffer stays in the CPU's cache.
 
 Warm: all of it is in the page cache. Cold: synced and dropped with posix_fadvise, asserted by the bytes that the kernel then
 fetched. The host of a virtual machine has caches out of sight, so the same reading, cold as well, goes untimed before each
@@ -87,13 +88,10 @@ def read(shards: Shards, depth: int, n_passes: int) -> None:
         pass
 
 
-def memory(n_bytes: int) -> memoryview:
-    """A buffer that has been written to. From torch, which aligns it: a bytearray is filled at half the speed."""
-    return memoryview(torch.zeros(n_bytes, dtype=torch.uint8).numpy().data)
-
-
-def read_bare(shards: Shards, buffer: memoryview, n_passes: int) -> None:
-    """What the reader is held against: from the buffer's start again where it ends. Small gaps are read as well."""
+def read_bare(shards: Shards, n_bytes: int, n_passes: int) -> None:
+    """What the reader is held against: a buffer of so many bytes, filled again and again. Small gaps are read as well."""
+    # from torch, which aligns it: a bytearray is filled at half the speed
+    buffer = memoryview(torch.empty(n_bytes, dtype=torch.uint8).numpy().data)
     filled, whole = 0, shards.example_bytes - shards.content_bytes <= MAX_GAP_BYTES
     for _ in range(n_passes):
         for name, n_examples in zip(shards.names, shards.examples, strict=True):
@@ -164,7 +162,7 @@ def measure(what: str, shards: Shards, big: Shards, depth: int, rounds: int) -> 
     checked = check(shards, depth)
     reader = make_reader(shards, depth)
     n_examples = most_buffers(reader.plan, shards, depth, reader.hold) * buffer_examples(reader.plan, shards)
-    small, large = memory(PIECE_BYTES), memory(max(PIECE_BYTES, n_examples * shards.content_bytes))
+    small, large = PIECE_BYTES, max(PIECE_BYTES, n_examples * shards.content_bytes)
     for cold in (False, True):
         if not cold:  # into the page cache by the same hand: how it got there decides how fast it comes out
             for each in (shards, big):
