@@ -1,7 +1,7 @@
 """How time and memory grow with the data and with the SAE: `python -m tests.bench.growth`.
 
-    tokens     from 10^4 to 10^6 tokens at one SAE: CPU time per token beyond a fixed start, and peak memory; the start is
-               what half a batch takes less what the other half adds
+    tokens     from 10^4 to 10^6 tokens at one SAE: CPU time and peak memory; the straight line, a start and a time per token,
+               that comes nearest to all sizes, how far it misses any, and what a token takes from each size to the next
     features   from 4 k to 131 k features over the same tokens: CPU time and peak memory per feature
 
 Each run is `extract.run` in a process of its own with one thread, all artifacts on; sizes take turns, so that a shared
@@ -21,13 +21,15 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+
 from tests.bench.extract import Case, check_slots, make_inputs, read_all, search
 from tests.bench.record import emit
 
 TOKENS = Case(n_imgs=10_000, n_patches=100, d_model=128, d_sae=4_096, top_k=32)
 FEATURES = Case(n_imgs=480, n_patches=100, d_model=64, d_sae=4_096, top_k=32)
-SIZES = (50, 100, 200, 1_000, 10_000)
-"""Images: half a batch, about one, about two, 10^5 and 10^6 tokens."""
+SIZES = (100, 200, 400, 1_000, 2_500, 10_000)
+"""Images: less than a batch, 10^4 tokens, to 61 batches, 10^6."""
 WIDTHS = (4_096, 8_192, 16_384, 32_768, 65_536, 131_072)
 
 RUN = """
@@ -92,21 +94,21 @@ def measure_tokens(rounds: int) -> None:
         dpath = Path(name)
         shards, sae = make_inputs(dpath, case)
         inputs = {n: (beginning(shards, n, dpath / f"shards{n}"), sae) for n in SIZES}
-        taken = all_runs(inputs, case.top_k, dpath, rounds, few=SIZES[2])
-        for n in SIZES[1:]:
+        taken = all_runs(inputs, case.top_k, dpath, rounds, few=SIZES[3])
+        for n in SIZES:
             acts_td = read_all(shards)[: n * case.n_patches]
             check_slots(dpath / f"run{n}", search(acts_td, sae, case), case)
-    half, one, *_ = (taken[n]["cpu_s"] for n in SIZES)
-    start_s = 2 * half - one
-    per_token = {n: 1e6 * (taken[n]["cpu_s"] - start_s) / (n * case.n_patches) for n in SIZES[1:]}
+    cpu_s = {n * case.n_patches: taken[n]["cpu_s"] for n in SIZES}
+    slope_s, start_s = np.polyfit(list(cpu_s), list(cpu_s.values()), 1, w=[1 / seconds for seconds in cpu_s.values()])
     emit(
         "growth",
         "growth: CPU time per token, from 10^4 to 10^6 tokens",
         asdict(case),
         n_threads=1,
         start_s=round(start_s, 3),
-        us_per_token={n * case.n_patches: round(us, 2) for n, us in per_token.items()},
-        spread=round(max(per_token.values()) / min(per_token.values()) - 1, 3),
+        us_per_token=round(1e6 * slope_s, 2),
+        line_misses_by={n: round(seconds / (start_s + n * slope_s) - 1, 3) for n, seconds in cpu_s.items()},
+        us_per_added_token={f"{a} to {b}": round(1e6 * (cpu_s[b] - cpu_s[a]) / (b - a), 2) for a, b in pairwise(cpu_s)},
         peak_mb={n * case.n_patches: round(taken[n]["peak"] / 1e6) for n in SIZES},
         seconds={n * case.n_patches: rounded(taken[n]) for n in SIZES},
     )

@@ -168,13 +168,15 @@ def measure(what: str, shards: Shards, big: Shards, depth: int, rounds: int) -> 
             for each in (shards, big):
                 drop(each)
                 read_bare(each, small, 1)
-        bare, ours, of_cached, of_big = [rate(shards, lambda n: read_bare(shards, large, n), cold=cold)], [], [], []
+        bare, ours = [rate(shards, lambda n: read_bare(shards, large, n), cold=cold)], []
+        of_cached, of_big, bare_of_big = [], [], []
         for _ in range(rounds):
             ours.append(rate(shards, lambda n: read(shards, depth, n), cold=cold))
             bare.append(rate(shards, lambda n: read_bare(shards, large, n), cold=cold))
             of_cached.append(ours[-1] / rate(shards, lambda n: read_bare(shards, small, n), cold=cold))
             if len(shards.names) > len(big.names):
                 of_big.append(ours[-1] / rate(big, lambda n: read(big, depth, n), cold=cold))
+                bare_of_big.append(bare[-1] / rate(big, lambda n: read_bare(big, large, n), cold=cold))
         shares = [2 * rate / (a + b) for (a, b), rate in zip(pairwise(bare), ours, strict=True)]
         emit(
             "read",
@@ -184,7 +186,7 @@ def measure(what: str, shards: Shards, big: Shards, depth: int, rounds: int) -> 
             share=median(shares),
             shares=[round(share, 3) for share in shares],
             of_cached=round(median(of_cached), 3),
-            **({"of_few_big": round(median(of_big), 3)} if of_big else {}),
+            **({"of_few_big": round(median(of_big), 3), "bare_of_few_big": round(median(bare_of_big), 3)} if of_big else {}),
             reader_gb_per_s=[round(value, 2) for value in ours],
             bare_gb_per_s=[round(value, 2) for value in bare],
             **checked,

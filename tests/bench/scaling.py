@@ -2,10 +2,11 @@
 
     ranks    one rank on one core against two ranks on two, the same data: half of the one's time over the two's
     merge    bytes, memory and CPU time per rank of the exchange and gather, from 2 to 64 ranks, processes on loopback
+    meeting  time, CPU time and bytes from the moment at which all ranks are there until all have met, up to 256 of them
 
 Answers are asserted: artifacts are the same bytes from one rank and from two, a merged state equals that of one process
-which saw everything. Bytes are what the kernel counts on each process's
-own sockets, memory is the peak of resident pages above what was there before. One JSON line a measurement.
+which saw everything, and ranks that have met hear each other. Bytes are what the kernel counts on each process's own sockets,
+memory is the peak of resident pages above what was there before. One JSON line a measurement.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import socket
 import tempfile
 import time
 from dataclasses import asdict
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from statistics import median
 
@@ -30,12 +32,13 @@ from saev_dist.accumulators.reconstruction import Reconstruction
 from saev_dist.accumulators.topk import TopK
 from saev_dist.world import World
 from tests.bench.extract import Case, bare_product_s, make_inputs
-from tests.bench.forks import forget_peak, in_forks, status
+from tests.bench.forks import FORK, forget_peak, in_forks, status
 from tests.bench.record import emit
 from tests.ranks import artifact_hashes, run_cli
 
 RANKS = Case(n_imgs=3_984, d_model=512, d_sae=8_192)
 WORLDS = (2, 4, 8, 16, 32, 64)
+MEETINGS = (16, 64, 256)
 D_SAE, TOP_K, N_PATCHES, N_IMGS = 4_096, 32, 64, 8
 
 
@@ -135,13 +138,18 @@ def socket_bytes() -> tuple[int, int]:
     return sent, received
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def merge_rank(rank: int, n_ranks: int, port: int) -> dict[str, float]:
     """One rank's part in the merge of `n_ranks`, and its cost."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    bundle, began = fill(range(rank, rank + 1)), time.perf_counter()
+    bundle = fill(range(rank, rank + 1))
     with World(timeout_s=100) as world:
-        meeting_s = time.perf_counter() - began
-        meeting, _ = socket_bytes()
         world.wait()
         forget_peak()
         resident, (sent, received), cpu_s = status("VmRSS"), socket_bytes(), time.process_time()
@@ -155,21 +163,18 @@ def merge_rank(rank: int, n_ranks: int, port: int) -> dict[str, float]:
         world.wait()
     state = sum(tensor.nbytes for tensor in bundle.state_dict().values())
     figures = {"sent": sent / state, "received": received / state, "peak": (peak - resident) / state}
-    return figures | {"cpu_s": cpu_s, "meeting_s": meeting_s, "meeting_kb": meeting / 1e3, "state_mb": state / 1e6}
+    return figures | {"cpu_s": cpu_s, "state_mb": state / 1e6}
 
 
 def measure_merge() -> None:
     """All world sizes; sent and received in states: what a rank sends is its state less its own slice, then its merged slice."""
     rows = []
     for n_ranks in WORLDS:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         first, *others = in_forks(merge_rank, *((rank, n_ranks, port) for rank in range(n_ranks)))
         law = {"sent0": 1 - 1 / n_ranks, "received0": 2 - 2 / n_ranks, "sent": 1.0, "received": 1 - 1 / n_ranks}
         row = {"ranks": n_ranks, "sent0": first["sent"], "received0": first["received"], "peak0": first["peak"]}
-        row |= {key: max(other[key] for other in others) for key in ("sent", "received", "peak", "cpu_s", "meeting_s")}
-        row["meeting_kb"] = max(rank["meeting_kb"] for rank in (first, *others))
+        row |= {key: max(other[key] for other in others) for key in ("sent", "received", "peak", "cpu_s")}
         assert all(abs(row[key] - expected) < 0.02 for key, expected in law.items()), (row, law)
         rows.append({key: round(value, 3) for key, value in row.items()})
     shapes = {"d_sae": D_SAE, "top_k": TOP_K, "state_mb": round(first["state_mb"], 1)}
@@ -177,7 +182,38 @@ def measure_merge() -> None:
     emit("scaling", "scaling: merge, per rank", shapes, law=law_words, rows=rows)
 
 
-PARTS = {"ranks": measure_ranks, "merge": lambda rounds: measure_merge()}
+# ---- meeting
+
+
+def meeting_rank(rank: int, n_ranks: int, port: int, start: Barrier) -> dict[str, float]:
+    """One rank's part in a meeting of `n_ranks`, and its cost."""
+    # torch looks its peer's name up, for messages: a resolver that does not know it costs the meeting 10 s, this one at most 1
+    os.environ["RES_OPTIONS"] = "attempts:1 timeout:1"
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    start.wait()
+    began, cpu_s = time.perf_counter(), time.process_time()
+    with World(timeout_s=300) as world:
+        world.wait()
+        seconds, cpu_s, (sent, received) = time.perf_counter() - began, time.process_time() - cpu_s, socket_bytes()
+        states = world.exchange({"rank": torch.full((n_ranks,), rank)})
+        assert [int(state["rank"]) for state in states] == list(range(n_ranks))
+    return {"seconds": seconds, "cpu_s": cpu_s, "sent_mb": sent / 1e6, "received_mb": received / 1e6}
+
+
+def measure_meeting() -> None:
+    """Rank 0, which hosts the store, and the most of any other rank. The CPU time is what counts: all share these cores."""
+    rows = []
+    for n_ranks in MEETINGS:
+        port, start = free_port(), FORK.Barrier(n_ranks)
+        first, *others = in_forks(meeting_rank, *((rank, n_ranks, port, start) for rank in range(n_ranks)))
+        row = {"ranks": n_ranks, "seconds": first["seconds"]}
+        for key in ("cpu_s", "sent_mb", "received_mb"):
+            row |= {f"{key}0": first[key], key: max(other[key] for other in others)}
+        rows.append({key: round(value, 3) for key, value in row.items()})
+    emit("scaling", "scaling: meeting", {}, n_cores=len(os.sched_getaffinity(0)), rows=rows)
+
+
+PARTS = {"ranks": measure_ranks, "merge": lambda rounds: measure_merge(), "meeting": lambda rounds: measure_meeting()}
 
 
 def main() -> None:
