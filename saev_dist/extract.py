@@ -96,10 +96,12 @@ def run(cfg: Extract) -> None:
         if world.rank == 0:
             job = replace(job, self_check=check(job.sae, job.shards, job.device, cfg.self_check, skip_bad=cfg.skip_bad_shards))
         with store.lock(patience_s=world.patience_s, check=world.check) if world.rank == 0 else nullcontext():
-            if world.rank == 0:
-                identity = store.begin(job.identity, as_json(cfg), job.plan.n_batches, afresh=force)
-                job = replace(job, identity=identity)
-            work(job, store, world)
+            begun = store.begin(job.identity, as_json(cfg), job.plan.n_batches, afresh=force) if world.rank == 0 else None
+            if world.tell(begun is None):  # finished by another process, while this one checked its inputs or waited
+                if world.rank == 0:
+                    print(already_done(store))
+                return
+            work(replace(job, identity=begun or job.identity), store, world)
 
 
 def work(job: Job, store: Run, world: World, *, encode: bool = True) -> None:

@@ -114,13 +114,17 @@ def run(cfg: Replay) -> None:
             if world.rank == 0:
                 with writing(job.visuals_dpath):
                     _tidy(job)
-                print(f"{job.visuals_dpath / 'index.html'} is this gallery, finished: open it. (--force draws it again.)")
+                print(_already_done(job))
             return
         # Two replays in one directory would mix their pictures, and an `extract --force` would change what is drawn.
         with Run(cfg.run).lock(patience_s=world.patience_s, check=world.check) if world.rank == 0 else nullcontext():
+            if world.rank == 0 and Run(cfg.run).manifest_sha256() != job.identity["manifest_sha256"]:
+                raise RunError(f"{cfg.run} has changed: another process computed it again. Run again.")
+            if world.tell(world.rank == 0 and _is_done(job)):  # since, by another process
+                if world.rank == 0:
+                    print(_already_done(job))
+                return
             if world.rank == 0:
-                if Run(cfg.run).manifest_sha256() != job.identity["manifest_sha256"]:
-                    raise RunError(f"{cfg.run} has changed: another process computed it again. Run again.")
                 _begin(job, afresh=cfg.force and not world.restarted)
                 _announce(job)
             world.wait()
@@ -211,6 +215,10 @@ def _is_done(job: Job) -> bool:
         return not job.cfg.force and (job.visuals_dpath / "replay.json").read_bytes() == _json(job.identity)
     except OSError:  # not there, or not to be read
         return False
+
+
+def _already_done(job: Job) -> str:
+    return f"{job.visuals_dpath / 'index.html'} is this gallery, finished: open it. (--force draws it again.)"
 
 
 def _announce(job: Job) -> None:

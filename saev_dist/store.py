@@ -154,38 +154,46 @@ class Run:
             RunError: another process holds it, or the directory cannot be written.
         """
         fpath = self.partials_dpath / "lock"
-        with writing(fpath):
-            self.partials_dpath.mkdir(parents=True, exist_ok=True)
-            file = open(fpath, "ab+", buffering=0)  # closing it writes nothing, on a full disk
+        began, has_told = time.monotonic(), False
         with ExitStack() as stack:
             stack.callback(self._drop_partials)
-            stack.enter_context(file)
-            began, has_told = time.monotonic(), False
-            while not self._try_to_own(file):
+            while isinstance(file := self._try_to_own(fpath), str):
                 waited = time.monotonic() - began
                 if waited >= max(GLANCE_S, patience_s):
-                    raise self._in_use(_who_holds(file))
+                    raise self._in_use(file)
                 if waited > GLANCE_S and not has_told:
-                    tell(f"saev-dist: {self._in_use(_who_holds(file), f'Waiting for it, {patience_s:.0f} s at most.')}")
+                    tell(f"saev-dist: {self._in_use(file, f'Waiting for it, {patience_s:.0f} s at most.')}")
                     has_told = True
                 check()
                 time.sleep(0.05)
-            with writing(fpath):
-                if not fpath.exists() or not os.path.samestat(os.stat(fpath), os.fstat(file.fileno())):
-                    raise self._in_use("a run that is just ending")
+            stack.enter_context(file)
             stack.callback(self._drop_lock, fpath)
             with writing(fpath):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
             yield
 
-    def _try_to_own(self, file: BinaryIO) -> bool:
-        """Whether the lock is ours now, or nobody can tell."""
-        try:
-            return _try_lock(file, fcntl.LOCK_EX)
-        except OSError as err:
-            warn(f"{file.name}: cannot lock ({err.strerror}); see to it that no other run uses {self.dpath}.")
-            return True
+    def _try_to_own(self, fpath: Path) -> BinaryIO | str:
+        """The lock, open, and ours or nobody can tell; or who holds it."""
+        with ExitStack() as stack:
+            with writing(fpath):
+                self.partials_dpath.mkdir(parents=True, exist_ok=True)
+                try:
+                    file = stack.enter_context(open(fpath, "ab+", buffering=0))  # closing it writes nothing, on a full disk
+                except FileNotFoundError:  # its last holder removes the directory
+                    return "a run that is just ending"
+            try:
+                is_ours = _try_lock(file, fcntl.LOCK_EX)
+            except OSError as err:
+                warn(f"{fpath}: cannot lock ({err.strerror}); see to it that no other run uses {self.dpath}.")
+                is_ours = True
+            if not is_ours:
+                return _who_holds(file)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(fpath), os.fstat(file.fileno())):
+                    stack.pop_all()
+                    return file
+            return "a run that is just ending"
 
     def _drop_lock(self, fpath: Path) -> None:
         """Remove a lock that is held, unless a run is under way: who has opened it meanwhile sees that it is gone."""
@@ -208,7 +216,7 @@ class Run:
     def _in_use(self, holder: str, mend: str = "Wait for it, or stop it.") -> RunError:
         return RunError(f"{self.dpath} is in use by {holder}. {mend}")
 
-    def begin(self, identity: dict[str, Any], config: dict[str, Any], n_batches: int, *, afresh: bool) -> dict[str, Any]:
+    def begin(self, identity: dict[str, Any], config: dict[str, Any], n_batches: int, *, afresh: bool) -> dict[str, Any] | None:
         """Note what is under way here, unless it is noted already. The lock must be held.
 
         Args:
@@ -218,16 +226,17 @@ class Run:
             afresh: forget an unfinished attempt, if there is one.
 
         Returns:
-            The identity that the run began with: it may know shards that cannot be read now.
+            The identity that the run began with: it may know shards that cannot be read now. None: another process has
+            finished the run since `is_finished` looked.
 
         Raises:
-            RunError: another process has finished the run since `is_finished` looked, or has begun one of other settings;
-                there is work of a run that nothing tells of; or the directory cannot be written.
+            RunError: another process has begun a run of other settings, there is work of a run that nothing tells of, or the
+                directory cannot be written.
         """
         run_fpath = self.partials_dpath / "run.json"
         with writing(self.partials_dpath):
             if self.is_finished(identity, force=afresh):
-                raise RunError(f"{self.dpath} has just been finished by another process: nothing to do.")
+                return None
             if afresh or not run_fpath.exists():
                 if not afresh:
                     self.refuse_orphans()

@@ -410,14 +410,29 @@ def test_a_second_run_on_one_directory_is_refused(tmp_path, server, long_run):
     assert not (out / "partials").exists()
 
 
-def test_a_run_that_another_process_has_just_finished_is_not_computed_again(tmp_path, server, whole):
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_what_another_process_finishes_while_a_restarted_job_waits_is_not_done_again(tmp_path, server, whole, n_ranks):
+    """As the last attempt of the same job may, which Slurm or torchrun gave up."""
     args, expected, _ = whole
-    assert server.run(*args, tmp_path / "run")[0] == [0]
-    store = Run(tmp_path / "run")
-    identity = store.manifest().get("identity", dict)
-    with pytest.raises(RunError, match="has just been finished by another process"), store.lock():
-        store.begin(identity, {}, N_BATCHES, afresh=False)
-    assert artifact_hashes(tmp_path / "run") == expected
+    out = tmp_path / "run"
+    restarted = 'import os; os.environ["SLURM_RESTART_COUNT"] = "1"\n'
+    held = f'import time, pathlib as p, saev_dist.{{0}} as j; f = j.{{1}}\ndef late(*a): p.Path("{tmp_path}/{{0}}").touch()'
+    held += (
+        f'; [time.sleep(0.05) for _ in range(600) if not p.Path("{tmp_path}/go {{0}}").exists()]; return f(*a)\nj.{{1}} = late'
+    )
+    gallery = ("replay", "--run", out, "--n-features", "2", "--no-pictures")
+    for command, where, is_done in (((*args, out), ("extract", "_merge"), 0), (gallery, ("replay", "_write_page"), 1)):
+        first = server.start(*command, before=held.format(*where))
+        wait_for((tmp_path / where[0]).exists)
+        second = server.start(*command, n_ranks=n_ranks, before=restarted)
+        wait_for(lambda: "Waiting for it, 120 s at most." in second.output())  # noqa: B023
+        (tmp_path / f"go {where[0]}").touch()
+        assert server.wait(first) == [0], first.output()
+        assert server.wait(second) == [0] * n_ranks, second.output()
+        said = "is this gallery, finished" if is_done else "holds this run, finished"
+        assert second.output().count(said) == 1, second.output()
+        assert not (out / "partials").exists()
+        assert artifact_hashes(out) == expected
 
 
 def test_a_run_of_other_settings_that_another_process_has_just_begun_is_not_taken_for_this_one(tmp_path):
