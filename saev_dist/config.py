@@ -101,7 +101,7 @@ class Extraction:
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Arithmetic of the encoder's product. tf32 needs CUDA; bf16 rounds scores to 8 bits."""
     screen: Literal["none", "bf16"] = "none"
-    """bf16: make the product in bfloat16 first, and in fp32 only where a code may be: no code is missed, every score is an fp32 one. On CPUs with AMX, or AMD's with AVX-512 BF16, 1.3 to 1.8 times as fast at 30 codes a token, 1.1 to 1.5 times at 300, no faster at thousands; a warning says where it does not pay."""
+    """bf16: make the product in bfloat16 first, and in fp32 only where a code may be: no code is missed, every score is an fp32 one. On CPUs with AMX, or AMD's with AVX-512 BF16, 1.3 to 1.8 times as fast at 30 codes a token, 1.1 to 1.5 times at 300, slower at thousands; a warning says where it does not pay."""
     read_ahead: int = 3
     """Buffers read ahead of the encoder: a batch each, or several of small shards."""
     timeout_s: int = 600

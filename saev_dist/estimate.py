@@ -178,7 +178,8 @@ def fit(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device
 def _fit_disk(cfg: Extract, plan: Plan, need: Estimate, n_ranks: int) -> None:
     free = free_disk(cfg.out)
     one_each = need.partial * n_ranks
-    partials = max(one_each, 2 * one_each - _held(cfg.out / "partials"))  # a first one, then another while that is there
+    held = _size(cfg.out / "partials", "*.partial")
+    partials = max(one_each, 2 * one_each - held)  # a first one, then another while that is there
     if need.artifacts + partials > free and not cfg.force:
         with suppress(RunError):  # a damaged one: its batches are to be done again
             if _all_are_kept(cfg.out / "partials", plan):
@@ -188,6 +189,12 @@ def _fit_disk(cfg: Extract, plan: Plan, need: Estimate, n_ranks: int) -> None:
             f"the artifacts need {gb(need.artifacts)} of disk, and snapshots {gb(partials)}; {gb(free)} are free at "
             f"{cfg.out}. Free some there, choose another --out, or lower --top-k or --max-distribution-samples."
         )
+    spare = free - need.artifacts - partials + _size(cfg.out / "partials", "img_acts*.bin")
+    if cfg.img_acts and 2 * need.img_acts > spare:
+        warn(
+            f"img_acts.npz may take up to about {gb(need.img_acts)}, twice that while it is put together; {gb(spare)} are free "
+            f"for it at {cfg.out}. --no-img-acts leaves it out."
+        )
 
 
 def _all_are_kept(dpath: Path, plan: Plan) -> bool:
@@ -195,10 +202,10 @@ def _all_are_kept(dpath: Path, plan: Plan) -> bool:
     return sum(segment.stop - segment.first for partial in newest(dpath) for segment in partial.segments) == plan.n_batches
 
 
-def _held(dpath: Path) -> int:
-    """Bytes of the partials of an earlier attempt, which go once new ones stand for them (a damaged one stays)."""
+def _size(dpath: Path, pattern: str) -> int:
+    """Bytes of files that an earlier attempt left. Partials go once new ones stand for them (a damaged one stays)."""
     sizes = 0
-    for fpath in dpath.glob("*.partial"):
+    for fpath in dpath.glob(pattern):
         with suppress(OSError):  # another process may be at work there
             sizes += fpath.stat().st_size
     return sizes

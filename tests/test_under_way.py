@@ -257,6 +257,31 @@ def test_partials_that_will_go_are_no_want_of_disk(tmp_path, monkeypatch):
             main(args)
 
 
+def test_a_disk_that_the_image_means_may_fill_is_warned_of(tmp_path, monkeypatch, capsys):
+    shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
+    args = ["extract", "--shards", str(shards), "--sae", str(sae), "--dry-run", "--out", str(tmp_path / "run")]
+    estimated, asked = estimate.estimate, []
+    monkeypatch.setattr(estimate, "estimate", lambda *args: asked.append(estimated(*args)) or asked[-1])
+    main(args)
+    need = asked[0]
+    (tmp_path / "run/partials").mkdir(parents=True)
+    for spilled, free, flags, is_warned in (
+        (0, 2, [], False),
+        (0, 1.9, [], True),
+        (0, 0, ["--no-img-acts"], False),
+        (0.5, 1.5, [], False),
+    ):
+        (tmp_path / "run/partials/img_acts_data.00000-a.bin").write_bytes(bytes(int(spilled * need.img_acts)))
+        room = need.artifacts + need.partial * 2 + int(free * need.img_acts) + 1
+        monkeypatch.setattr(estimate, "free_disk", lambda dpath, room=room: room)
+        capsys.readouterr()
+        main([*args, *flags])
+        err = capsys.readouterr().err
+        most = estimate.gb(need.img_acts)
+        said = f"warning: img_acts.npz may take up to about {most}, twice that while it is put together; "
+        assert (said in err) == is_warned and ("--no-img-acts leaves it out." in err) == is_warned, err
+
+
 def test_nobody_waits_for_what_nobody_wants(monkeypatch):
     """An encoder that is left amid a batch does not finish it."""
     n_seen, take = 0, Sieve.take
