@@ -9,6 +9,7 @@ BENCHES := read stages extract replay gallery snapshot scaling start growth gpu
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "$(PYTHON) is Python %d.%d; 3.11 or later is needed: make $(MAKECMDGOALS) PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[demo,test,dev]'
 	# compiles what is imported; pip would compile eight times as much

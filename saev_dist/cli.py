@@ -1,6 +1,7 @@
 """The program: subcommands, their flags from `config`, one-line errors and exit codes."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -29,6 +30,8 @@ JOBS: dict[str, tuple[type, str]] = {
     "convert": (Convert, "saev_dist.convert"),
     "demo": (Demo, "saev_dist.demo"),
 }
+
+LAUNCHERS = ("pipeline", "status", "cancel")
 
 DESCRIPTION = """Find out what each feature of a sparse autoencoder means, from stored vision-transformer activations.
 
@@ -99,6 +102,10 @@ def with_toml(flags: list[str], command: type, *, lists: tuple[str, ...] = ()) -
 
 def parse_flags(argv: list[str], *, quiet: bool = False, prog: str = "saev-dist") -> Any:
     """The config that subcommand and flags describe, with no look at a TOML file."""
+    if argv and argv[0] in LAUNCHERS and prog == "saev-dist":
+        if not quiet:
+            print(f"{prog}: {argv[0]!r} is a command of the launcher: python -m slurm.launch {argv[0]} --help", file=sys.stderr)
+        sys.exit(2)
     if argv and argv[0] not in JOBS and (near := get_close_matches(argv[0], JOBS, 1, cutoff=0.7)):
         if not quiet:
             print(f"{prog}: {argv[0]!r} is no command: did you mean {near[0]!r}?", file=sys.stderr)
@@ -107,7 +114,7 @@ def parse_flags(argv: list[str], *, quiet: bool = False, prog: str = "saev-dist"
         {name: command for name, (command, _) in JOBS.items()},
         prog=prog,
         description=DESCRIPTION,
-        args=_tri_state(argv),
+        args=_spelled(argv),
         console_outputs=not quiet,
         config=(tyro.conf.AvoidSubcommands,),
     )
@@ -124,7 +131,12 @@ def _config_path(flags: list[str]) -> Path | None:
     return found
 
 
-def _tri_state(flags: list[str]) -> list[str]:
-    """Spell --pre-bias and --no-pre-bias as tyro reads a flag that can also be unset."""
+def _spelled(flags: list[str]) -> list[str]:
+    """As tyro reads them: --pre-bias and --no-pre-bias, a flag that can also be unset, and the commas of --features 3,17."""
     words = {"--pre-bias": ["--pre-bias", "True"], "--no-pre-bias": ["--pre-bias", "False"]}
-    return [word for flag in flags for word in words.get(flag, [flag])]
+    spelled: list[str] = []
+    is_features = False
+    for flag in flags:
+        is_features = flag == "--features" or (is_features and not flag.startswith("--"))
+        spelled += flag.split(",") if is_features and re.fullmatch(r"\d+(,\d+)+", flag) else words.get(flag, [flag])
+    return spelled

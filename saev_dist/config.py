@@ -169,7 +169,7 @@ class Replay:
     """TOML file of defaults for these flags."""
 
     features: Ints = ()
-    """Features that are shown whatever the other rules say."""
+    """Features that are shown whatever the other rules say; with --n-features 0 they alone."""
     n_features: int = 400
     """How many of the features in the ranges below to show besides."""
     sort: Literal["random", "freq", "mean", "max"] = "random"
@@ -247,7 +247,7 @@ class Verify:
     sae: OptionalPath = None
     """Where the run's SAE is now, if it has moved."""
     features: Ints = ()
-    """Features that are checked in any case."""
+    """Features that are checked in any case; with --n-features 0 they alone."""
     n_features: int = 100
     """How many others, a seeded random sample of those that fired."""
     all: bool = False

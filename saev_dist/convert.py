@@ -1,5 +1,6 @@
 """`saev-dist convert`: an SAE of any known format as one safetensors file. `sae.plain` says what is in it."""
 
+import json
 import os
 
 from saev_dist.config import Convert
@@ -23,5 +24,5 @@ def run(cfg: Convert) -> None:
     loaded = load_sae(cfg.source, Overrides.of(cfg))
     with writing(cfg.target):
         plain.save(cfg.target, loaded.sae)
-    rules = ", ".join(f"{name} {value}" for name, value in loaded.sae.rules().items())
+    rules = ", ".join(f"{name} {json.dumps(value)}" for name, value in loaded.sae.rules().items())
     print(table({"SAE": loaded.sae.source, "rules": rules, "written": str(cfg.target)}))

@@ -155,13 +155,13 @@ def fit(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device
     wanted, need = within(cfg, shards, sae, plan, device, n_threads, available / world.local_size)
     if need.host_total * world.local_size > available:
         raise ConfigError(
-            f"this run needs about {gb(need.host_total)} of host memory for each of {world.local_size} ranks here; "
+            f"this run needs about {gb(need.host_total)} of host memory{_of_each(world)}; "
             f"{gb(available)} are available. Lower --batch-tokens, --top-k or --read-ahead, or start fewer ranks."
         )
     if need.n_threads < wanted.n_threads and world.local_rank == 0:
         warn(
-            f"{need.n_threads} of {wanted.n_threads} threads encode: with all of them each of {world.local_size} ranks here "
-            f"would need about {gb(wanted.host_total)} of host memory, and {gb(available)} are available."
+            f"{need.n_threads} of {wanted.n_threads} threads encode: all of them would need about {gb(wanted.host_total)} of "
+            f"host memory{_of_each(world)}, and {gb(available)} are available."
         )
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -173,6 +173,10 @@ def fit(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device
     if world.rank == 0:
         _fit_disk(cfg, plan, need, world.size)
     return need
+
+
+def _of_each(world: World) -> str:
+    return f" for each of {world.local_size} ranks here" if world.local_size > 1 else ""
 
 
 def _fit_disk(cfg: Extract, plan: Plan, need: Estimate, n_ranks: int) -> None:

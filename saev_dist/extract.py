@@ -77,6 +77,9 @@ def run(cfg: Extract) -> None:
                 store.tidy()
                 print(already_done(store))
             return
+        if world.rank == 0 and (strangers := store.strangers()):
+            more = f" and {len(strangers) - 1:,} more" if len(strangers) > 1 else ""
+            warn(f"{cfg.out} holds {strangers[0]}{more}, of no run: the artifacts go beside them.")
         need = fit(cfg, job.shards, job.sae, job.plan, job.device, job.n_threads, world)
         job = replace(job, n_threads=need.n_threads)
         if 0 < cfg.percentile < 1 and world.rank == 0:
@@ -94,7 +97,8 @@ def run(cfg: Extract) -> None:
         if world.rank == 0 and not cfg.skip_bad_shards:
             job.shards.check_files()
         if world.rank == 0:
-            job = replace(job, self_check=check(job.sae, job.shards, job.device, cfg.self_check, skip_bad=cfg.skip_bad_shards))
+            found = check(job.sae, job.shards, job.device, cfg.self_check, skip_bad=cfg.skip_bad_shards, look=world.check)
+            job = replace(job, self_check=found)
         with store.lock(patience_s=world.patience_s, check=world.check) if world.rank == 0 else nullcontext():
             begun = store.begin(job.identity, as_json(cfg), job.plan.n_batches, afresh=force) if world.rank == 0 else None
             if world.tell(begun is None):  # finished by another process, while this one checked its inputs or waited
@@ -123,7 +127,7 @@ def _extract(job: Job, store: Run, world: World, *, encode: bool) -> None:
     cfg = job.cfg
     clock = Clock()
     with clock("resume"):
-        share = _take_share(job, store, world)
+        share = _take_share(job, store, world, goes_on=encode)
         if not encode and share.todo:
             missing = ", ".join(f"{first} to {stop - 1}" for first, stop in share.todo)
             raise RunError(f"{store.dpath}: batches {missing} of {job.plan.n_batches} are not done. Run extract again.")
@@ -161,8 +165,8 @@ class Share:
     """On rank 0: batches whose shard is known to be bad, and why; they are in nobody's share."""
 
 
-def _take_share(job: Job, store: Run, world: World) -> Share:
-    """Look at what earlier attempts did, and deal it and the rest to the ranks."""
+def _take_share(job: Job, store: Run, world: World, *, goes_on: bool) -> Share:
+    """Look at what earlier attempts did, and deal it and the rest to the ranks; say so if the run `goes_on`."""
     cfg, dpath, plan = job.cfg, store.partials_dpath, job.plan
     first_rank = world.rank == 0
     found = world.tell(partials.names(dpath) if first_rank else None)
@@ -173,7 +177,7 @@ def _take_share(job: Job, store: Run, world: World) -> Share:
     if first_rank:
         known = {name: what for part in faults for name, what in part.items()}
         live = partials.settle(dpath, known, fingerprint)
-        if live:
+        if live and goes_on:
             n_done = plan.n_examples_in(_done(live))
             share = f"{n_done:,} of {plan.n_examples:,} images ({n_done / plan.n_examples:.1%})"
             print(f"{store.dpath} holds {share} of this run: going on.", flush=True)

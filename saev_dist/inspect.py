@@ -11,12 +11,12 @@ from torch import Tensor
 from saev_dist.config import Inspect
 from saev_dist.data.reader import sample_images
 from saev_dist.data.shards import Shards, read_layers
-from saev_dist.errors import ConfigError, RunError
+from saev_dist.errors import CheckpointError, ConfigError, RunError
 from saev_dist.estimate import gb
 from saev_dist.report import describe_kept, describe_left_out, flags_of, table
 from saev_dist.sae.hub import is_hub_name
-from saev_dist.sae.load import Overrides, load_sae
-from saev_dist.sae.model import Sae, Threshold
+from saev_dist.sae.load import Loaded, Overrides, load_sae, recognise
+from saev_dist.sae.model import Threshold
 from saev_dist.selfcheck import examine
 from saev_dist.store import Run
 
@@ -46,8 +46,13 @@ def run(cfg: Inspect) -> None:
         raise ConfigError(f"{cfg.path} is not there; inspect takes a directory of shards, an SAE, or a run.")
     if cfg.layer is not None and cfg.shards is None:
         raise ConfigError(f"--layer {cfg.layer} is of shards, and {cfg.path} is an SAE: name some with --shards.")
+    if os.path.isdir(cfg.path) and cfg.sae_format == "auto":
+        try:
+            recognise(cfg.path)
+        except CheckpointError as err:
+            raise CheckpointError(f"{err} Nor is it a directory of shards (metadata.json) or a run (manifest.json).") from None
     loaded = load_sae(cfg.path, Overrides.of(cfg))
-    print(table(dict(describe_sae(cfg.path, loaded.sae))))
+    print(table(dict(describe_sae(loaded))))
     if cfg.shards is not None:
         shards = Shards.open(cfg.shards, cfg.layer)
         loaded.check_width(shards)
@@ -84,10 +89,12 @@ def describe_shards(dpath: Path, only: int | None) -> list[tuple[str, str]]:
     return lines
 
 
-def describe_sae(path: Path, sae: Sae) -> list[tuple[str, str]]:
+def describe_sae(loaded: Loaded) -> list[tuple[str, str]]:
     """What a checkpoint that was loaded, and so checked, holds."""
+    sae = loaded.sae
     lines = [
-        ("SAE", f"{path}: {sae.source}"),
+        ("SAE", f"{loaded.path}: {sae.source}"),
+        ("format", loaded.sae_format),
         ("sizes", f"{sae.d_model:,} -> {sae.d_sae:,} features"),
         ("rules", ", ".join(f"{name} {json.dumps(value)}" for name, value in sae.rules().items())),
         ("W_enc", _moments(sae.w_enc_ds)),
@@ -113,6 +120,7 @@ def describe_run(dpath: Path) -> list[tuple[str, str]]:
         ]
     if manifest is None:
         raise RunError(f"{dpath} holds no manifest.json: it is not a run, or one that died before it began.")
+    store.refuse_lacking(manifest)
     metrics, shards, sae = (manifest.sub(name) for name in ("metrics", "shards", "sae"))
     n_imgs, n_patches = shards.get("n_examples", int), shards.get("n_patches", int)
     top_k = manifest.sub("config").get("top_k", int)

@@ -425,7 +425,7 @@ def _write_page(job: Job) -> None:
     facts = gallery.Facts(
         sae=f"{finished.sae.source}, {finished.sae_path}",
         shards=str(finished.shards.dpath),
-        dataset=str(job.pictures.root) if job.pictures else "",
+        dataset=str(job.pictures.root.absolute()) if job.pictures else "",
         fit=job.geometry.describe(with_pictures=job.pictures is not None),
         family=finished.shards.family,
         ckpt=finished.shards.ckpt,

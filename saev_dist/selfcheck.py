@@ -13,7 +13,7 @@ Names: `b` tokens, `d` model width, `s` features.
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -78,7 +78,13 @@ class Report:
 
 
 def check(
-    sae: Sae, shards: Shards, device: torch.device, mode: Literal["off", "warn", "strict"], *, skip_bad: bool = False
+    sae: Sae,
+    shards: Shards,
+    device: torch.device,
+    mode: Literal["off", "warn", "strict"],
+    *,
+    skip_bad: bool = False,
+    look: Callable[[], None] = lambda: None,
 ) -> Report | None:
     """Look at some tokens, and warn or stop where they say that the SAE is misread. None: it did not look.
 
@@ -86,6 +92,7 @@ def check(
 
     Args:
         skip_bad: leave out images that cannot be read, or are not finite.
+        look: called now and then; what it raises ends the check.
 
     Raises:
         CheckpointError: there is a finding, and `mode` is strict.
@@ -100,7 +107,7 @@ def check(
             flush=True,
         )
     try:
-        report = examine(sae, shards, device, skip_bad=skip_bad)
+        report = examine(sae, shards, device, skip_bad=skip_bad, look=look)
     except (MemoryError, RuntimeError) as err:
         if not (where := memory_wanted(err, device)):
             raise
@@ -116,8 +123,10 @@ def check(
     return report
 
 
-def examine(sae: Sae, shards: Shards, device: torch.device, *, skip_bad: bool = False) -> Report:
-    """Measure all readings.
+def examine(
+    sae: Sae, shards: Shards, device: torch.device, *, skip_bad: bool = False, look: Callable[[], None] = lambda: None
+) -> Report:
+    """Measure all readings. `look` is called now and then; what it raises ends it.
 
     Raises:
         DataError: a token is not finite.
@@ -125,8 +134,8 @@ def examine(sae: Sae, shards: Shards, device: torch.device, *, skip_bad: bool = 
     x_bd = _sample(shards, n_tokens(sae), skip_bad=skip_bad)
     if not len(x_bd):
         return Report(n_tokens=0, figures=[], finding=None)
-    own = _measure(sae, x_bd, device, "as it is read", "")
-    others = [_measure(other, x_bd, device, name, flags) for name, flags, other in _other_readings(sae, x_bd, own.l0)]
+    own = _measure(sae, x_bd, device, "as it is read", "", look)
+    others = [_measure(other, x_bd, device, name, flags, look) for name, flags, other in _other_readings(sae, x_bd, own.l0)]
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what each reading's streams kept
     return Report(n_tokens=len(x_bd), figures=[own, *others], finding=_finding(own, others, len(x_bd)))
@@ -189,13 +198,14 @@ def _other_readings(sae: Sae, x_bd: Tensor, l0: float) -> list[tuple[str, str, S
     return readings
 
 
-def _measure(sae: Sae, x_bd: Tensor, device: torch.device, name: str, flags: str) -> Figures:
+def _measure(sae: Sae, x_bd: Tensor, device: torch.device, name: str, flags: str, look: Callable[[], None]) -> Figures:
     """Encode and decode the tokens under one reading."""
     reconstruction = Reconstruction(*sae.decoder(), sae.undo_norm())
     n_codes, fired_s = 0, torch.zeros(sae.d_sae, dtype=torch.bool, device=device)
     try:
         with Encoder(sae, device, "fp32", batch_threads(device)) as encoder, encoder.beside():
             for codes in _encoded(encoder, x_bd):
+                look()
                 reconstruction.add(codes)
                 n_codes += len(codes.value_n)
                 fired_s[codes.feature_n] = True

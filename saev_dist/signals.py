@@ -53,7 +53,9 @@ class Signals:
         if not self.received:
             self.received, self._since, self._first = signal.Signals(number).name, time.monotonic(), number
             if self._rank == 0:
-                text = f"saev-dist: {self.received}: leaving after {self.last}; a second signal leaves at once.\n"
+                again = f"the same again, {SAME_S:.0f} s or more later, leaves at once"
+                line = "\n" if os.isatty(2) else ""  # there may be a bar, and ^C behind it
+                text = f"{line}saev-dist: {self.received}: leaving, after {self.last} at the latest; {again}.\n"
                 with suppress(OSError):  # the same signal may have ended who reads it
                     os.write(2, text.encode())  # print is not safe within a print
         elif time.monotonic() - self._since > (SAME_S if number == self._first else PASSED_ON_S):

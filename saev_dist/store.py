@@ -46,6 +46,8 @@ ARTIFACT_PATTERNS = (
     "metrics.json",
 )
 
+OURS = {"partials", "slurm", "visuals", "visuals.partial", "visuals.former"}
+"""Directories of this program beside the artifacts."""
 GLANCE_S = 0.1
 """Far longer than `holder` looks at a lock."""
 
@@ -88,6 +90,12 @@ class Run:
         """Files here that carry an artifact's name."""
         return sorted(fpath for pattern in ARTIFACT_PATTERNS for fpath in self.dpath.glob(pattern))
 
+    def strangers(self) -> list[str]:
+        """What lies in a directory that is no run yet."""
+        if os.path.exists(self.partials_dpath) or os.path.exists(self.manifest_fpath) or not os.path.isdir(self.dpath):
+            return []
+        return sorted(set(os.listdir(self.dpath)) - OURS - {fpath.name for fpath in self.artifacts()})
+
     def under_way(self) -> Fields | None:
         """What run.json says of the run that is not finished here, or None."""
         return _read_json(self.partials_dpath / "run.json")
@@ -108,7 +116,8 @@ class Run:
             force: consider the directory free.
 
         Raises:
-            RunError: the directory holds shards, or another run, finished or not, or artifacts of unknown origin.
+            RunError: the directory holds shards, another run, finished or not, artifacts of unknown origin, or this very run
+                without all of its artifacts.
             ConfigError: its manifest.json is another program's.
         """
         if os.path.isfile(self.dpath):
@@ -136,7 +145,21 @@ class Run:
             raise RunError(
                 f"{self.dpath} holds {state} of other settings ({details}). Choose another --out, or replace it with --force."
             )
+        if under_way is None:
+            self.refuse_lacking(holder)
         return under_way is None
+
+    def refuse_lacking(self, manifest: Fields) -> None:
+        """Raise RunError where an artifact of a finished run is gone, or not as large as it was written."""
+        for name, n_bytes in manifest.get("artifacts", dict, {}).items():  # older manifests list none
+            try:
+                found = os.stat(self.dpath / name).st_size
+            except OSError as err:
+                raise RunError(f"{self.dpath / name}: {err.strerror}; run extract again with --force.") from None
+            if found != n_bytes:
+                raise RunError(
+                    f"{self.dpath / name} holds {found} bytes, and {n_bytes} were written; run extract again with --force."
+                )
 
     @contextmanager
     def lock(self, *, patience_s: float = 0, check: Callable[[], None] = lambda: None) -> Iterator[None]:
@@ -287,8 +310,10 @@ class Run:
             file.write((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
     def publish(self, names: list[str], manifest: dict[str, Any]) -> None:
-        """Rename staged artifacts into place, then the manifest; remove `partials/`."""
-        self.stage_json("manifest.json", manifest)
+        """Rename staged artifacts into place, then the manifest, which lists their sizes; remove `partials/`."""
+        with writing(self.partials_dpath):
+            sizes = {name: (self.partials_dpath / name).stat().st_size for name in names}
+        self.stage_json("manifest.json", manifest | {"artifacts": sizes})
         with writing(self.dpath):
             # From here to the new manifest the old artifacts are being replaced: run.json says so, not a manifest.
             self.manifest_fpath.unlink(missing_ok=True)

@@ -88,6 +88,8 @@ class World:
         try:
             yield
         except Preempted as err:
+            if not os.path.exists(kept):
+                raise Preempted(f"{err}: stopped before anything was done. Run the same command again.") from None
             what = "what was done before the last snapshot" if self._has_lost else "what is done"
             raise Preempted(
                 f"{err}: stopped, and {what} is kept in {kept}. "

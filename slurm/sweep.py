@@ -66,7 +66,7 @@ def run_dpath(cfg: Extract | Replay) -> Path:
 
 
 def is_finished(cfg: Extract | Replay) -> bool:
-    """Whether an extract need not be launched: its manifest is there, of these settings, younger than SAE and shards.
+    """Whether an extract need not be launched: all it wrote is there, of these settings, younger than SAE and shards.
 
     Anything else is left to the job, which compares contents and refuses another run's directory.
     """
@@ -82,7 +82,9 @@ def is_finished(cfg: Extract | Replay) -> bool:
         inputs += [cfg.input_mean] if cfg.input_mean else []
         if any(fpath.stat().st_mtime > wrote for fpath in inputs):
             return False
-        return _is_of(cfg, manifest)
+        return _is_of(cfg, manifest) and all(
+            (cfg.out / name).stat().st_size == n_bytes for name, n_bytes in manifest.get("artifacts", {}).items()
+        )
     except (OSError, ValueError):
         return False
 

@@ -285,6 +285,21 @@ def test_another_programs_manifest_is_left_alone(tmp_path, capsys):
         assert (out / "manifest.json").read_text() == text
 
 
+def test_files_of_no_run_in_the_output_directory_are_told_of(tmp_path, capsys):
+    case = Case(tmp_path / "case")
+    out = tmp_path / "out"
+    case.flags["--out"] = out
+    (out / "slurm").mkdir(parents=True)  # the launcher's
+    main([*case.args, "--dry-run"])
+    assert "of no run" not in capsys.readouterr().err
+    (out / "notes.txt").touch()
+    (out / "sub").mkdir()
+    main(case.args)
+    assert f"warning: {out} holds notes.txt and 1 more, of no run: the artifacts go beside them." in capsys.readouterr().err
+    main([*case.args, "--force"])
+    assert "of no run" not in capsys.readouterr().err and (out / "notes.txt").exists()
+
+
 def test_a_percentile_that_is_meant_as_a_share_is_warned_of(tmp_path, capsys):
     case = Case(tmp_path / "case")
     main([*case.args, "--percentile", "0.99"])

@@ -126,6 +126,20 @@ def test_the_flags_of_a_config_make_it_again(cfg):
     assert flags_of(replace(cfg, progress=False), without={"progress"}) == flags_of(replace(cfg, progress=True), without={})
 
 
+def test_features_may_be_told_apart_by_commas():
+    for words in (["3,17,5"], ["3", "17", "5"], ["3,17", "5"]):
+        cfg = parse(["replay", "--features", *words, "--run", "3,17"])
+        assert cfg.features == (3, 17, 5) and cfg.run == Path("3,17")
+
+
+def test_commands_of_the_launcher_are_pointed_to(capsys):
+    for command in ("status", "cancel", "pipeline"):
+        with pytest.raises(SystemExit, match=r"^2$"):
+            main([command, "--run", "r"])
+        said = f"saev-dist: '{command}' is a command of the launcher: python -m slurm.launch {command} --help\n"
+        assert capsys.readouterr().err == said
+
+
 def test_the_demo_needs_no_flags():
     assert parse(["demo"]) == Demo()
 

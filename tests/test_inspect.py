@@ -1,12 +1,15 @@
 """`inspect` describes what is sound and refuses what is not."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from saev_dist.cli import main
+from tests.ranks import fails
 from tests.synthetic import make_acts, make_sae, make_shards
 
 
@@ -37,7 +40,7 @@ def test_what_is_sound_is_described(inputs, capsys):
     assert "layer 4" in text and "layer 9" not in text
     main(["inspect", str(inputs / "sae.pt")])
     text = capsys.readouterr().out
-    assert "saev, schema 5, Relu" in text and "6 -> 24 features" in text
+    assert "saev, schema 5, Relu" in text and re.search(r"^format +saev$", text, re.M) and "6 -> 24 features" in text
     main(["inspect", str(inputs / "run")])
     text = capsys.readouterr().out
     run = inputs / "run"
@@ -86,7 +89,37 @@ def test_a_short_shard_is_named(inputs, capsys):
     assert "acts000001.bin holds" in refused(capsys, inputs / "shards")
 
 
+def forget_sizes(run: Path) -> None:
+    """As an older version's manifest, which does not list the artifacts."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    del manifest["artifacts"]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_run_that_lacks_an_artifact_is_not_sound(inputs, capsys):
+    """Also one that neither inspect nor replay reads."""
+    flags = ["--shards", str(inputs / "shards"), "--layer", "4", "--sae", str(inputs / "sae.pt"), "--top-k", "8"]
+    again = ["extract", *flags, "--out", str(inputs / "run")]
+    main(again)
+    assert "holds this run, finished: nothing to do." in capsys.readouterr().out
+    fpath = inputs / "run/img_acts.npz"
+    content = fpath.read_bytes()
+    fpath.write_bytes(content[:-1])
+    said = f"{fpath} holds {len(content) - 1} bytes, and {len(content)} were written; run extract again with --force."
+    assert said in refused(capsys, inputs / "run") and said in fails(capsys, *again)
+    fpath.unlink()
+    said = f"{fpath}: No such file or directory; run extract again with --force."
+    assert said in refused(capsys, inputs / "run") and said in fails(capsys, *again)
+    main([*again, "--force"])
+    assert fpath.read_bytes() == content
+    main(["inspect", str(inputs / "run")])
+    fpath.unlink()
+    forget_sizes(inputs / "run")
+    main(["inspect", str(inputs / "run")])
+
+
 def test_altered_slots_are_noticed(inputs, capsys):
+    forget_sizes(inputs / "run")
     values = torch.load(inputs / "run/top_values.pt", weights_only=True)
     values[3, :2] = torch.tensor([1.0, 2.0])
     torch.save(values, inputs / "run/top_values.pt")
@@ -99,6 +132,10 @@ def test_altered_slots_are_noticed(inputs, capsys):
 
 def test_anything_else_is_refused(inputs, capsys):
     assert "nowhere is not there; inspect takes a directory of shards, an SAE, or a run." in refused(capsys, inputs / "nowhere")
-    assert "is no SAE by itself; it holds " in refused(capsys, inputs)
+    line = refused(capsys, inputs)
+    assert "is no SAE by itself; it holds " in line
+    assert "Nor is it a directory of shards (metadata.json) or a run (manifest.json)." in line
+    for link in ("https://huggingface.co/a/b", "http://hf.co/a/b"):
+        assert f"{link}: expected hf://owner/repo, and if need be /path and @revision." in refused(capsys, Path(link))
     (inputs / "launched" / "slurm").mkdir(parents=True)
     assert "launched holds no run yet, only what the launcher wrote. What became of" in refused(capsys, inputs / "launched")

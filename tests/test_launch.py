@@ -130,6 +130,8 @@ def test_a_run_keeps_its_name_where_inputs_come_and_go(tmp_path, inputs):
     (second.out / "partials/run.json").write_text(json.dumps(record))  # under way
     found = configs(Extract, [*flags, str(saes[2])])
     assert [cfg.out.name for cfg in found] == ["one", "two", "q-one"] and is_finished(found[0])
+    (first.out / "img_acts.npz").unlink()
+    assert not is_finished(found[0]), "the job says what is missing"
     record["config"]["sae"] = str(saes[2])
     found[2].out.mkdir()
     (found[2].out / "manifest.json").write_text(json.dumps(record))

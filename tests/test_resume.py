@@ -233,13 +233,25 @@ def test_a_second_signal_leaves_at_once_unless_it_may_be_the_first_passed_on(
     attempt = server.start(*whole[0], tmp_path / "run", before=stuck)
     wait_for(lambda: "here" in attempt.output())
     os.kill(attempt.pids[0], signal.SIGTERM)
-    wait_for(lambda: "SIGTERM: leaving after this batch and a snapshot" in attempt.output())
+    wait_for(lambda: "SIGTERM: leaving, after this batch and a snapshot at the latest; the same again," in attempt.output())
     os.kill(attempt.pids[0], second)
     if code is None:
         with pytest.raises(TimeoutError):
             server.wait(attempt, timeout_s=1)
         server.kill(attempt)
     assert server.wait(attempt) == [code or -signal.SIGKILL]
+
+
+def test_a_signal_during_the_self_check_ends_it_and_nothing_is_said_to_be_kept(tmp_path, server, whole):
+    checking = "import time, saev_dist.selfcheck as s, saev_dist.accumulators.reconstruction as r\n"
+    checking += "f = r.Reconstruction.add\ndef add(*a): print('here', flush=True); time.sleep(0.5); f(*a)\n"
+    checking += "r.Reconstruction.add = add\ns.CHUNK_CODES, s.GROWTH = 1, 1"  # eight tokens at a time
+    attempt = server.start(*whole[0], tmp_path / "run", "--self-check", "warn", before=checking)
+    wait_for(lambda: "here" in attempt.output())
+    os.kill(attempt.pids[0], signal.SIGTERM)
+    assert server.wait(attempt, timeout_s=10) == [75]
+    assert "SIGTERM: stopped before anything was done. Run the same command again." in attempt.output()
+    assert attempt.output().count("here") < 6 and not (tmp_path / "run").exists()
 
 
 def test_who_leaves_without_a_last_snapshot_does_not_say_that_all_is_kept(tmp_path, server, long_run):
@@ -512,6 +524,7 @@ def test_merge_makes_the_artifacts_when_all_is_done(tmp_path, server, whole, fla
     codes, output = server.run(*args, out, "--dry-run")
     assert codes == [0] and re.search(r"kept +[1-9]\d* of 13 batches", output), output
     codes, output = server.run("merge", "--run", out)
+    assert "going on" not in output
     assert codes == [1] and re.search(r"batches \d+ to \d+(, \d+ to \d+)* of 13 are not done. Run extract again.", output)
     n_renames = 1 + N_BATCHES  # run.json, a partial after each batch
     killed(server, args, out.with_name("b"), at=n_renames + 3)  # among the artifacts

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from saev_dist.errors import ConfigError
 
-SCHEME = "hf:"
+SCHEMES = ("hf:", "https:", "http:")
+"""A link to the Hub is told what to write instead."""
 PATTERN = re.compile(r"hf:/(?P<repo>[\w.-]+/[\w.-]+)(?P<path>(?:/[\w.-]+)*)(?:@(?P<revision>[\w./-]+))?")
 
 
 def is_hub_name(name: Path) -> bool:
     """Whether `--sae` names a repository. (A Path makes one slash of the two.)"""
-    return name.parts[:1] == (SCHEME,)
+    return name.parts[:1] != () and name.parts[0] in SCHEMES
 
 
 def absolute(path: Path) -> Path:
@@ -30,7 +31,7 @@ def fetch(name: Path, file_names: Collection[str]) -> Path:
     Raises:
         ConfigError: the name is malformed, huggingface_hub is not installed, or the Hub cannot be reached.
     """
-    match, shown = PATTERN.fullmatch(name.as_posix()), name.as_posix().replace("hf:/", "hf://", 1)
+    match, shown = PATTERN.fullmatch(name.as_posix()), name.as_posix().replace(":/", "://", 1)
     if match is None or ".." in name.parts:
         raise ConfigError(f"{shown}: expected hf://owner/repo, and if need be /path and @revision.")
     try:
