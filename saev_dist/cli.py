@@ -110,13 +110,17 @@ def parse_flags(argv: list[str], *, quiet: bool = False, prog: str = "saev-dist"
         if not quiet:
             print(f"{prog}: {argv[0]!r} is no command: did you mean {near[0]!r}?", file=sys.stderr)
         sys.exit(2)
+    config = (tyro.conf.AvoidSubcommands,)
+    if argv and argv[0] in JOBS:  # by itself: then tyro's errors name the command whose help they send to
+        command, prog = JOBS[argv[0]][0], f"{prog} {argv[0]}"
+        return tyro.cli(command, prog=prog, args=_spelled(argv[1:]), console_outputs=not quiet, config=config)
     return tyro.extras.subcommand_cli_from_dict(
         {name: command for name, (command, _) in JOBS.items()},
         prog=prog,
         description=DESCRIPTION,
-        args=_spelled(argv),
+        args=argv,
         console_outputs=not quiet,
-        config=(tyro.conf.AvoidSubcommands,),
+        config=config,
     )
 
 

@@ -5,6 +5,7 @@ A TOML file named by `--config` holds the same fields (`top_k = 64`); flags over
 
 import math
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from saev_dist.errors import ConfigError
 
@@ -19,11 +21,25 @@ T = TypeVar("T")
 
 MAX_COUNT = 10**9
 RunPath = Annotated[Path, tyro.conf.arg(aliases=("--run-dir",))]
+
+
+def _one(kind: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpec[Any]:
+    """A value of a flag that can be left out. tyro's own would take the word "None", and speak of it."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: kind(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, kind),  # type: ignore[arg-type]  # they are types
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
 # What is None or empty by default: help shows the type alone, and the text says what that means.
-OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
-OptionalText = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
-OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+UNSET = tyro.conf.arg(help_behavior_hint="")
+OptionalPath = Annotated[Path | None, _one(Path, "PATH"), UNSET]
+OptionalText = Annotated[str | None, _one(str, "STR"), UNSET]
+OptionalInt = Annotated[int | None, _one(int, "INT"), UNSET]
+OptionalFloat = Annotated[float | None, _one(float, "FLOAT"), UNSET]
 Ints = Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")]
 Texts = Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")]
 TriState = Annotated[bool | None, tyro.conf.arg(metavar="| --no-pre-bias", help_behavior_hint="")]

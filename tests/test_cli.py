@@ -126,6 +126,15 @@ def test_the_flags_of_a_config_make_it_again(cfg):
     assert flags_of(replace(cfg, progress=False), without={"progress"}) == flags_of(replace(cfg, progress=True), without={})
 
 
+def test_a_word_for_a_number_is_told_in_words_of_the_flag(capsys):
+    for word in ("eleven", "None"):
+        with pytest.raises(SystemExit, match=r"^2$"):
+            main(["extract", *NEEDED, "--layer", word])
+        err = " ".join(capsys.readouterr().err.replace("│", "").split())
+        assert f"Error parsing --layer: invalid literal for int() with base 10: '{word}'" in err, err
+        assert "NoneType" not in err and "see saev-dist extract --help" in err
+
+
 def test_features_may_be_told_apart_by_commas():
     for words in (["3,17,5"], ["3", "17", "5"], ["3,17", "5"]):
         cfg = parse(["replay", "--features", *words, "--run", "3,17"])
