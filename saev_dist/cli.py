@@ -136,11 +136,15 @@ def _config_path(flags: list[str]) -> Path | None:
 
 
 def _spelled(flags: list[str]) -> list[str]:
-    """As tyro reads them: --pre-bias and --no-pre-bias, a flag that can also be unset, and the commas of --features 3,17."""
+    """As tyro reads them: --pre-bias and --no-pre-bias, a flag that can also be unset, and --features 3,17 with its commas."""
     words = {"--pre-bias": ["--pre-bias", "True"], "--no-pre-bias": ["--pre-bias", "False"]}
     spelled: list[str] = []
     is_features = False
     for flag in flags:
-        is_features = flag == "--features" or (is_features and not flag.startswith("--"))
-        spelled += flag.split(",") if is_features and re.fullmatch(r"\d+(,\d+)+", flag) else words.get(flag, [flag])
+        name, equals, numbers = flag.partition("=")
+        is_features = name == "--features" or (is_features and not flag.startswith("--"))
+        if is_features and "," in flag and re.fullmatch(r"[\d,]+", numbers if equals else flag):
+            spelled += [name] * bool(equals) + [number for number in (numbers if equals else flag).split(",") if number]
+        else:
+            spelled += words.get(flag, [flag])
     return spelled

@@ -29,6 +29,10 @@ class CheckpointError(SaevDistError):
     """An SAE checkpoint cannot be read under known rules."""
 
 
+class UnknownFormatError(CheckpointError):
+    """Nothing about a path says that an SAE is there."""
+
+
 class RunError(SaevDistError):
     """A run directory is in the way, or cannot be written or read."""
 

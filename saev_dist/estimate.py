@@ -193,10 +193,10 @@ def _fit_disk(cfg: Extract, plan: Plan, need: Estimate, n_ranks: int) -> None:
             f"the artifacts need {gb(need.artifacts)} of disk, and snapshots {gb(partials)}; {gb(free)} are free at "
             f"{cfg.out}. Free some there, choose another --out, or lower --top-k or --max-distribution-samples."
         )
-    spare = free - need.artifacts - partials + _size(cfg.out / "partials", "img_acts*.bin")
-    if cfg.img_acts and 2 * need.img_acts > spare:
+    spare = free - need.artifacts - partials + _size(cfg.out / "partials", "img_acts*")
+    if 2 * need.img_acts > spare:
         warn(
-            f"img_acts.npz may take up to about {gb(need.img_acts)}, twice that while it is put together; {gb(spare)} are free "
+            f"img_acts.npz may take about {gb(need.img_acts)}, twice that while it is put together; {gb(spare)} are free "
             f"for it at {cfg.out}. --no-img-acts leaves it out."
         )
 

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from saev_dist.errors import RunError
+from saev_dist.fields import Fields
 
 T = TypeVar("T")
 
@@ -56,6 +58,21 @@ def read_part(fpath: Path, size: int, offset: int) -> bytes:
         return b"".join(parts)
 
     return retrying(read)
+
+
+def refuse_lacking(dpath: Path, manifest: Fields) -> None:
+    """Raise RunError where an artifact of a finished run is gone, or not as large as its manifest says that it was written."""
+    for name, n_bytes in manifest.get("artifacts", dict, {}).items():  # older manifests list none
+        if type(n_bytes) is not int or not re.fullmatch(r"\w[\w.-]*", name):
+            raise RunError(
+                f"{manifest.where}: artifacts lists {name!r} with {n_bytes!r}; it should hold names and their bytes."
+            )
+        try:
+            found = os.stat(dpath / name).st_size
+        except OSError as err:
+            raise RunError(f"{dpath / name}: {err.strerror}; run extract again with --force.") from None
+        if found != n_bytes:
+            raise RunError(f"{dpath / name} holds {found:,} bytes of {n_bytes:,}; run extract again with --force.")
 
 
 @contextmanager

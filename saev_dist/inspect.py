@@ -11,10 +11,11 @@ from torch import Tensor
 from saev_dist.config import Inspect
 from saev_dist.data.reader import sample_images
 from saev_dist.data.shards import Shards, read_layers
-from saev_dist.errors import CheckpointError, ConfigError, RunError
+from saev_dist.errors import ConfigError, RunError, UnknownFormatError
 from saev_dist.estimate import gb
+from saev_dist.files import refuse_lacking
 from saev_dist.report import describe_kept, describe_left_out, flags_of, table
-from saev_dist.sae.hub import is_hub_name
+from saev_dist.sae.hub import is_hub_name, refuse_link
 from saev_dist.sae.load import Loaded, Overrides, load_sae, recognise
 from saev_dist.sae.model import Threshold
 from saev_dist.selfcheck import examine
@@ -42,6 +43,7 @@ def run(cfg: Inspect) -> None:
             f"{cfg.path} holds no run yet, only what the launcher wrote. What became of its job says: "
             f"python -m slurm.launch status --run {shlex.quote(str(cfg.path))}"
         )
+    refuse_link(cfg.path)
     if not os.path.lexists(cfg.path) and not is_hub_name(cfg.path):
         raise ConfigError(f"{cfg.path} is not there; inspect takes a directory of shards, an SAE, or a run.")
     if cfg.layer is not None and cfg.shards is None:
@@ -49,8 +51,10 @@ def run(cfg: Inspect) -> None:
     if os.path.isdir(cfg.path) and cfg.sae_format == "auto":
         try:
             recognise(cfg.path)
-        except CheckpointError as err:
-            raise CheckpointError(f"{err} Nor is it a directory of shards (metadata.json) or a run (manifest.json).") from None
+        except UnknownFormatError as err:
+            raise UnknownFormatError(
+                f"{err} Nor is it a directory of shards (metadata.json) or a run (manifest.json)."
+            ) from None
     loaded = load_sae(cfg.path, Overrides.of(cfg))
     print(table(dict(describe_sae(loaded))))
     if cfg.shards is not None:
@@ -120,7 +124,7 @@ def describe_run(dpath: Path) -> list[tuple[str, str]]:
         ]
     if manifest is None:
         raise RunError(f"{dpath} holds no manifest.json: it is not a run, or one that died before it began.")
-    store.refuse_lacking(manifest)
+    refuse_lacking(dpath, manifest)
     metrics, shards, sae = (manifest.sub(name) for name in ("metrics", "shards", "sae"))
     n_imgs, n_patches = shards.get("n_examples", int), shards.get("n_patches", int)
     top_k = manifest.sub("config").get("top_k", int)

@@ -36,4 +36,6 @@ def run(cfg: Merge) -> None:
         store.is_finished(job.identity, force=False)
         job = replace(job, identity=under_way.get("identity", dict))
         with store.lock():
+            if store.under_way() is None:
+                raise RunError(f"{cfg.run} has just been finished by another process: there are no partials to merge.")
             work(job, store, world, encode=False)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from saev_dist.errors import ConfigError, RunError, tell, warn
 from saev_dist.fields import Fields
-from saev_dist.files import fsync_dir, retrying, writing
+from saev_dist.files import fsync_dir, refuse_lacking, retrying, writing
 from saev_dist.world import World
 
 ARTIFACT_PATTERNS = (
@@ -146,20 +146,8 @@ class Run:
                 f"{self.dpath} holds {state} of other settings ({details}). Choose another --out, or replace it with --force."
             )
         if under_way is None:
-            self.refuse_lacking(holder)
+            refuse_lacking(self.dpath, holder)
         return under_way is None
-
-    def refuse_lacking(self, manifest: Fields) -> None:
-        """Raise RunError where an artifact of a finished run is gone, or not as large as it was written."""
-        for name, n_bytes in manifest.get("artifacts", dict, {}).items():  # older manifests list none
-            try:
-                found = os.stat(self.dpath / name).st_size
-            except OSError as err:
-                raise RunError(f"{self.dpath / name}: {err.strerror}; run extract again with --force.") from None
-            if found != n_bytes:
-                raise RunError(
-                    f"{self.dpath / name} holds {found} bytes, and {n_bytes} were written; run extract again with --force."
-                )
 
     @contextmanager
     def lock(self, *, patience_s: float = 0, check: Callable[[], None] = lambda: None) -> Iterator[None]:
@@ -197,26 +185,33 @@ class Run:
             yield
 
     def _try_to_own(self, fpath: Path) -> BinaryIO | str:
-        """The lock, open, and ours or nobody can tell; or who holds it."""
-        with ExitStack() as stack:
-            with writing(fpath):
-                self.partials_dpath.mkdir(parents=True, exist_ok=True)
-                try:
-                    file = stack.enter_context(open(fpath, "ab+", buffering=0))  # closing it writes nothing, on a full disk
-                except FileNotFoundError:  # its last holder removes the directory
-                    return "a run that is just ending"
+        """The lock, open, and ours or nobody can tell; or who holds it. Its last holder removes it, and the directory."""
+        ending = "a run that is just ending"
+        with writing(fpath), ExitStack() as stack:
             try:
-                is_ours = _try_lock(file, fcntl.LOCK_EX)
+                self.partials_dpath.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(fpath, "ab+", buffering=0))  # closing it writes nothing, on a full disk
+                try:
+                    is_ours = _try_lock(file, fcntl.LOCK_EX)
+                except OSError as err:
+                    if err.errno == errno.ESTALE:
+                        raise
+                    warn(f"{fpath}: cannot lock ({err.strerror}); see to it that no other run uses {self.dpath}.")
+                    is_ours = True
+                if not is_ours:
+                    return _who_holds(file)
+                if not os.path.samestat(os.stat(fpath), os.fstat(file.fileno())):
+                    return ending
+            except (FileNotFoundError, FileExistsError):  # mkdir says the latter of a directory that goes meanwhile
+                if os.path.isfile(self.partials_dpath):
+                    raise
+                return ending
             except OSError as err:
-                warn(f"{fpath}: cannot lock ({err.strerror}); see to it that no other run uses {self.dpath}.")
-                is_ours = True
-            if not is_ours:
-                return _who_holds(file)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(fpath), os.fstat(file.fileno())):
-                    stack.pop_all()
-                    return file
-            return "a run that is just ending"
+                if err.errno != errno.ESTALE:
+                    raise
+                return ending
+            stack.pop_all()
+            return file
 
     def _drop_lock(self, fpath: Path) -> None:
         """Remove a lock that is held, unless a run is under way: who has opened it meanwhile sees that it is gone."""

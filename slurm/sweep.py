@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 from saev_dist.cli import parse_flags, with_toml
 from saev_dist.config import Extract, Replay, SaeRules
-from saev_dist.errors import ConfigError
+from saev_dist.errors import ConfigError, RunError
+from saev_dist.fields import Fields
+from saev_dist.files import refuse_lacking
 from saev_dist.sae.hub import absolute
 
 C = TypeVar("C", Extract, Replay)
@@ -66,9 +68,12 @@ def run_dpath(cfg: Extract | Replay) -> Path:
 
 
 def is_finished(cfg: Extract | Replay) -> bool:
-    """Whether an extract need not be launched: all it wrote is there, of these settings, younger than SAE and shards.
+    """Whether an extract need not be launched: its manifest is there, of these settings, younger than SAE and shards.
 
     Anything else is left to the job, which compares contents and refuses another run's directory.
+
+    Raises:
+        RunError: so it is, but an artifact is gone.
     """
     if isinstance(cfg, Replay) or cfg.force or os.path.exists(cfg.out / "partials" / "run.json"):
         return False
@@ -82,11 +87,12 @@ def is_finished(cfg: Extract | Replay) -> bool:
         inputs += [cfg.input_mean] if cfg.input_mean else []
         if any(fpath.stat().st_mtime > wrote for fpath in inputs):
             return False
-        return _is_of(cfg, manifest) and all(
-            (cfg.out / name).stat().st_size == n_bytes for name, n_bytes in manifest.get("artifacts", {}).items()
-        )
     except (OSError, ValueError):
         return False
+    if not _is_of(cfg, manifest):
+        return False
+    refuse_lacking(cfg.out, Fields(manifest, str(manifest_fpath), RunError))
+    return True
 
 
 def _take(flags: Sequence[str], names: tuple[str, ...]) -> tuple[list[str], list[str]]:

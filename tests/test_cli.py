@@ -136,8 +136,11 @@ def test_a_word_for_a_number_is_told_in_words_of_the_flag(capsys):
 
 
 def test_features_may_be_told_apart_by_commas():
-    for words in (["3,17,5"], ["3", "17", "5"], ["3,17", "5"]):
-        cfg = parse(["replay", "--features", *words, "--run", "3,17"])
+    for words in ("3,17,5", "3 17 5", "3,17 5", "3, 17, 5", "3 , 17,5,"):
+        cfg = parse(["replay", "--features", *words.split(), "--run", "3,17"])
+        assert cfg.features == (3, 17, 5) and cfg.run == Path("3,17")
+    for flag in ("--features=3,17,5", "--features=3,17,5,"):
+        cfg = parse(["replay", flag, "--run", "3,17"])
         assert cfg.features == (3, 17, 5) and cfg.run == Path("3,17")
 
 

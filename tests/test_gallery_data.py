@@ -97,7 +97,7 @@ def test_the_page_names_the_run_escaped_and_leaves_out_what_is_not_known(small: 
     html = index_html(small.facts)
     assert HOSTILE not in html and "&lt;img src=x onerror=" in html
     assert small.facts.fit in html
-    assert "normalised MSE" not in html and "31.9" in html and "3.3%" in html
+    assert "normalized MSE" not in html and "31.9" in html and "3.3%" in html
     assert "0.1234" in index_html(type(small.facts)(**(vars(small.facts) | {"normalized_mse": 0.12341})))
 
 

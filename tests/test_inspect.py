@@ -105,7 +105,7 @@ def test_a_run_that_lacks_an_artifact_is_not_sound(inputs, capsys):
     fpath = inputs / "run/img_acts.npz"
     content = fpath.read_bytes()
     fpath.write_bytes(content[:-1])
-    said = f"{fpath} holds {len(content) - 1} bytes, and {len(content)} were written; run extract again with --force."
+    said = f"{fpath} holds {len(content) - 1:,} bytes of {len(content):,}; run extract again with --force."
     assert said in refused(capsys, inputs / "run") and said in fails(capsys, *again)
     fpath.unlink()
     said = f"{fpath}: No such file or directory; run extract again with --force."
@@ -133,9 +133,17 @@ def test_altered_slots_are_noticed(inputs, capsys):
 def test_anything_else_is_refused(inputs, capsys):
     assert "nowhere is not there; inspect takes a directory of shards, an SAE, or a run." in refused(capsys, inputs / "nowhere")
     line = refused(capsys, inputs)
-    assert "is no SAE by itself; it holds " in line
-    assert "Nor is it a directory of shards (metadata.json) or a run (manifest.json)." in line
+    assert "is no SAE by itself; it holds " in line and "Did you mean" in line and "Nor is it" not in line
+    (inputs / "odd").mkdir()
+    line = refused(capsys, inputs / "odd")
+    assert "it holds nothing. An SAE is one of saev (one file); " in line
+    assert line.endswith("Nor is it a directory of shards (metadata.json) or a run (manifest.json).\n")
     for link in ("https://huggingface.co/a/b", "http://hf.co/a/b"):
-        assert f"{link}: expected hf://owner/repo, and if need be /path and @revision." in refused(capsys, Path(link))
+        said = f"{link} is no path; an SAE on the Hub is hf://owner/repo, and if need be /path and @revision."
+        assert said in refused(capsys, Path(link))
+        assert said in fails(
+            capsys, "extract", "--shards", inputs / "shards", "--layer", 4, "--sae", link, "--out", inputs / "o"
+        )
+        assert said in fails(capsys, "convert", link, inputs / "x")
     (inputs / "launched" / "slurm").mkdir(parents=True)
     assert "launched holds no run yet, only what the launcher wrote. What became of" in refused(capsys, inputs / "launched")

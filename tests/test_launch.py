@@ -131,7 +131,13 @@ def test_a_run_keeps_its_name_where_inputs_come_and_go(tmp_path, inputs):
     found = configs(Extract, [*flags, str(saes[2])])
     assert [cfg.out.name for cfg in found] == ["one", "two", "q-one"] and is_finished(found[0])
     (first.out / "img_acts.npz").unlink()
-    assert not is_finished(found[0]), "the job says what is missing"
+    with pytest.raises(RunError, match=r"one/img_acts.npz: No such file or directory; run extract again with --force."):
+        is_finished(found[0])
+    manifest = json.loads((first.out / "manifest.json").read_text())
+    for listed in (None, [1], {"a\0b": 1}, {"../sae.pt": 3}, {"top_values.pt": "x"}):
+        (first.out / "manifest.json").write_text(json.dumps(manifest | {"artifacts": listed}))
+        with pytest.raises(RunError, match=r"manifest.json.*artifacts"):
+            is_finished(found[0])
     record["config"]["sae"] = str(saes[2])
     found[2].out.mkdir()
     (found[2].out / "manifest.json").write_text(json.dumps(record))

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from saev_dist.spill import covered
 from saev_dist.store import Run, contrast
 from saev_dist.world import World
 from tests.crash import N_BATCHES, SLOW, killed, unfinished, wait_for
-from tests.ranks import artifact_hashes, leading_a_group
+from tests.ranks import ENV, artifact_hashes, leading_a_group
 from tests.soak import Soak
 from tests.synthetic import N_IMGS, N_PATCHES, TOPK, make_acts, make_sae, make_shards
 
@@ -401,6 +402,22 @@ def test_a_look_at_the_lock_keeps_nobody_out(tmp_path, monkeypatch):
         with Run(tmp_path).lock():
             assert len(waited) == 1
     assert not (tmp_path / "partials").exists()
+
+
+def test_a_lock_that_goes_while_another_waits_for_it_is_had_anew(tmp_path):
+    """Each holder removes it, and the directory with it."""
+    n_times = 300
+    code = "import sys, pathlib, saev_dist.store as s\n"
+    code += "sleep = s.time.sleep\ns.time.sleep = lambda _: sleep(0.0005)\n"
+    code += f"for _ in range({n_times}):\n"
+    code += "    with s.Run(pathlib.Path(sys.argv[1])).lock(patience_s=60):\n"
+    code += "        p = pathlib.Path(sys.argv[1]) / 'n'; p.write_text(str(int(p.read_text()) + 1))\n"
+    (tmp_path / "n").write_text("0")
+    workers = [subprocess.Popen([sys.executable, "-c", code, tmp_path], env=ENV, stderr=subprocess.PIPE) for _ in range(4)]
+    said = [worker.communicate()[1].decode() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * 4, said
+    assert (tmp_path / "n").read_text() == str(4 * n_times), "never two at once"
+    assert all("is in use by" in line for text in said for line in text.splitlines())
 
 
 def test_a_second_run_on_one_directory_is_refused(tmp_path, server, long_run):

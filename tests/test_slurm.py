@@ -296,7 +296,7 @@ def test_at_the_time_limit_and_when_preempted_it_comes_back_with_the_same_bytes(
     until(lambda: "COMPLETED" in cluster.ask("scontrol", "show", "job", urgent.strip()))
     until(lambda: (run / "manifest.json").exists(), 2 * PATIENCE_S)
     until(lambda: re.search(r"^  extract \d+  done$", launch("status", "--run", run).stdout, re.M))
-    assert job.log_fpath(0).read_text().count(": leaving after this batch") == 2
+    assert job.log_fpath(0).read_text().count(": leaving, after this batch") == 2
     assert alone.result().returncode == 0
     assert artifacts(run) == artifacts(tmp_path / "alone")
 
@@ -359,7 +359,7 @@ def test_on_another_node_it_goes_on_and_the_gallery_follows(launch, cluster, slo
     finally:  # other tests need it
         cluster.ask("scontrol", "update", f"nodename={here}", "state=resume")
     until(lambda: launch("status", "--run", run).stdout.count("  done\n") == 2)
-    assert "SIGUSR1: leaving after this batch" in extract.log_fpath(0).read_text()
+    assert "SIGUSR1: leaving, after this batch" in extract.log_fpath(0).read_text()
     assert {end.attempt for end in extract.ends()} == {1} and {end.attempt for end in replay.ends()} == {0}
     assert (run / "visuals" / "index.html").exists()
     assert artifacts(run) == expected()

@@ -278,7 +278,7 @@ def test_a_disk_that_the_image_means_may_fill_is_warned_of(tmp_path, monkeypatch
         main([*args, *flags])
         err = capsys.readouterr().err
         most = estimate.gb(need.img_acts)
-        said = f"warning: img_acts.npz may take up to about {most}, twice that while it is put together; "
+        said = f"warning: img_acts.npz may take about {most}, twice that while it is put together; "
         assert (said in err) == is_warned and ("--no-img-acts leaves it out." in err) == is_warned, err
 
 

@@ -6,14 +6,20 @@ from pathlib import Path
 
 from saev_dist.errors import ConfigError
 
-SCHEMES = ("hf:", "https:", "http:")
-"""A link to the Hub is told what to write instead."""
+SCHEME = "hf:"
 PATTERN = re.compile(r"hf:/(?P<repo>[\w.-]+/[\w.-]+)(?P<path>(?:/[\w.-]+)*)(?:@(?P<revision>[\w./-]+))?")
 
 
 def is_hub_name(name: Path) -> bool:
     """Whether `--sae` names a repository. (A Path makes one slash of the two.)"""
-    return name.parts[:1] != () and name.parts[0] in SCHEMES
+    return name.parts[:1] == (SCHEME,)
+
+
+def refuse_link(name: Path) -> None:
+    """Raise ConfigError where a link to a page stands for a path."""
+    if name.parts[:1] in (("https:",), ("http:",)):
+        link = name.as_posix().replace(":/", "://", 1)
+        raise ConfigError(f"{link} is no path; an SAE on the Hub is hf://owner/repo, and if need be /path and @revision.")
 
 
 def absolute(path: Path) -> Path:
@@ -31,7 +37,7 @@ def fetch(name: Path, file_names: Collection[str]) -> Path:
     Raises:
         ConfigError: the name is malformed, huggingface_hub is not installed, or the Hub cannot be reached.
     """
-    match, shown = PATTERN.fullmatch(name.as_posix()), name.as_posix().replace(":/", "://", 1)
+    match, shown = PATTERN.fullmatch(name.as_posix()), name.as_posix().replace("hf:/", "hf://", 1)
     if match is None or ".." in name.parts:
         raise ConfigError(f"{shown}: expected hf://owner/repo, and if need be /path and @revision.")
     try:

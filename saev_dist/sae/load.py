@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saev_dist.config import SaeRules
 from saev_dist.data.shards import Shards
-from saev_dist.errors import CheckpointError, ConfigError
+from saev_dist.errors import CheckpointError, ConfigError, UnknownFormatError
 from saev_dist.fields import Fields
 from saev_dist.sae import dictionary_learning, hub, plain, sae_lens, saev, sparsify
 from saev_dist.sae.checkpoint import check_k, file_in, load_torch, take
@@ -183,6 +183,7 @@ def load_sae(name: Path, overrides: Overrides) -> Loaded:
         CheckpointError: it is of no known format, or not sound.
         ConfigError: the overrides do not fit it, or the Hub cannot be asked.
     """
+    hub.refuse_link(name)
     path = hub.fetch(name, _names()) if hub.is_hub_name(name) else name
     sae_format = overrides.sae_format or recognise(path)
     sae = overrides.apply(FORMATS[sae_format].load(path), path)
@@ -231,7 +232,7 @@ def _recognise_directory(dpath: Path) -> str:
     within = [name for name in names if _is_sae(dpath / name)] if len(names) <= MOST_LOOKED_INTO else []
     if len(within) == 1:
         raise CheckpointError(f"{dpath} is no SAE by itself; it holds {held}. Did you mean {dpath / within[0]}?")
-    raise CheckpointError(f"{dpath} is no SAE by itself; it holds {held or 'nothing'}. An SAE is one of {_known()}.")
+    raise UnknownFormatError(f"{dpath} is no SAE by itself; it holds {held or 'nothing'}. An SAE is one of {_known()}.")
 
 
 def _is_sae(path: Path) -> bool:
