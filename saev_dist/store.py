@@ -13,24 +13,21 @@ then partials/ goes, run.json first. So:
 - With neither, what is there is not ours, or of a run that died while --force replaced it.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import platform
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from saev_dist.errors import ConfigError, RunError, tell, warn
+from saev_dist.errors import ConfigError, RunError
 from saev_dist.fields import Fields
 from saev_dist.files import fsync_dir, refuse_lacking, retrying, writing
+from saev_dist.lock import Lock
 from saev_dist.world import World
 
 ARTIFACT_PATTERNS = (
@@ -48,8 +45,6 @@ ARTIFACT_PATTERNS = (
 
 OURS = {"partials", "slurm", "visuals", "visuals.partial", "visuals.former"}
 """Directories of this program beside the artifacts."""
-GLANCE_S = 0.1
-"""Far longer than `holder` looks at a lock."""
 
 
 class Run:
@@ -149,90 +144,13 @@ class Run:
             refuse_lacking(self.dpath, holder)
         return under_way is None
 
-    @contextmanager
-    def lock(self, *, patience_s: float = 0, check: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Keep other runs out of this directory; makes it. The kernel, or the file server, frees the lock of a dead process.
-
-        An flock: on NFS it holds between machines where the server's lock service works (NFSv4, or v3 with lockd); the
-        lock of a machine that crashed goes when its lease ends, after 90 s by default. Where the file system has no
-        locks there is a warning and no protection.
-
-        Args:
-            patience_s: how long to wait for who holds it. A moment it waits in any case: it may be `holder` that looks.
-            check: called while it waits; what it raises ends the waiting.
-
-        Raises:
-            RunError: another process holds it, or the directory cannot be written.
-        """
-        fpath = self.partials_dpath / "lock"
-        began, has_told = time.monotonic(), False
-        with ExitStack() as stack:
-            stack.callback(self._drop_partials)
-            while isinstance(file := self._try_to_own(fpath), str):
-                waited = time.monotonic() - began
-                if waited >= max(GLANCE_S, patience_s):
-                    raise self._in_use(file)
-                if waited > GLANCE_S and not has_told:
-                    tell(f"saev-dist: {self._in_use(file, f'Waiting for it, {patience_s:.0f} s at most.')}")
-                    has_told = True
-                check()
-                time.sleep(0.05)
-            stack.enter_context(file)
-            stack.callback(self._drop_lock, fpath)
-            with writing(fpath):
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
-            yield
-
-    def _try_to_own(self, fpath: Path) -> BinaryIO | str:
-        """The lock, open, and ours or nobody can tell; or who holds it. Its last holder removes it, and the directory."""
-        ending = "a run that is just ending"
-        with writing(fpath), ExitStack() as stack:
-            try:
-                self.partials_dpath.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(open(fpath, "ab+", buffering=0))  # closing it writes nothing, on a full disk
-                try:
-                    is_ours = _try_lock(file, fcntl.LOCK_EX)
-                except OSError as err:
-                    if err.errno == errno.ESTALE:
-                        raise
-                    warn(f"{fpath}: cannot lock ({err.strerror}); see to it that no other run uses {self.dpath}.")
-                    is_ours = True
-                if not is_ours:
-                    return _who_holds(file)
-                if not os.path.samestat(os.stat(fpath), os.fstat(file.fileno())):
-                    return ending
-            except (FileNotFoundError, FileExistsError):  # mkdir says the latter of a directory that goes meanwhile
-                if os.path.isfile(self.partials_dpath):
-                    raise
-                return ending
-            except OSError as err:
-                if err.errno != errno.ESTALE:
-                    raise
-                return ending
-            stack.pop_all()
-            return file
-
-    def _drop_lock(self, fpath: Path) -> None:
-        """Remove a lock that is held, unless a run is under way: who has opened it meanwhile sees that it is gone."""
-        with suppress(OSError):
-            if not (self.partials_dpath / "run.json").exists():
-                fpath.unlink()
-
-    def _drop_partials(self) -> None:
-        """Remove `partials/` where nothing is left in it: on NFS not before the lock is closed."""
-        with suppress(OSError):
-            self.partials_dpath.rmdir()
+    def lock(self, *, patience_s: float = 0, check: Callable[[], None] = lambda: None) -> AbstractContextManager[None]:
+        """Keep other runs out of this directory; makes it. See `Lock.hold`."""
+        return Lock(self.dpath).hold(patience_s=patience_s, check=check)
 
     def holder(self) -> str:
         """The process that works here now, as it calls itself; "" where none does, or nobody can tell. Changes nothing."""
-        with suppress(OSError), open(self.partials_dpath / "lock", "rb") as file:
-            if not _try_lock(file, fcntl.LOCK_SH):
-                return _who_holds(file)
-        return ""
-
-    def _in_use(self, holder: str, mend: str = "Wait for it, or stop it.") -> RunError:
-        return RunError(f"{self.dpath} is in use by {holder}. {mend}")
+        return Lock(self.dpath).holder()
 
     def begin(self, identity: dict[str, Any], config: dict[str, Any], n_batches: int, *, afresh: bool) -> dict[str, Any] | None:
         """Note what is under way here, unless it is noted already. The lock must be held.
@@ -375,30 +293,6 @@ class Run:
             raise
         except Exception:  # noqa: BLE001  # torch lets through whatever a damaged byte sets off
             raise RunError(f"{fpath} is damaged; run extract again with --force.") from None
-
-
-def _who_holds(file: BinaryIO) -> str:
-    """What the process that has the lock wrote into it."""
-    holder = b""
-    with suppress(OSError):  # there are locks that keep others from reading
-        file.seek(0)
-        holder = file.read(200)
-    return holder.decode(errors="replace").strip() or "another process"
-
-
-def _try_lock(file: IO[Any], kind: int) -> bool:
-    """Whether the lock could be had.
-
-    Raises:
-        OSError: this file system has no locks.
-    """
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except OSError as err:
-        if err.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
-        raise
-    return True
 
 
 class _Sink:

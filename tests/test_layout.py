@@ -19,6 +19,7 @@ LEVELS = [
         "draw",
         "world",
         "store",
+        "lock",
         "partials",
         "sae",
         "data",

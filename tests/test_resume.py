@@ -12,7 +12,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from saev_dist import partials, store
+from saev_dist import lock, partials
 from saev_dist.errors import RunError
 from saev_dist.plan import Plan
 from saev_dist.spill import covered
@@ -398,7 +398,7 @@ def test_a_look_at_the_lock_keeps_nobody_out(tmp_path, monkeypatch):
             waited.append(seconds)
             fcntl.flock(file, fcntl.LOCK_UN)
 
-        monkeypatch.setattr(store.time, "sleep", wait)
+        monkeypatch.setattr(lock.time, "sleep", wait)
         with Run(tmp_path).lock():
             assert len(waited) == 1
     assert not (tmp_path / "partials").exists()
@@ -407,10 +407,10 @@ def test_a_look_at_the_lock_keeps_nobody_out(tmp_path, monkeypatch):
 def test_a_lock_that_goes_while_another_waits_for_it_is_had_anew(tmp_path):
     """Each holder removes it, and the directory with it."""
     n_times = 300
-    code = "import sys, pathlib, saev_dist.store as s\n"
+    code = "import sys, pathlib, saev_dist.lock as s\n"
     code += "sleep = s.time.sleep\ns.time.sleep = lambda _: sleep(0.0005)\n"
     code += f"for _ in range({n_times}):\n"
-    code += "    with s.Run(pathlib.Path(sys.argv[1])).lock(patience_s=60):\n"
+    code += "    with s.Lock(pathlib.Path(sys.argv[1])).hold(patience_s=60):\n"
     code += "        p = pathlib.Path(sys.argv[1]) / 'n'; p.write_text(str(int(p.read_text()) + 1))\n"
     (tmp_path / "n").write_text("0")
     workers = [subprocess.Popen([sys.executable, "-c", code, tmp_path], env=ENV, stderr=subprocess.PIPE) for _ in range(4)]
