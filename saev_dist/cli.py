@@ -32,6 +32,7 @@ JOBS: dict[str, tuple[type, str]] = {
 }
 
 LAUNCHERS = ("pipeline", "status", "cancel")
+"""Commands of `slurm.launch`, which are none here."""
 
 DESCRIPTION = """Find out what each feature of a sparse autoencoder means, from stored vision-transformer activations.
 
