@@ -1,5 +1,6 @@
 """Killed, stopped or started twice: what a run does then, and what the next attempt makes of it."""
 
+import errno
 import fcntl
 import json
 import os
@@ -420,6 +421,23 @@ def test_a_lock_that_goes_while_another_waits_for_it_is_had_anew(tmp_path):
     assert all("is in use by" in line for text in said for line in text.splitlines())
 
 
+@pytest.mark.parametrize("where", ["flock", "fstat"])
+def test_a_lock_that_another_machine_has_removed_is_had_anew(tmp_path, monkeypatch, capsys, where):
+    """NFS calls what is gone there a stale handle."""
+    module = lock.fcntl if where == "flock" else lock.os
+    real, stale = getattr(module, where), [True, True]
+
+    def once(*args):
+        if stale and stale.pop():
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(*args)
+
+    monkeypatch.setattr(module, where, once)
+    with Run(tmp_path).lock():
+        assert not stale and Run(tmp_path).holder().startswith(f"process {os.getpid()} on ")
+    assert capsys.readouterr().err == ""
+
+
 def test_a_second_run_on_one_directory_is_refused(tmp_path, server, long_run):
     out = tmp_path / "run"
     first = server.start(*long_run, out, before=SLOW)
@@ -567,6 +585,18 @@ def test_merge_makes_the_artifacts_when_all_is_done(tmp_path, server, whole, fla
     assert codes == [1] and re.search(
         r"run.json: these are no settings of this version's extract: .*'of_the_future'. Use the version", output
     )
+
+
+def test_a_merge_of_what_another_one_has_just_merged_says_so(tmp_path, server, whole):
+    args, expected, _ = whole
+    out = tmp_path / "run"
+    killed(server, args, out, at=1 + N_BATCHES + 3)  # among the artifacts
+    other = "import sys, subprocess, saev_dist.merge as m\nf = m.open_job\ndef late(*a):\n    job = f(*a)\n"
+    other += f"    subprocess.run([sys.executable, '-m', 'saev_dist', 'merge', '--run', {str(out)!r}], check=True)\n"
+    other += "    return job\nm.open_job = late"
+    codes, output = server.run("merge", "--run", out, before=other)
+    assert codes == [1] and output.endswith("has just been finished by another process: there are no partials to merge.\n")
+    assert artifact_hashes(out) == expected
 
 
 @pytest.mark.parametrize(
