@@ -103,7 +103,7 @@ def with_toml(flags: list[str], command: type, *, lists: tuple[str, ...] = ()) -
 
 def parse_flags(argv: list[str], *, quiet: bool = False, prog: str = "saev-dist") -> Any:
     """The config that subcommand and flags describe, with no look at a TOML file."""
-    if argv and argv[0] in LAUNCHERS and prog == "saev-dist":
+    if argv and argv[0] in LAUNCHERS:
         if not quiet:
             print(f"{prog}: {argv[0]!r} is a command of the launcher: python -m slurm.launch {argv[0]} --help", file=sys.stderr)
         sys.exit(2)

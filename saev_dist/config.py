@@ -5,7 +5,6 @@ A TOML file named by `--config` holds the same fields (`top_k = 64`); flags over
 
 import math
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,13 +22,13 @@ MAX_COUNT = 10**9
 RunPath = Annotated[Path, tyro.conf.arg(aliases=("--run-dir",))]
 
 
-def _one(kind: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpec[Any]:
+def _one(kind: type[Any], metavar: str) -> PrimitiveConstructorSpec[Any]:
     """A value of a flag that can be left out. tyro's own would take the word "None", and speak of it."""
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
         instance_from_str=lambda words: kind(words[0]),
-        is_instance=lambda value: value is None or isinstance(value, kind),  # type: ignore[arg-type]  # they are types
+        is_instance=lambda value: value is None or isinstance(value, kind),
         str_from_instance=lambda value: [str(value)],
     )
 

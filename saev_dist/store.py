@@ -86,7 +86,7 @@ class Run:
         return sorted(fpath for pattern in ARTIFACT_PATTERNS for fpath in self.dpath.glob(pattern))
 
     def strangers(self) -> list[str]:
-        """What lies in a directory that is no run yet."""
+        """Names of what lies in a directory that is no run yet."""
         if os.path.exists(self.partials_dpath) or os.path.exists(self.manifest_fpath) or not os.path.isdir(self.dpath):
             return []
         return sorted(set(os.listdir(self.dpath)) - OURS - {fpath.name for fpath in self.artifacts()})

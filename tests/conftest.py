@@ -20,6 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take minutes come first, or one of them is left at the end while the other workers have nothing to do."""
     slow = (
         "resume",
+        "lock",
         "damage",
         "replay_resume",
         "replay",
@@ -68,6 +69,16 @@ def whole(tmp_path_factory, server):
     codes, output = server.run(*args, dpath / "run")
     assert codes == [0], output
     return args, artifact_hashes(dpath / "run"), dpath / "shards"
+
+
+@pytest.fixture
+def long_run(tmp_path):
+    """The command for 1500 batches of one image: half a minute on one rank where they are SLOW; the value of --out is to follow."""
+    from tests.synthetic import make_acts, make_sae, make_shards  # after torch's settings above
+
+    shards, sae = make_shards(tmp_path / "shards", make_acts(1500), imgs_per_shard=500), make_sae(tmp_path / "sae.pt")
+    small = ["--batch-tokens", 5, "--top-k", 4, "--self-check", "off", "--no-progress", "--n-distributions", 0]
+    return ["extract", "--shards", shards, "--sae", sae, *small, "--out"]
 
 
 @pytest.fixture

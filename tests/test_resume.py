@@ -1,28 +1,21 @@
 """Killed, stopped or started twice: what a run does then, and what the next attempt makes of it."""
 
-import errno
-import fcntl
 import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import threading
-from contextlib import ExitStack
 
 import pytest
 
-from saev_dist import lock, partials
-from saev_dist.errors import RunError
+from saev_dist import partials
 from saev_dist.plan import Plan
 from saev_dist.spill import covered
-from saev_dist.store import Run, contrast
-from saev_dist.world import World
+from saev_dist.store import contrast
 from tests.crash import N_BATCHES, SLOW, killed, unfinished, wait_for
-from tests.ranks import ENV, artifact_hashes, leading_a_group
+from tests.ranks import artifact_hashes, leading_a_group
 from tests.soak import Soak
-from tests.synthetic import N_IMGS, N_PATCHES, TOPK, make_acts, make_sae, make_shards
+from tests.synthetic import N_IMGS, N_PATCHES, TOPK, make_sae
 
 # ---- killed and resumed
 
@@ -167,26 +160,6 @@ def test_another_sae_is_refused(tmp_path, server, whole):
 
 
 # ---- signals
-
-
-@pytest.fixture
-def long_run(tmp_path):
-    """1500 batches of one image: half a minute on one rank where they are SLOW."""
-    shards = make_shards(tmp_path / "shards", make_acts(1500), imgs_per_shard=500)
-    args = [
-        "extract",
-        "--shards",
-        shards,
-        "--sae",
-        make_sae(tmp_path / "sae.pt"),
-        "--batch-tokens",
-        5,
-        "--top-k",
-        4,
-        "--self-check",
-        "off",
-    ]
-    return [*args, "--no-progress", "--n-distributions", 0, "--out"]
 
 
 LATE = """
@@ -384,149 +357,6 @@ def test_a_signal_to_another_rank_is_obeyed_while_rank_0_still_obeys(tmp_path, s
     assert codes == [75, 75, 75] and "SIGTERM on rank 1" in output
     assert server.run(*args, out)[0] == [0]
     assert artifact_hashes(out) == expected
-
-
-# ---- two runs at once
-
-
-def test_a_look_at_the_lock_keeps_nobody_out(tmp_path, monkeypatch):
-    (tmp_path / "partials").mkdir()
-    waited = []
-    with open(tmp_path / "partials/lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-
-        def wait(seconds: float) -> None:
-            waited.append(seconds)
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-        monkeypatch.setattr(lock.time, "sleep", wait)
-        with Run(tmp_path).lock():
-            assert len(waited) == 1
-    assert not (tmp_path / "partials").exists()
-
-
-def test_a_lock_that_goes_while_another_waits_for_it_is_had_anew(tmp_path):
-    """Each holder removes it, and the directory with it."""
-    n_times = 300
-    code = "import sys, pathlib, saev_dist.lock as s\n"
-    code += "sleep = s.time.sleep\ns.time.sleep = lambda _: sleep(0.0005)\n"
-    code += f"for _ in range({n_times}):\n"
-    code += "    with s.Lock(pathlib.Path(sys.argv[1])).hold(patience_s=60):\n"
-    code += "        p = pathlib.Path(sys.argv[1]) / 'n'; p.write_text(str(int(p.read_text()) + 1))\n"
-    (tmp_path / "n").write_text("0")
-    workers = [subprocess.Popen([sys.executable, "-c", code, tmp_path], env=ENV, stderr=subprocess.PIPE) for _ in range(4)]
-    said = [worker.communicate()[1].decode() for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * 4, said
-    assert (tmp_path / "n").read_text() == str(4 * n_times), "never two at once"
-    assert all("is in use by" in line for text in said for line in text.splitlines())
-
-
-@pytest.mark.parametrize("where", ["flock", "fstat"])
-def test_a_lock_that_another_machine_has_removed_is_had_anew(tmp_path, monkeypatch, capsys, where):
-    """NFS calls what is gone there a stale handle."""
-    module = lock.fcntl if where == "flock" else lock.os
-    real, stale = getattr(module, where), [True, True]
-
-    def once(*args):
-        if stale and stale.pop():
-            raise OSError(errno.ESTALE, "Stale file handle")
-        return real(*args)
-
-    monkeypatch.setattr(module, where, once)
-    with Run(tmp_path).lock():
-        assert not stale and Run(tmp_path).holder().startswith(f"process {os.getpid()} on ")
-    assert capsys.readouterr().err == ""
-
-
-def test_a_second_run_on_one_directory_is_refused(tmp_path, server, long_run):
-    out = tmp_path / "run"
-    first = server.start(*long_run, out, before=SLOW)
-    wait_for(lambda: list(out.glob("partials/*.bin")))
-    for flags in ([], ["--force"]):
-        codes, output = server.run(*long_run, out, *flags)
-        assert codes == [1] and output.count("\n") == 1, output
-        assert f"{out} is in use by process {first.pids[0]} on " in output
-    codes, output = server.run("merge", "--run", out)
-    assert codes == [1] and "is in use by" in output
-    assert f"under way: process {first.pids[0]} on " in server.run("inspect", out)[1]
-    server.kill(first)
-    server.wait(first)
-    assert (out / "partials/lock").exists(), "the file stays, the lock does not"
-    assert "unfinished; run the same extract again" in server.run("inspect", out)[1]
-    assert server.run(*long_run, out)[0] == [0]
-    assert not (out / "partials").exists()
-
-
-@pytest.mark.parametrize("n_ranks", [1, 2])
-def test_what_another_process_finishes_while_a_restarted_job_waits_is_not_done_again(tmp_path, server, whole, n_ranks):
-    """As the last attempt of the same job may, which Slurm or torchrun gave up."""
-    args, expected, _ = whole
-    out = tmp_path / "run"
-    restarted = 'import os; os.environ["SLURM_RESTART_COUNT"] = "1"\n'
-    held = f'import time, pathlib as p, saev_dist.{{0}} as j; f = j.{{1}}\ndef late(*a): p.Path("{tmp_path}/{{0}}").touch()'
-    held += (
-        f'; [time.sleep(0.05) for _ in range(600) if not p.Path("{tmp_path}/go {{0}}").exists()]; return f(*a)\nj.{{1}} = late'
-    )
-    gallery = ("replay", "--run", out, "--n-features", "2", "--no-pictures")
-    for command, where, is_done in (((*args, out), ("extract", "_merge"), 0), (gallery, ("replay", "_write_page"), 1)):
-        first = server.start(*command, before=held.format(*where))
-        wait_for((tmp_path / where[0]).exists)
-        second = server.start(*command, n_ranks=n_ranks, before=restarted)
-        wait_for(lambda: "Waiting for it, 120 s at most." in second.output())  # noqa: B023
-        (tmp_path / f"go {where[0]}").touch()
-        assert server.wait(first) == [0], first.output()
-        assert server.wait(second) == [0] * n_ranks, second.output()
-        said = "is this gallery, finished" if is_done else "holds this run, finished"
-        assert second.output().count(said) == 1, second.output()
-        assert not (out / "partials").exists()
-        assert artifact_hashes(out) == expected
-
-
-def test_a_run_of_other_settings_that_another_process_has_just_begun_is_not_taken_for_this_one(tmp_path):
-    identity, others = {"top_k": 4}, {"top_k": 5}
-    store = Run(tmp_path)
-    assert not store.is_finished(identity, force=False)
-    with Run(tmp_path).lock():
-        Run(tmp_path).begin(others, {}, N_BATCHES, afresh=False)  # and dies
-    with pytest.raises(RunError, match=r"an unfinished run of other settings \(top_k: there 5, here 4\)"), store.lock():
-        store.begin(identity, {}, N_BATCHES, afresh=False)
-    with store.lock():
-        assert store.begin(others, {}, N_BATCHES, afresh=False) == others, "that one goes on"
-
-
-def test_a_restarted_job_waits_for_the_lock_of_the_attempt_before(tmp_path, monkeypatch, capsys):
-    """A file server may hold that of a node that crashed for a while."""
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    held = ExitStack()
-    held.enter_context(Run(tmp_path).lock())
-    Run(tmp_path).begin({}, {}, N_BATCHES, afresh=False)
-    threading.Timer(1, held.close).start()
-    with Run(tmp_path).lock(patience_s=World(600).patience_s):
-        pass
-    said = rf"saev-dist: {tmp_path} is in use by process {os.getpid()} on .*\. Waiting for it, 120 s at most\.\n"
-    assert re.fullmatch(said, capsys.readouterr().err)
-
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    with (
-        Run(tmp_path).lock(),
-        pytest.raises(RunError, match="is in use by"),
-        Run(tmp_path).lock(patience_s=World(600).patience_s),
-    ):
-        pass
-
-
-@pytest.mark.parametrize("job", ["extract", "replay"])
-def test_a_job_that_waits_for_the_lock_obeys_signals(tmp_path, server, whole, job):
-    args, out = whole[0], tmp_path / "run"
-    command = (*args, out)
-    if job == "replay":
-        assert server.run(*args, out)[0] == [0]
-        command = ("replay", "--run", out)
-    with Run(out).lock():
-        waiting = server.start(*command, before='import os; os.environ["SLURM_RESTART_COUNT"] = "1"')
-        wait_for(lambda: "Waiting for it, 120 s at most." in waiting.output())
-        server.kill(waiting, signal.SIGTERM)
-        assert server.wait(waiting) == [75], waiting.output()
 
 
 def test_a_disk_without_room_for_snapshots_is_no_obstacle_where_all_is_kept(tmp_path, server, whole):

@@ -241,8 +241,8 @@ def test_the_plan_tells_what_img_acts_can_take(tmp_path, capsys):
     assert "img_acts" not in capsys.readouterr().out
 
 
-def test_partials_that_will_go_are_no_want_of_disk(tmp_path, monkeypatch):
-    """A first snapshot needs room beside them, the second replaces it when they are gone."""
+def planned(tmp_path, monkeypatch) -> tuple[list[str], estimate.Estimate]:
+    """A dry run's command, beside partials to be, and what it said that the run needs."""
     shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
     args = ["extract", "--shards", str(shards), "--sae", str(sae), "--dry-run", "--out", str(tmp_path / "run")]
     estimated, asked = estimate.estimate, []
@@ -250,6 +250,12 @@ def test_partials_that_will_go_are_no_want_of_disk(tmp_path, monkeypatch):
     main(args)
     need = asked[0]
     (tmp_path / "run/partials").mkdir(parents=True)
+    return args, need
+
+
+def test_partials_that_will_go_are_no_want_of_disk(tmp_path, monkeypatch):
+    """A first snapshot needs room beside them, the second replaces it when they are gone."""
+    args, need = planned(tmp_path, monkeypatch)
     for held, free, fits in ((0, 2, True), (0, 1.9, False), (0.5, 1.5, True), (0.5, 1.4, False), (3, 1, True), (3, 0.9, False)):
         (tmp_path / "run/partials/00000-a.000000.partial").write_bytes(bytes(int(held * need.partial)))
         monkeypatch.setattr(estimate, "free_disk", lambda dpath, free=free: need.artifacts + free * need.partial + 1)
@@ -258,13 +264,7 @@ def test_partials_that_will_go_are_no_want_of_disk(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_the_image_means_may_fill_is_warned_of(tmp_path, monkeypatch, capsys):
-    shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
-    args = ["extract", "--shards", str(shards), "--sae", str(sae), "--dry-run", "--out", str(tmp_path / "run")]
-    estimated, asked = estimate.estimate, []
-    monkeypatch.setattr(estimate, "estimate", lambda *args: asked.append(estimated(*args)) or asked[-1])
-    main(args)
-    need = asked[0]
-    (tmp_path / "run/partials").mkdir(parents=True)
+    args, need = planned(tmp_path, monkeypatch)
     for spilled, free, flags, is_warned in (
         (0, 2, [], False),
         (0, 1.9, [], True),
