@@ -7,6 +7,7 @@ cancelled job must not come back, and one that Slurm requeues need not be requeu
 """
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -30,7 +31,8 @@ from slurm.jobs import End, cancelled_fpath, end_fpath
 TELLING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STUCK_S = 10.0
 """So long after a local job was cancelled a rank leaves that cannot even take notice: it waits for one that is gone."""
-
+PORTS = range(20_000, 32_768)
+"""At one of which rank 0 listens. From 32,768 on Linux gives ports to connections, which had taken it now and then."""
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -137,7 +139,7 @@ class Task:
 
 def _join(here: JobEnvironment, attempt: int) -> None:
     """Put this rank's place among the ranks where `saev_dist.world` looks for it."""
-    os.environ.pop("MASTER_PORT", None)  # of the shell that submitted
+    os.environ["MASTER_PORT"] = str(random.Random(here.job_id).choice(PORTS))  # whatever the submitting shell had
     submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if here.cluster == "local":
         os.environ["MASTER_ADDR"] = "127.0.0.1"  # a laptop's own name need not resolve
