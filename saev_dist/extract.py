@@ -39,7 +39,7 @@ from saev_dist.report import already_done, describe_plan, summary
 from saev_dist.sae import screen
 from saev_dist.sae.encoder import ActivationOverflow, Encoder
 from saev_dist.sae.pieces import batches_ahead
-from saev_dist.selfcheck import check
+from saev_dist.selfcheck import Report, check
 from saev_dist.spill import Segment, Spill, covered
 from saev_dist.store import Run, agree
 from saev_dist.world import World
@@ -97,15 +97,30 @@ def run(cfg: Extract) -> None:
         if world.rank == 0 and not cfg.skip_bad_shards:
             job.shards.check_files()
         if world.rank == 0:
-            found = check(job.sae, job.shards, job.device, cfg.self_check, skip_bad=cfg.skip_bad_shards, look=world.check)
+            earlier = None if force else store.under_way()
+            found = check(
+                job.sae,
+                job.shards,
+                job.device,
+                cfg.self_check,
+                known=Report.from_json(earlier.obj.get("self_check")) if earlier else None,
+                skip_bad=cfg.skip_bad_shards,
+                look=world.check,
+            )
             job = replace(job, self_check=found)
         with store.lock(patience_s=world.patience_s, check=world.check) if world.rank == 0 else nullcontext():
-            begun = store.begin(job.identity, as_json(cfg), job.plan.n_batches, afresh=force) if world.rank == 0 else None
+            begun = store.begin(job.identity, _note(job), afresh=force) if world.rank == 0 else None
             if world.tell(begun is None):  # finished by another process, while this one checked its inputs or waited
                 if world.rank == 0:
                     print(already_done(store))
                 return
             work(replace(job, identity=begun or job.identity), store, world)
+
+
+def _note(job: Job) -> dict[str, Any]:
+    """What run.json holds besides the identity."""
+    report = job.self_check.to_json() if job.self_check else None
+    return {"config": as_json(job.cfg), "n_batches": job.plan.n_batches, "self_check": report}
 
 
 def work(job: Job, store: Run, world: World, *, encode: bool = True) -> None:

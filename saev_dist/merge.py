@@ -6,6 +6,7 @@ from saev_dist.config import Extract, Merge, from_json
 from saev_dist.errors import ConfigError, RunError
 from saev_dist.extract import work
 from saev_dist.job import open_job
+from saev_dist.selfcheck import Report
 from saev_dist.store import Run
 from saev_dist.world import World
 
@@ -34,7 +35,8 @@ def run(cfg: Merge) -> None:
         # Nothing is encoded here, so the device is that of the run.
         job = replace(job, identity=job.identity | {"device": under_way.get("identity", dict).get("device")})
         store.is_finished(job.identity, force=False)
-        job = replace(job, identity=under_way.get("identity", dict))
+        report = Report.from_json(under_way.obj.get("self_check"))
+        job = replace(job, identity=under_way.get("identity", dict), self_check=report)
         with store.lock():
             if store.under_way() is None:
                 raise RunError(f"{cfg.run} has just been finished by another process: there are no partials to merge.")

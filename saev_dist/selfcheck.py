@@ -65,8 +65,16 @@ class Report:
     finding: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
+        """For run.json and the manifest."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, obj: Any) -> "Report | None":
+        """The report of a run under way; None: it has none, or one that this version does not know."""
+        try:
+            return cls(**obj | {"figures": [Figures(**figures) for figures in obj["figures"]]})
+        except (TypeError, KeyError):
+            return None
 
     def __str__(self) -> str:
         lines = {"self-check": f"{self.n_tokens:,} tokens"}
@@ -83,6 +91,7 @@ def check(
     device: torch.device,
     mode: Literal["off", "warn", "strict"],
     *,
+    known: Report | None = None,
     skip_bad: bool = False,
     look: Callable[[], None] = lambda: None,
 ) -> Report | None:
@@ -91,6 +100,7 @@ def check(
     It prints a line where that will take a while.
 
     Args:
+        known: what an earlier attempt at the run found; it does not look again.
         skip_bad: leave out images that cannot be read, or are not finite.
         look: called now and then; what it raises ends the check.
 
@@ -101,13 +111,13 @@ def check(
     """
     if mode == "off" or not sae.reconstructs:
         return None
-    if device.type == "cpu" and n_tokens(sae) * sae.d_sae >= LONG:
+    if known is None and device.type == "cpu" and n_tokens(sae) * sae.d_sae >= LONG:
         print(
             f"self-check: about {n_tokens(sae):,} tokens under each reading of the SAE (--self-check off leaves it out)",
             flush=True,
         )
     try:
-        report = examine(sae, shards, device, skip_bad=skip_bad, look=look)
+        report = known or examine(sae, shards, device, skip_bad=skip_bad, look=look)
     except (MemoryError, RuntimeError) as err:
         if not (where := memory_wanted(err, device)):
             raise

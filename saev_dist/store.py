@@ -1,8 +1,8 @@
 """The run directory: artifact names, and writes that are whole or absent.
 
     <run>/                   artifacts under their final names, each complete; manifest.json last
-    <run>/partials/          of a run under way: run.json (what it is), lock, partials and spill files (see partials.py),
-                             artifacts not yet renamed
+    <run>/partials/          of a run under way: run.json (what it is, what the self-check found), lock,
+                             partials and spill files (see partials.py), artifacts not yet renamed
 
 An artifact is written under `partials/`, fsynced, and renamed into place once all are written; manifest.json follows,
 then partials/ goes, run.json first. So:
@@ -152,13 +152,12 @@ class Run:
         """The process that works here now, as it calls itself; "" where none does, or nobody can tell. Changes nothing."""
         return Lock(self.dpath).holder()
 
-    def begin(self, identity: dict[str, Any], config: dict[str, Any], n_batches: int, *, afresh: bool) -> dict[str, Any] | None:
+    def begin(self, identity: dict[str, Any], note: dict[str, Any], *, afresh: bool) -> dict[str, Any] | None:
         """Note what is under way here, unless it is noted already. The lock must be held.
 
         Args:
             identity: what the bytes of the artifacts depend on.
-            config: all settings; JSON.
-            n_batches: of the plan.
+            note: what a later attempt, `merge` and the launcher want to know besides; JSON.
             afresh: forget an unfinished attempt, if there is one.
 
         Returns:
@@ -177,7 +176,7 @@ class Run:
                 if not afresh:
                     self.refuse_orphans()
                 self._clear()
-                self.stage_json("run.json.new", {"identity": identity, "config": config, "n_batches": n_batches})
+                self.stage_json("run.json.new", {"identity": identity} | note)
                 os.replace(self.partials_dpath / "run.json.new", run_fpath)
                 fsync_dir(self.partials_dpath)
         under_way = self.under_way()

@@ -16,7 +16,7 @@ from saev_dist import lock
 from saev_dist.errors import RunError
 from saev_dist.store import Run
 from saev_dist.world import World
-from tests.crash import N_BATCHES, SLOW, wait_for
+from tests.crash import SLOW, wait_for
 from tests.ranks import ENV, artifact_hashes
 
 
@@ -118,11 +118,11 @@ def test_a_run_of_other_settings_that_another_process_has_just_begun_is_not_take
     store = Run(tmp_path)
     assert not store.is_finished(identity, force=False)
     with Run(tmp_path).lock():
-        Run(tmp_path).begin(others, {}, N_BATCHES, afresh=False)  # and dies
+        Run(tmp_path).begin(others, {}, afresh=False)  # and dies
     with pytest.raises(RunError, match=r"an unfinished run of other settings \(top_k: there 5, here 4\)"), store.lock():
-        store.begin(identity, {}, N_BATCHES, afresh=False)
+        store.begin(identity, {}, afresh=False)
     with store.lock():
-        assert store.begin(others, {}, N_BATCHES, afresh=False) == others, "that one goes on"
+        assert store.begin(others, {}, afresh=False) == others, "that one goes on"
 
 
 def test_a_restarted_job_waits_for_the_lock_of_the_attempt_before(tmp_path, monkeypatch, capsys):
@@ -130,7 +130,7 @@ def test_a_restarted_job_waits_for_the_lock_of_the_attempt_before(tmp_path, monk
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     held = ExitStack()
     held.enter_context(Run(tmp_path).lock())
-    Run(tmp_path).begin({}, {}, N_BATCHES, afresh=False)
+    Run(tmp_path).begin({}, {}, afresh=False)
     threading.Timer(1, held.close).start()
     with Run(tmp_path).lock(patience_s=World(600).patience_s):
         pass

@@ -229,6 +229,29 @@ def test_a_signal_during_the_self_check_ends_it_and_nothing_is_said_to_be_kept(t
     assert attempt.output().count("here") < 6 and not (tmp_path / "run").exists()
 
 
+def test_the_self_check_is_made_once_a_run_and_every_attempt_tells_its_finding(tmp_path, server, whole):
+    *args, out_flag = whole[0]
+    args = [*args, "--self-check", "warn", out_flag]
+    looking = "import saev_dist.selfcheck as s\nf = s.examine\n"
+    looking += "s.examine = lambda *a, **k: (print('looked', flush=True), f(*a, **k))[1]"
+    for name, way in (("resumed", args), ("merged", ["merge", "--run"])):
+        out = tmp_path / name
+        killed(server, args, out, at=1 + N_BATCHES + 3)  # among the artifacts
+        codes, output = server.run(*way, out, before=looking)
+        assert codes == [0] and "looked" not in output, output
+        report = json.loads((out / "manifest.json").read_text())["self_check"]
+        assert report["n_tokens"] > 0 and report["finding"]
+        assert (f"saev-dist: warning: {report['finding']}" in output) == (name == "resumed"), output
+    killed(server, args, tmp_path / "strict", at=4)
+    codes, output = server.run(*args[:-1], "--self-check", "strict", out_flag, tmp_path / "strict", before=looking)
+    assert codes == [1] and "looked" not in output and "(--self-check warn goes on.)" in output, output
+    codes, output = server.run(*args, tmp_path / "strict", "--force", before=looking)
+    assert codes == [0] and "looked" in output, output
+    killed(server, whole[0], tmp_path / "off", at=4)
+    codes, output = server.run(*args, tmp_path / "off", before=looking)
+    assert codes == [0] and "looked" in output, output
+
+
 def test_who_leaves_without_a_last_snapshot_does_not_say_that_all_is_kept(tmp_path, server, long_run):
     out = tmp_path / "run"
     full = "\nimport saev_dist.partials as p\ndef full(*_): raise OSError(28, 'No space left on device')\np.write = full"
