@@ -31,7 +31,7 @@ from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, DataError, RunError, SaevDistError, warn
 from saev_dist.estimate import fit
 from saev_dist.job import Job, as_json, make_bundle, open_job
-from saev_dist.machine import memory_wanted
+from saev_dist.machine import arithmetic, memory_wanted
 from saev_dist.partials import Keeper, Partial
 from saev_dist.plan import Batch, Intervals, complement, subtract
 from saev_dist.progress import Progress
@@ -77,19 +77,12 @@ def run(cfg: Extract) -> None:
                 store.tidy()
                 print(already_done(store))
             return
-        if world.rank == 0 and (strangers := store.strangers()):
-            more = f" and {len(strangers) - 1:,} more" if len(strangers) > 1 else ""
-            warn(f"{cfg.out} holds {strangers[0]}{more}, of no run: the artifacts go beside them.")
+        earlier = store.under_way() if world.rank == 0 and not force else None
+        kinds = world.collect(arithmetic(job.device))
+        if world.rank == 0:
+            _warn_of(cfg, job, store, [*kinds, earlier.get("arithmetic", str, kinds[0]) if earlier else kinds[0]])
         need = fit(cfg, job.shards, job.sae, job.plan, job.device, job.n_threads, world)
         job = replace(job, n_threads=need.n_threads)
-        if 0 < cfg.percentile < 1 and world.rank == 0:
-            meant = f"{100 * cfg.percentile:g}"
-            warn(f"--percentile {cfg.percentile:g} is below the 1st percentile; for the {meant}th write {meant}.")
-        if cfg.screen == "bf16" and world.rank == 0 and (rate := screen.speedup(job.sae.d_model)) < screen.PAYS:
-            warn(
-                f"--screen bf16: this machine makes a product in bfloat16 {rate:.2g} times as fast as in fp32, which does not "
-                "pay. Leave it out here."
-            )
         if cfg.dry_run:
             if world.rank == 0:
                 print(describe_plan(cfg, job.shards, job.sae, job.plan, need, world.size))
@@ -97,7 +90,6 @@ def run(cfg: Extract) -> None:
         if world.rank == 0 and not cfg.skip_bad_shards:
             job.shards.check_files()
         if world.rank == 0:
-            earlier = None if force else store.under_way()
             found = check(
                 job.sae,
                 job.shards,
@@ -117,10 +109,39 @@ def run(cfg: Extract) -> None:
             work(replace(job, identity=begun or job.identity), store, world)
 
 
+def _warn_of(cfg: Extract, job: Job, store: Run, kinds: list[str]) -> None:
+    """Tell of what is allowed, and seldom meant.
+
+    Args:
+        kinds: what the ranks compute on, and what an earlier attempt did.
+    """
+    if strangers := store.strangers():
+        more = f" and {len(strangers) - 1:,} more" if len(strangers) > 1 else ""
+        warn(f"{cfg.out} holds {strangers[0]}{more}, of no run: the artifacts go beside them.")
+    if len(set(kinds)) > 1:
+        warn(
+            f"this run computes on {' and on '.join(sorted(set(kinds)))}: a score's last bits depend on which of them made it, "
+            "so the bytes will be those of this dealing alone."
+        )
+    if 0 < cfg.percentile < 1:
+        meant = f"{100 * cfg.percentile:g}"
+        warn(f"--percentile {cfg.percentile:g} is below the 1st percentile; for the {meant}th write {meant}.")
+    if cfg.screen == "bf16" and (rate := screen.speedup(job.sae.d_model)) < screen.PAYS:
+        warn(
+            f"--screen bf16: this machine makes a product in bfloat16 {rate:.2g} times as fast as in fp32, which does not "
+            "pay. Leave it out here."
+        )
+
+
 def _note(job: Job) -> dict[str, Any]:
     """What run.json holds besides the identity."""
     report = job.self_check.to_json() if job.self_check else None
-    return {"config": as_json(job.cfg), "n_batches": job.plan.n_batches, "self_check": report}
+    return {
+        "config": as_json(job.cfg),
+        "n_batches": job.plan.n_batches,
+        "self_check": report,
+        "arithmetic": arithmetic(job.device),
+    }
 
 
 def work(job: Job, store: Run, world: World, *, encode: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""What the machine, and the container or job that this process is in, have for it: CPUs and memory.
+"""What the machine, and the container or job that this process is in, have for it: CPUs, a GPU, memory.
 
 A control group may leave less than the machine has, and so may any group above it. See cgroups(7): version 2 has one tree,
 version 1 one for each controller.
@@ -6,6 +6,7 @@ version 1 one for each controller.
 
 import math
 import os
+import platform
 import re
 from pathlib import Path
 
@@ -14,6 +15,15 @@ import torch
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def arithmetic(device: torch.device) -> str:
+    """What decides, beside the libraries, how a product is rounded: the GPU, or the CPU's maker and vector instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    maker = re.search(r"^vendor_id\s*: (\S+)$", _read(CPUINFO), re.M)
+    return f"{maker[1] if maker else platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def cpu_threads() -> int:

@@ -7,8 +7,10 @@ import signal
 import sys
 
 import pytest
+import torch
 
 from saev_dist import partials
+from saev_dist.machine import arithmetic
 from saev_dist.plan import Plan
 from saev_dist.spill import covered
 from saev_dist.store import contrast
@@ -143,6 +145,21 @@ def test_ranks_that_see_other_files_are_refused(tmp_path, server, whole):
     assert codes == [1, 1]
     assert re.search(r"rank 1 would compute something else than rank 0: sae_sha256 is \S+ here, \S+ there", output), output
     assert output.count("error: ") == 1 and not (tmp_path / "run").exists()
+
+
+def test_what_computes_on_unlike_hardware_is_told_of(tmp_path, server, whole):
+    args, expected, _ = whole
+    elsewhere = "import os, saev_dist.extract as e\ne.arithmetic = lambda _: 'GPU ' + os.environ.get('RANK', '0')"
+    codes, output = server.run(*args, tmp_path / "ranks", n_ranks=2, before=elsewhere)
+    assert codes == [0, 0] and output.count("warning: ") == 1, output
+    assert "warning: rank 0: this run computes on GPU 0 and on GPU 1: a score's last bits depend on" in output
+    out, here = tmp_path / "attempts", arithmetic(torch.device("cpu"))
+    killed(server, args, out, at=4)
+    codes, output = server.run(*args, out, "--dry-run", before=elsewhere)
+    assert codes == [0] and f"warning: this run computes on {here} and on GPU 0: " in output, output
+    codes, output = server.run(*args, out, n_ranks=2)
+    assert codes == [0, 0] and "warning: " not in output, output
+    assert artifact_hashes(out) == expected
 
 
 def test_of_two_lists_the_entries_that_differ_are_named():
