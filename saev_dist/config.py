@@ -253,7 +253,7 @@ class Replay:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Encode the images that won slots again, and compare every stored score of a sample of features. Exit code 1 on a mismatch."""
+    """Encode the patches that won slots again, and compare every stored score of a sample of features. Exit code 1 on a mismatch."""
 
     run: RunPath
     """Run directory of a finished `extract`. Under torchrun write --run-dir: torchrun takes --run for an option of its own."""

@@ -77,12 +77,12 @@ def run(cfg: Extract) -> None:
                 store.tidy()
                 print(already_done(store))
             return
+        need = fit(cfg, job.shards, job.sae, job.plan, job.device, job.n_threads, world)
+        job = replace(job, n_threads=need.n_threads)
         earlier = store.under_way() if world.rank == 0 and not force else None
         kinds = world.collect(arithmetic(job.device))
         if world.rank == 0:
             _warn_of(cfg, job, store, [*kinds, earlier.get("arithmetic", str, kinds[0]) if earlier else kinds[0]])
-        need = fit(cfg, job.shards, job.sae, job.plan, job.device, job.n_threads, world)
-        job = replace(job, n_threads=need.n_threads)
         if cfg.dry_run:
             if world.rank == 0:
                 print(describe_plan(cfg, job.shards, job.sae, job.plan, need, world.size))

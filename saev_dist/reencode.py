@@ -1,15 +1,17 @@
-"""Encode the images that won slots once more, and hold every score against the stored one.
+"""Encode what won slots once more, and hold every score against the stored one.
 
-Each image is encoded on its own: a product of fixed shape, so that its codes do not depend on which other images a rank
-has. It is not the shape that `extract` had, so scores agree up to rounding, not to the bit.
+To be drawn (`reencode`) each image is encoded on its own: a product of fixed shape, so that its codes do not depend on which
+other images a rank has. To be verified (`verify_tokens`) only the tokens that won are encoded, those of many images together.
+Neither is the shape that `extract` had, so scores agree up to rounding, not to the bit.
 
-Names: `n` slots, `m` features of an image, `p` patches, `d` model width.
+Names: `n` slots, `m` features of an image, `p` patches, `t` tokens, `d` model width.
 """
 
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -20,9 +22,10 @@ from torch import Tensor
 from saev_dist.accumulators.base import Codes
 from saev_dist.choose import Slots
 from saev_dist.data.reader import Reader, find_bad_value
-from saev_dist.errors import RunError
+from saev_dist.data.shards import Shards
+from saev_dist.errors import DataError, RunError
 from saev_dist.finished import FinishedRun
-from saev_dist.plan import Intervals, Plan
+from saev_dist.plan import Batch, Intervals, Plan
 from saev_dist.sae.encoder import ActivationOverflow, Encoder
 from saev_dist.sae.model import GroupMax, TopK
 
@@ -31,6 +34,8 @@ from saev_dist.sae.model import GroupMax, TopK
 TOLERANCE = {"fp32": 2.0**-16, "tf32": 2.0**-9, "bf16": 2.0**-6}
 SLOTS_AT_ONCE = 4096
 """Or features, whose terms are added up at a time: each brings a row of the encoder's weights along."""
+TOKENS_AT_ONCE = 1024
+"""That are verified at a time, or one image's more."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,6 +56,8 @@ class Check:
     """What the comparison found so far."""
 
     n_slots: int = 0
+    n_tokens: int = 0
+    """In which they are, where only those were encoded."""
     n_on_edge: int = 0
     """Scores that rounding pushed out of their token's code: they all but tie with what it keeps."""
     largest: float = 0.0
@@ -93,6 +100,93 @@ def reencode(run: FinishedRun, slots: Slots, encoder: Encoder, check: Check, *, 
             yield _checked(run, encoder, check, *waiting.popleft())
 
 
+def verify_tokens(run: FinishedRun, slots: Slots, encoder: Encoder, check: Check, *, read_ahead: int) -> Iterator[int]:
+    """Encode the tokens of `slots` (in the order of images); yield now and then of how many more images that is done.
+
+    Memory: `read_ahead` images, and `TOKENS_AT_ONCE` tokens and the codes of as many for each of the encoder's threads.
+
+    Raises:
+        RunError: a score is not the stored one.
+        DataError: an activation is not finite.
+    """
+    img_i, starts = np.unique(slots["img_i"], return_index=True)
+    groups = np.split(slots, starts[1:]) if len(img_i) else []
+    reader = Reader(run.shards, Plan(run.shards.examples, 1), _intervals(img_i), depth=read_ahead)
+    waiting: deque[tuple[_Tokens, Future[Codes]]] = deque()
+    tokens = _Tokens()
+    for i, ((batch, acts_pd), slots_n) in enumerate(zip(reader, groups, strict=True)):
+        tokens.add(batch, acts_pd, slots_n)
+        if tokens.n_tokens < TOKENS_AT_ONCE and i + 1 < len(groups):
+            continue
+        only = torch.from_numpy(np.unique(tokens.slots_n["feature"])).to(encoder.device)
+        waiting.append((tokens, encoder.submit(tokens.acts_td, img_i=0, n_patches=1, only=only)))
+        tokens = _Tokens()
+        if len(waiting) > encoder.n_threads:
+            yield _verified(run, encoder, check, *waiting.popleft())
+    while waiting:
+        yield _verified(run, encoder, check, *waiting.popleft())
+
+
+class _Tokens:
+    """The tokens that won slots, of some images. Images are added first, then it is asked what there is."""
+
+    def __init__(self) -> None:
+        self.n_tokens = 0
+        self._images: list[tuple[Batch, NDArray[np.int64], Tensor]] = []
+        self._slots: list[Slots] = []
+        self._rows: list[NDArray[np.int64]] = []
+
+    def add(self, batch: Batch, acts_pd: Tensor, slots_n: Slots) -> None:
+        """Take those of an image, which may be overwritten then."""
+        patch_t, row_n = np.unique(slots_n["patch_i"], return_inverse=True)
+        self._images.append((batch, patch_t, acts_pd[torch.from_numpy(patch_t)]))
+        self._slots.append(slots_n)
+        self._rows.append(row_n + self.n_tokens)
+        self.n_tokens += len(patch_t)
+
+    @property
+    def n_images(self) -> int:
+        return len(self._images)
+
+    @cached_property
+    def acts_td(self) -> Tensor:
+        return torch.cat([acts_td for _, _, acts_td in self._images])
+
+    @cached_property
+    def slots_n(self) -> Slots:
+        return np.concatenate(self._slots)
+
+    @cached_property
+    def row_n(self) -> NDArray[np.int64]:
+        """Each slot's token."""
+        return np.concatenate(self._rows)
+
+    def find_bad_value(self, shards: Shards, limit: float) -> DataError:
+        """The error for tokens one of which has an activation that is not below `limit`."""
+        batch, patch_t, acts_td = next(image for image in self._images if not bool((image[2].abs() < limit).all()))
+        acts_pd = torch.zeros(shards.n_patches, shards.d_model)
+        acts_pd[torch.from_numpy(patch_t)] = acts_td
+        return find_bad_value(acts_pd, batch, shards, limit)
+
+
+def _verified(run: FinishedRun, encoder: Encoder, check: Check, tokens: _Tokens, encoded: Future[Codes]) -> int:
+    """Hold the slots of some tokens against their codes; how many images these are of."""
+    try:
+        codes = encoded.result()
+    except ActivationOverflow as err:
+        raise tokens.find_bad_value(run.shards, err.limit) from None
+    slots_n, row_n = tokens.slots_n, tokens.row_n
+    key_c = codes.feature_n.numpy() * tokens.n_tokens + codes.token_n.numpy()  # ascending, as codes are
+    key_n = slots_n["feature"] * tokens.n_tokens + row_n
+    place_n = np.minimum(np.searchsorted(key_c, key_n), max(0, len(key_c) - 1))
+    found_n = np.zeros(len(slots_n), np.float32)
+    if len(key_c):
+        np.copyto(found_n, codes.value_n.numpy()[place_n], where=key_c[place_n] == key_n)
+    _hold(run, encoder, check, slots_n, tokens.acts_td, row_n, found_n)
+    check.n_tokens += tokens.n_tokens
+    return tokens.n_images
+
+
 def _checked(
     run: FinishedRun,
     encoder: Encoder,
@@ -107,31 +201,49 @@ def _checked(
         values_mp = _dense(codes.result(), feature_m)
     except ActivationOverflow as err:
         raise find_bad_value(acts_pd, Plan(run.shards.examples, 1)[img_i], run.shards, err.limit) from None
-    row_n = np.searchsorted(feature_m, slots_n["feature"])
-    feature_n = torch.from_numpy(slots_n["feature"].copy())
-    patch_n = slots_n["patch_i"].copy()
-    parts = [slice(first, first + SLOTS_AT_ONCE) for first in range(0, len(slots_n), SLOTS_AT_ONCE)]
-    magnitudes = [encoder.magnitude(acts_pd[patch_n[part]], feature_n[part]).numpy() for part in parts]
-    allowed_n = TOLERANCE[run.precision] * np.concatenate(magnitudes)
-    distance_n = np.abs(values_mp[row_n, slots_n["patch_i"]] - slots_n["score"])
-    for n in np.flatnonzero(~(distance_n <= allowed_n)):
-        slot, found = slots_n[n], values_mp[row_n[n], slots_n[n]["patch_i"]]
-        if not _is_on_edge(encoder, acts_pd, slot, float(allowed_n[n]), TOLERANCE[run.precision]):
-            where = f"feature {slot['feature']}, slot {slot['slot']} (image {img_i}, patch {slot['patch_i']})"
-            raise RunError(
-                f"{run.dpath}: {where} is stored as {slot['score']:.7g}; encoded again it is {found:.7g}, "
-                f"further off than the tolerance {allowed_n[n]:.2g}. The SAE's rules (--pre-bias), the layer or the shards' "
-                "content changed since, or the run's files were altered. Extract again with --force."
-            )
-        values_mp[row_n[n], slot["patch_i"]] = slot["score"]
-        distance_n[n] = 0
-        check.n_on_edge += 1
-    check.n_slots += len(slots_n)
-    check.largest = max(check.largest, float((distance_n / np.maximum(allowed_n, 1e-30)).max()))
+    row_n, patch_n = np.searchsorted(feature_m, slots_n["feature"]), slots_n["patch_i"].copy()
+    on_edge_x = _hold(run, encoder, check, slots_n, acts_pd, patch_n, values_mp[row_n, patch_n])
+    values_mp[row_n[on_edge_x], patch_n[on_edge_x]] = slots_n["score"][on_edge_x]
     return Image(img_i=img_i, slots_n=slots_n, feature_m=feature_m, values_mp=values_mp)
 
 
-def _is_on_edge(encoder: Encoder, acts_pd: Tensor, slot: np.void, allowed: float, tolerance: float) -> bool:
+def _hold(
+    run: FinishedRun,
+    encoder: Encoder,
+    check: Check,
+    slots_n: Slots,
+    acts_td: Tensor,
+    token_n: NDArray[np.int64],
+    found_n: NDArray[np.float32],
+) -> NDArray[np.int64]:
+    """Hold what was found against the stored scores, and note it; indices of those on the edge of their token's code.
+
+    Args:
+        token_n: each slot's, of `acts_td`.
+    """
+    feature_n = torch.from_numpy(slots_n["feature"].copy())
+    parts = [slice(first, first + SLOTS_AT_ONCE) for first in range(0, len(slots_n), SLOTS_AT_ONCE)]
+    magnitudes = [encoder.magnitude(acts_td[token_n[part]], feature_n[part]).numpy() for part in parts]
+    allowed_n = TOLERANCE[run.precision] * np.concatenate(magnitudes)
+    distance_n = np.abs(found_n - slots_n["score"])
+    off_x = np.flatnonzero(~(distance_n <= allowed_n))
+    for n in off_x:
+        slot, token = slots_n[n], int(token_n[n])
+        if not _is_on_edge(encoder, acts_td[token : token + 1], slot, float(allowed_n[n]), TOLERANCE[run.precision]):
+            where = f"feature {slot['feature']}, slot {slot['slot']} (image {slot['img_i']}, patch {slot['patch_i']})"
+            raise RunError(
+                f"{run.dpath}: {where} is stored as {slot['score']:.7g}; encoded again it is {found_n[n]:.7g}, "
+                f"further off than the tolerance {allowed_n[n]:.2g}. The SAE's rules (--pre-bias), the layer or the shards' "
+                "content changed since, or the run's files were altered. Extract again with --force."
+            )
+    distance_n[off_x] = 0
+    check.n_on_edge += len(off_x)
+    check.n_slots += len(slots_n)
+    check.largest = max(check.largest, float((distance_n / np.maximum(allowed_n, 1e-30)).max()))
+    return off_x
+
+
+def _is_on_edge(encoder: Encoder, acts_1d: Tensor, slot: np.void, allowed: float, tolerance: float) -> bool:
     """Whether rounding alone keeps a stored score out of its token's code.
 
     A code leaves out what does not reach a bound: a threshold, or the k-th largest of its token. A score that all but ties
@@ -139,8 +251,7 @@ def _is_on_edge(encoder: Encoder, acts_pd: Tensor, slot: np.void, allowed: float
     is lifted by as much as rounding can move it and the bound, which may be any feature's score, against each other; then it
     must be there.
     """
-    feature, patch_i = int(slot["feature"]), int(slot["patch_i"])
-    acts_1d = acts_pd[patch_i : patch_i + 1]
+    feature = int(slot["feature"])
 
     def is_there(lift: float) -> bool:
         lift_s = torch.zeros(encoder.sae.d_sae)

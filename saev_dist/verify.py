@@ -1,4 +1,4 @@
-"""`saev-dist verify`: encode winning images again and compare every stored score of a sample of features."""
+"""`saev-dist verify`: encode the tokens that won again, and compare every stored score of a sample of features."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from saev_dist.config import Verify
 from saev_dist.finished import FinishedRun
 from saev_dist.machine import cpu_threads
 from saev_dist.progress import Progress
-from saev_dist.reencode import TOLERANCE, Check, describe_encoded, reencode
+from saev_dist.reencode import TOLERANCE, Check, verify_tokens
 from saev_dist.report import table
 from saev_dist.sae.encoder import Encoder, usable_precision
 from saev_dist.world import World
@@ -46,19 +46,19 @@ def run(cfg: Verify) -> None:
         n_threads = cpu_threads() if device.type == "cpu" else 1
         precision = usable_precision(finished.precision, device)
         with Encoder(finished.sae, device, precision, n_threads) as encoder:
-            for _ in reencode(finished, own, encoder, check, read_ahead=cfg.read_ahead):
+            for n in verify_tokens(finished, own, encoder, check, read_ahead=cfg.read_ahead):
                 world.check()
-                progress.advance(n_patches)
+                progress.advance(n * n_patches)
         progress.close()
-        reports = world.collect([n_images, check.n_slots, check.n_on_edge, check.largest])
+        reports = world.collect([check.n_tokens, check.n_slots, check.n_on_edge, check.largest])
         if world.rank == 0:
-            images, n_slots, on_edge, largest = zip(*reports, strict=True)
+            n_tokens, n_slots, on_edge, largest = zip(*reports, strict=True)
             print(
                 table(
                     {
                         "run": str(cfg.run),
                         "features": f"{len(features):,} of {finished.sae.d_sae:,}",
-                        "images": describe_encoded(slots, sum(images)),
+                        "encoded again": f"{sum(n_tokens):,} tokens of {len(np.unique(slots['img_i'])):,} images",
                         "scores": f"{sum(n_slots):,} equal to the stored ones",
                         "largest difference": f"{max(largest):.1%} of the tolerance for {finished.precision} "
                         f"(2^{np.log2(TOLERANCE[finished.precision]):.0f} of the sum of a score's terms)",

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from saev_dist.errors import CheckpointError
-from saev_dist.sae import encoder
+from saev_dist.sae import encoder, pieces
 from saev_dist.sae.encoder import ActivationOverflow, Encoder
-from saev_dist.sae.model import ConstantNorm, Gated, Given, LayerNorm, Relu, Sae, Threshold, TopK
+from saev_dist.sae.model import ConstantNorm, Gated, Given, GroupMax, LayerNorm, Relu, Sae, Threshold, TopK
+from saev_dist.sae.product import NumpyProduct, TorchProduct
 
 CPU = torch.device("cpu")
 D_MODEL, D_SAE = 6, 40
@@ -34,7 +35,7 @@ def make_sae(**fields) -> Sae:
 def encode(sae: Sae, acts_bd: torch.Tensor, **settings) -> torch.Tensor:
     """Codes as a table, (b, s)."""
     with Encoder(sae, CPU, "fp32", 1) as encoder:
-        codes = encoder.encode(acts_bd, img_i=0, n_patches=1, **settings)
+        codes = encoder.submit(acts_bd, img_i=0, n_patches=1, **settings).result()
     table_bs = torch.zeros(len(acts_bd), D_SAE)
     table_bs[codes.token_n, codes.feature_n] = codes.value_n
     return table_bs
@@ -139,3 +140,27 @@ def test_a_lift_adds_so_much_to_a_score(activation):
         if not isinstance(activation, TopK):
             others = torch.arange(D_SAE) != s
             assert torch.equal(after_s[others], before_s[others])
+
+
+@pytest.mark.parametrize("product", [NumpyProduct, TorchProduct])
+@pytest.mark.parametrize("activation", [*UNBOUNDED, GroupMax(5), Threshold(torch.linspace(0.1, 2, D_SAE))], ids=str)
+def test_wanted_features_have_the_codes_that_they_have_among_all(activation, product, monkeypatch):
+    """And not another bit whatever else is wanted: the ranks of a replay want different ones of an image."""
+    made: list[slice] = []
+    into = product.into
+    monkeypatch.setattr(
+        product, "into", lambda self, out_cb, part, *args: (made.append(part), into(self, out_cb, part, *args))[1]
+    )
+    monkeypatch.setattr(encoder, "uses_numpy", lambda *_, **__: product is NumpyProduct)
+    monkeypatch.setattr(pieces, "WANTED_FEATURES", 16)
+    sae, acts_bd = make_sae(activation=activation), torch.randn(50, D_MODEL, generator=torch.Generator().manual_seed(1))
+    all_bs = encode(sae, acts_bd)
+    whole_blocks, columns = made.copy(), {}
+    for wanted in ([3], [3, 17, 39], [20, 39], [*range(D_SAE)]):
+        made.clear()
+        found_bs, expected_bs = encode(sae, acts_bd, only=torch.tensor(wanted)), torch.zeros(50, D_SAE)
+        expected_bs[:, wanted] = all_bs[:, wanted]
+        torch.testing.assert_close(found_bs, expected_bs)
+        assert all(torch.equal(found_bs[:, s], columns.setdefault(s, found_bs[:, s])) for s in wanted)
+        near = [slice(first, min(first + 16, D_SAE)) for first in sorted({s // 16 * 16 for s in wanted})]
+        assert made == (whole_blocks if isinstance(activation, TopK | GroupMax) else near)

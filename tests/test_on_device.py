@@ -288,6 +288,7 @@ def test_a_run_of_integers_is_the_one_of_the_cpu(tmp_path, monkeypatch, device, 
 
 def test_what_a_gpu_has_no_memory_for_is_refused_before_the_start(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(World, "device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
     shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt", RELU)
     args = ["extract", "--shards", str(shards), "--sae", str(sae), "--out", str(tmp_path / "run"), "--dry-run"]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))

@@ -1,5 +1,6 @@
 """`verify`: passes on sound runs, and says why it fails on every kind of swap."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -78,6 +79,37 @@ def test_terms_are_added_up_a_few_slots_at_a_time(tmp_path, monkeypatch):
             assert len(list(reencode(run, slots, encoder, Check(), read_ahead=2))) < len(slots) / 2
     assert max(sizes) == 2
     assert torch.equal(torch.cat(found[2]), torch.cat(found[4096])) and len(torch.cat(found[2])) == len(slots)
+
+
+@pytest.mark.parametrize("at_once", [1024, 3])
+@pytest.mark.parametrize("activation", [RELU, TOPK], ids=lambda activation: activation["cls"])
+def test_only_the_tokens_that_won_are_encoded_each_once(tmp_path, activation, at_once, monkeypatch, capsys):
+    out, submit, sizes = make_run(tmp_path, activation), Encoder.submit, []
+    monkeypatch.setattr("saev_dist.reencode.TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(
+        Encoder, "submit", lambda self, acts_td, **how: sizes.append(len(acts_td)) or submit(self, acts_td, **how)
+    )
+    capsys.readouterr()
+    verify.run(Verify(run=out, features=(1, 2, 5), n_features=0, progress=False))
+    run, said = FinishedRun.open(out), capsys.readouterr().out
+    slots = choose_slots((1, 2, 5), run.values_sk, run.imgs_sk, run.patches_sk, None)
+    n_tokens, n_images = len(np.unique(slots[["img_i", "patch_i"]])), len(np.unique(slots["img_i"]))
+    assert f"{n_tokens:,} tokens of {n_images:,} images" in said and f"{len(slots):,} equal to the stored ones" in said
+    assert sum(sizes) == n_tokens < n_images * run.shards.n_patches
+    assert len(sizes) == 1 if at_once == 1024 else len(sizes) > 3 and max(sizes) < 3 + run.shards.n_patches
+
+
+def test_a_token_that_is_no_number_any_more_is_named(tmp_path, capsys):
+    acts = np.random.default_rng(0).integers(-2, 3, (23, 5, 600)).astype(np.float32)  # more than the 4 KiB that are probed
+    shards, sae = make_shards(tmp_path / "shards", acts, imgs_per_shard=23), make_sae(tmp_path / "sae.pt", d_model=600)
+    extract.run(Extract(shards=shards, sae=sae, out=tmp_path / "run", rank_by="image", progress=False))
+    run = FinishedRun.open(tmp_path / "run")
+    feature, slot = np.argwhere(run.patches_sk > 0)[0]
+    img_i, patch_i = int(run.imgs_sk[feature, slot]), int(run.patches_sk[feature, slot])  # the only token of its image
+    acts[img_i, patch_i, 7] = np.nan
+    acts.tofile(shards / "acts000000.bin")
+    line = fails(capsys, "verify", "--run", tmp_path / "run", "--features", feature, "--n-features", 0)
+    assert f"acts000000.bin: image {img_i} (example {img_i} of the shard), patch {patch_i}, dimension 7 is nan" in line
 
 
 def test_ranks_check_the_same_scores(tmp_path):
@@ -195,9 +227,9 @@ def test_a_run_of_another_device_verifies_where_rounding_decides_what_a_code_kee
             row_n = np.searchsorted(image.feature_m, image.slots_n["feature"])
             drawn_n = image.values_mp[row_n, image.slots_n["patch_i"]]
             np.testing.assert_allclose(drawn_n, image.slots_n["score"], rtol=1e-4)  # also those on the edge
-    assert check.n_slots == len(slots) and check.n_on_edge > 0
+    assert check.n_slots == len(slots) and check.n_on_edge > 0 and 0 < check.largest <= 1
     verify.run(Verify(run=tmp_path / "run", all=True, device="cpu", progress=False))
-    assert f"{check.n_on_edge:,} scores that rounding" in capsys.readouterr().out
+    assert re.search(r"on the edge +[1-9]\d* scores that rounding", capsys.readouterr().out)
 
 
 def test_a_score_that_its_code_leaves_out_by_more_than_rounding_is_found(tmp_path, capsys):

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
@@ -33,7 +32,7 @@ from saev_dist.errors import CheckpointError
 from saev_dist.fused import kernels_on
 from saev_dist.machine import cpu_threads
 from saev_dist.sae.model import ConstantNorm, Gated, Given, GroupMax, LayerNorm, Precision, Sae, Threshold, TopK
-from saev_dist.sae.pieces import LANES, block_shape, encodes_at_once, piece_images
+from saev_dist.sae.pieces import LANES, block_shape, encodes_at_once, feature_blocks, piece_images
 from saev_dist.sae.product import NumpyProduct, Product, TorchProduct, uses_numpy
 from saev_dist.sae.screen import Screen
 from saev_dist.sae.select import select_at_once
@@ -186,8 +185,8 @@ class Encoder:
                 change before the codes are used.
             img_i: global index of the first example.
             n_patches: tokens per example.
-            only: features whose codes are wanted, int64, on the encoder's device; None: all. The others do not leave
-                the device.
+            only: features whose codes are wanted, int64 (1 or more), on the encoder's device; None: all. The others do not
+                leave the device; on the CPU most are not even encoded where none of them decides what another one is.
             lift_s: float32 (s,), added to the scores before the activation decides which to keep; None: nothing. Not with
                 `screen`.
 
@@ -291,8 +290,9 @@ class Encoder:
         activation = self.sae.activation
         if isinstance(self.sae.input_norm, LayerNorm | ConstantNorm):
             x_bd = self.sae.input_norm.apply(x_bd)
-        select = self._select_at_once if encodes_at_once(self.device) else self._select
-        token_n, feature_n, value_n = select(x_bd.to(self.dtype), lift_s)
+        x_bd = x_bd.to(self.dtype)
+        at_once = encodes_at_once(self.device)
+        token_n, feature_n, value_n = self._select_at_once(x_bd, lift_s) if at_once else self._select(x_bd, lift_s, only)
         if isinstance(activation, Gated):
             value_n = value_n * self._mag_scale_s[feature_n] + self._mag_shift_s[feature_n]
         keep_n = value_n > 0 if isinstance(activation, Gated) or (isinstance(activation, TopK) and activation.relu) else None
@@ -304,9 +304,9 @@ class Encoder:
             token_n, feature_n, value_n = token_n[kept_x], feature_n[kept_x], value_n[kept_x]
         return token_n, feature_n, value_n
 
-    def _select(self, x_bd: Tensor, lift_s: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _select(self, x_bd: Tensor, lift_s: Tensor | None, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         n_tokens, d_sae, activation = len(x_bd), self.sae.d_sae, self.sae.activation
-        _, n_first, step = block_shape(n_tokens, activation, d_sae, self.device)
+        blocks = feature_blocks(n_tokens, activation, d_sae, self.device, only)
         threshold: Bound = self._threshold.float().numpy() if isinstance(self._threshold, Tensor) else self._threshold
         product = self._made_product()
         prepared = product.prepare(x_bd)
@@ -314,14 +314,14 @@ class Encoder:
         sieve = Sieve(activation, 0.0 if exact else threshold, n_tokens, d_sae, exact)
         # Features are rows, so that codes are found in their final order; rows begin at cache lines, or the product is slow.
         width = -(-n_tokens // 16) * 16
-        block_cw = self._block(n_first * width, product.dtype).view(n_first, width)
-        cuts = [0, *range(n_first, d_sae, step), d_sae]
-        for first, stop in pairwise(cuts):
+        largest = max(features.stop - features.start for features in blocks)
+        block_cw = self._block(largest * width, product.dtype).view(largest, width)
+        for features in blocks:
             if self._is_closing:  # nobody waits for this any more
                 raise CancelledError
-            h_cw = block_cw[: stop - first]
-            margin = product.into(h_cw[:, :n_tokens], slice(first, stop), prepared, lift_s)
-            sieve.take(first, (h_cw if product.dtype == torch.float32 else h_cw.view(torch.int16)).numpy(), margin)
+            h_cw = block_cw[: features.stop - features.start]
+            margin = product.into(h_cw[:, :n_tokens], features, prepared, lift_s)
+            sieve.take(features.start, (h_cw if product.dtype == torch.float32 else h_cw.view(torch.int16)).numpy(), margin)
         candidates = sieve.candidates()
         if exact:
             candidates = exact(candidates)

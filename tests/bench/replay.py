@@ -1,6 +1,8 @@
 """Replay over its ceilings: `python -m tests.bench.replay`.
 
-    encode   images per second of `reencode` (read, encode, verify) over the bare matrix product of the same tokens
+    encode   images per second of `reencode` (read, encode, verify) over the bare matrix product of the same tokens with all
+             features, of which an SAE without top-k needs those alone that won slots in an image
+    verify   the same of `verify_tokens`, which reads whole images, over the product of the tokens that won
     draw     heatmaps per second of one drawing process over bare Pillow: decode, resize, and encode the same files
     memory   peak resident memory of `saev-dist replay` above the imports, by number of features, and of a drawing process
 
@@ -10,11 +12,12 @@ The scores are verified by `reencode` itself, the pictures are counted. One JSON
 import argparse
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
@@ -26,7 +29,7 @@ from saev_dist import draw, extract
 from saev_dist.choose import choose_slots, deal
 from saev_dist.config import Extract
 from saev_dist.finished import FinishedRun
-from saev_dist.reencode import Check, reencode
+from saev_dist.reencode import Check, reencode, verify_tokens
 from saev_dist.render.geometry import Geometry
 from saev_dist.sae.encoder import Encoder
 from tests.bench.extract import PRODUCT, Case, bare_product_s, make_inputs, read_all
@@ -63,18 +66,25 @@ def make_pictures(dpath: Path, n: int) -> Path:
     return dpath
 
 
-def encode_shares(run: FinishedRun, shards: Path, rounds: int) -> list[float]:
-    """Seconds of the bare product over those of `reencode`, for all images."""
-    slots = choose_slots(range(run.sae.d_sae), run.values_sk, run.imgs_sk, run.patches_sk, None)
-    slots = deal(slots, 1)[0]
-    images = np.unique(slots["img_i"])
-    acts_td = read_all(shards).view(run.shards.n_examples, -1)[torch.from_numpy(images)].view(-1, run.sae.d_model)
+def encode_shares(run: FinishedRun, shards: Path, rounds: int, n_features: int, *, to_draw: bool) -> list[float]:
+    """Seconds of the bare product over those of `reencode`, or of `verify_tokens`, for what so many features need."""
+    features = range(0, run.sae.d_sae, run.sae.d_sae // n_features)
+    slots = deal(choose_slots(features, run.values_sk, run.imgs_sk, run.patches_sk, None), 1)[0]
+    images, n_patches = np.unique(slots["img_i"]), run.shards.n_patches
+    if to_draw:
+        token_t = (images[:, None] * n_patches + np.arange(n_patches)).ravel()
+    else:
+        token_t = np.unique(slots["img_i"] * n_patches + slots["patch_i"])
+    acts_td = read_all(shards)[torch.from_numpy(token_t)]
     shares = []
     for _ in range(rounds):
         ceiling_s = bare_product_s(acts_td, run.sae.w_enc_ds, run.sae.b_enc_s, 16_384)
         check, began = Check(), time.perf_counter()
         with Encoder(run.sae, torch.device("cpu"), "fp32", torch.get_num_threads()) as encoder:
-            n_images = sum(1 for _ in reencode(run, slots, encoder, check, read_ahead=16))
+            if to_draw:
+                n_images = sum(1 for _ in reencode(run, slots, encoder, check, read_ahead=16))
+            else:
+                n_images = sum(verify_tokens(run, slots, encoder, check, read_ahead=16))
         shares.append(ceiling_s / (time.perf_counter() - began))
         assert n_images == len(images) and check.n_slots == len(slots)
     return shares
@@ -119,12 +129,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     case = Case(n_imgs=332, top_k=16)
+    relu = replace(case, activation="Relu", l0=30)
     with tempfile.TemporaryDirectory() as name:
         dpath = Path(name)
-        shards, sae = make_inputs(dpath, case)
         images = make_pictures(dpath / "images", case.n_imgs)
-        extract.run(Extract(shards=shards, sae=sae, out=dpath / "run", top_k=case.top_k, device="cpu", progress=False))
-        encode = encode_shares(FinishedRun.open(dpath / "run"), shards, args.rounds)
+        for each, measured in ((relu, ((50, True), (case.d_sae, True))), (case, ((100, False), (case.d_sae, True)))):
+            shutil.rmtree(dpath / "shards", ignore_errors=True)
+            shards, sae = make_inputs(dpath, each)
+            on = {"shards": shards, "sae": sae, "out": dpath / "run", "top_k": case.top_k, "device": "cpu"}
+            extract.run(Extract(**on, progress=False, force=True))
+            for n_features, to_draw in measured:
+                shares = encode_shares(FinishedRun.open(dpath / "run"), shards, args.rounds, n_features, to_draw=to_draw)
+                emit(
+                    "replay",
+                    f"{'replay: images' if to_draw else 'verify: tokens'} of {n_features:,} features, {each.activation}",
+                    asdict(each),
+                    ceiling=PRODUCT,
+                    share=median(shares),
+                    shares=[round(share, 3) for share in shares],
+                )
         drawn, heatmaps_per_s = draw_shares(images, 60, args.rounds)
         peaks = {}
         for n_features in (50, 400, 1600):
@@ -132,14 +155,6 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             peaks[n_features] = [round(n_bytes / 1e6) for n_bytes in json.loads(done.stdout.splitlines()[-1])]
     pillow = "bare Pillow: decode, resize, encode the same files"
-    emit(
-        "replay",
-        "replay: images encoded and verified",
-        asdict(case),
-        ceiling=PRODUCT,
-        share=median(encode),
-        shares=[round(share, 3) for share in encode],
-    )
     emit(
         "replay",
         "replay: heatmaps drawn",
