@@ -79,10 +79,8 @@ def run(cfg: Extract) -> None:
             return
         need = fit(cfg, job.shards, job.sae, job.plan, job.device, job.n_threads, world)
         job = replace(job, n_threads=need.n_threads)
-        earlier = store.under_way() if world.rank == 0 and not force else None
-        kinds = world.collect(arithmetic(job.device))
         if world.rank == 0:
-            _warn_of(cfg, job, store, [*kinds, earlier.get("arithmetic", str, kinds[0]) if earlier else kinds[0]])
+            _warn_of(cfg, job, store)
         if cfg.dry_run:
             if world.rank == 0:
                 print(describe_plan(cfg, job.shards, job.sae, job.plan, need, world.size))
@@ -90,6 +88,7 @@ def run(cfg: Extract) -> None:
         if world.rank == 0 and not cfg.skip_bad_shards:
             job.shards.check_files()
         if world.rank == 0:
+            earlier = None if force else store.under_way()
             found = check(
                 job.sae,
                 job.shards,
@@ -109,20 +108,11 @@ def run(cfg: Extract) -> None:
             work(replace(job, identity=begun or job.identity), store, world)
 
 
-def _warn_of(cfg: Extract, job: Job, store: Run, kinds: list[str]) -> None:
-    """Tell of what is allowed, and seldom meant.
-
-    Args:
-        kinds: what the ranks compute on, and what an earlier attempt did.
-    """
+def _warn_of(cfg: Extract, job: Job, store: Run) -> None:
+    """Tell of what is allowed, and seldom meant."""
     if strangers := store.strangers():
         more = f" and {len(strangers) - 1:,} more" if len(strangers) > 1 else ""
         warn(f"{cfg.out} holds {strangers[0]}{more}, of no run: the artifacts go beside them.")
-    if len(set(kinds)) > 1:
-        warn(
-            f"this run computes on {' and on '.join(sorted(set(kinds)))}: a score's last bits depend on which of them made it, "
-            "so the bytes will be those of this dealing alone."
-        )
     if 0 < cfg.percentile < 1:
         meant = f"{100 * cfg.percentile:g}"
         warn(f"--percentile {cfg.percentile:g} is below the 1st percentile; for the {meant}th write {meant}.")
@@ -136,12 +126,7 @@ def _warn_of(cfg: Extract, job: Job, store: Run, kinds: list[str]) -> None:
 def _note(job: Job) -> dict[str, Any]:
     """What run.json holds besides the identity."""
     report = job.self_check.to_json() if job.self_check else None
-    return {
-        "config": as_json(job.cfg),
-        "n_batches": job.plan.n_batches,
-        "self_check": report,
-        "arithmetic": arithmetic(job.device),
-    }
+    return {"config": as_json(job.cfg), "n_batches": job.plan.n_batches, "self_check": report}
 
 
 def work(job: Job, store: Run, world: World, *, encode: bool = True) -> None:
@@ -207,12 +192,19 @@ def _take_share(job: Job, store: Run, world: World, *, goes_on: bool) -> Share:
     first_rank = world.rank == 0
     found = world.tell(partials.names(dpath) if first_rank else None)
     mine = found[world.rank :: world.size]
-    faults = world.collect({name: what for name in mine if (what := partials.fault(dpath / name, world.check))})
+    faults = {name: what for name in mine if (what := partials.fault(dpath / name, world.check))}
+    looks = world.collect({"faults": faults, "arithmetic": arithmetic(job.device)})
     live: list[Partial] = []
     fingerprint = partials.fingerprint(job.identity)
     if first_rank:
-        known = {name: what for part in faults for name, what in part.items()}
+        known = {name: what for look in looks for name, what in look["faults"].items()}
         live = partials.settle(dpath, known, fingerprint)
+        kinds = {look["arithmetic"] for look in looks}.union(*(partial.arithmetic for partial in live))
+        if goes_on and len(kinds) > 1:
+            warn(
+                f"this run is computed on {' and on '.join(sorted(kinds))}, which may differ in a score's last bits: "
+                "other ranks or attempts may give other bytes."
+            )
         if live and goes_on:
             n_done = plan.n_examples_in(_done(live))
             share = f"{n_done:,} of {plan.n_examples:,} images ({n_done / plan.n_examples:.1%})"
@@ -280,7 +272,9 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
 
     with ExitStack() as stack:
         spill = stack.enter_context(Spill(store.partials_dpath, partials.new_owner(world.rank), _row_kinds(cfg)))
-        keeper = stack.enter_context(Keeper(spill, share.fingerprint, share.absorbed, cfg.snapshot_every))
+        keeper = stack.enter_context(
+            Keeper(spill, share.fingerprint, share.absorbed, arithmetic(job.device), cfg.snapshot_every)
+        )
         stack.callback(progress.close)
         shapes = shards.n_patches, sae.activation, sae.d_sae, job.device
         n_ahead = batches_ahead(job.plan.sizes(), *shapes, job.n_threads)
@@ -333,6 +327,7 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
         "rank": world.rank,
         "host": platform.node(),
         "product": encoder.product,
+        "arithmetic": keeper.arithmetic,
         "n_batches": sum(stop - first for first, stop in share.todo),
         "n_tokens": n_done,
         "n_tokens_before": n_before,

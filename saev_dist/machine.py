@@ -19,11 +19,15 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def arithmetic(device: torch.device) -> str:
-    """What decides, beside the libraries, how a product is rounded: the GPU, or the CPU's maker and vector instructions."""
+    """What decides, beside the libraries, how a product is rounded: the GPU, or the CPU's model and its vector instructions, by
+    which libraries choose their code."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    maker = re.search(r"^vendor_id\s*: (\S+)$", _read(CPUINFO), re.M)
-    return f"{maker[1] if maker else platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    names = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")  # the latter two on ARM
+    text = _read(CPUINFO)
+    found = [(name, re.search(rf"^{name}\s*: (\S+)$", text, re.M)) for name in names]
+    words = [f"{name} {value[1]}".removeprefix("vendor_id ") for name, value in found if value]
+    return " ".join([*(words or [platform.machine()]), torch.backends.cpu.get_cpu_capability()])
 
 
 def cpu_threads() -> int:

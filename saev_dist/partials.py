@@ -72,6 +72,8 @@ class Partial:
     absorbed: tuple[str, ...]
     """Owners whose partials this one stands for."""
     segments: tuple[Segment, ...]
+    arithmetic: tuple[str, ...]
+    """What computed them, as `machine.arithmetic` calls it; sorted. Nothing in those of former versions."""
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     """dtype and shape of each tensor, in the order of the file."""
 
@@ -181,6 +183,7 @@ def _parse(fpath: Path, file: BinaryIO) -> Partial:
             number=obj["number"],
             absorbed=tuple(obj["absorbed"]),
             segments=tuple(map(Segment.from_json, obj["segments"])),
+            arithmetic=tuple(obj.get("arithmetic", ())),
             tensors={name: (dtype, tuple(shape)) for name, (dtype, shape) in obj["tensors"].items()},
         )
         if partial.name != fpath.name:
@@ -321,12 +324,13 @@ class Keeper:
         spill: the rank's rows; they say which batches it has done.
         fingerprint: of the run.
         absorbed: partials that the rank's state started from.
+        arithmetic: what this rank computes on.
         every_s: seconds from one to the next.
     """
 
-    def __init__(self, spill: Spill, fingerprint: str, absorbed: list[Partial], every_s: float) -> None:
+    def __init__(self, spill: Spill, fingerprint: str, absorbed: list[Partial], arithmetic: str, every_s: float) -> None:
         self._spill, self._fingerprint, self._every_s = spill, fingerprint, every_s
-        self._absorbed = absorbed
+        self._absorbed, self._own_arithmetic = absorbed, arithmetic
         self._inherited = tuple(segment for partial in absorbed for segment in partial.segments)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="keeper")
         self._writing: Future[None] | None = None
@@ -341,6 +345,12 @@ class Keeper:
     def segments(self) -> tuple[Segment, ...]:
         """What the rank's state covers."""
         return (*self._inherited, *self._spill.segments)
+
+    @property
+    def arithmetic(self) -> tuple[str, ...]:
+        """What that was computed on."""
+        own = (self._own_arithmetic,) if self._spill.segments else ()
+        return tuple(sorted({*own, *(kind for partial in self._absorbed for kind in partial.arithmetic)}))
 
     def save_if_due(self, state: Callable[[], State]) -> None:
         """Write on another thread, from a copy of the state, if it is time and the last write is done.
@@ -375,6 +385,7 @@ class Keeper:
             number=self._number,
             absorbed=tuple(partial.owner for partial in self._absorbed),
             segments=(*self._inherited, *own),
+            arithmetic=self.arithmetic,
             tensors={name: (str(tensor.numpy().dtype), tuple(tensor.shape)) for name, tensor in state.items()},
         )
         self._spill.sync()

@@ -8,11 +8,11 @@ Names: `n` slots, `m` features of an image, `p` patches, `t` tokens, `d` model w
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
+from typing import Self
 
 import numpy as np
 import torch
@@ -21,13 +21,14 @@ from torch import Tensor
 
 from saev_dist.accumulators.base import Codes
 from saev_dist.choose import Slots
-from saev_dist.data.reader import Reader, find_bad_value
+from saev_dist.data.reader import Reader, find_bad_value, read_batch
 from saev_dist.data.shards import Shards
 from saev_dist.errors import DataError, RunError
 from saev_dist.finished import FinishedRun
 from saev_dist.plan import Batch, Intervals, Plan
 from saev_dist.sae.encoder import ActivationOverflow, Encoder
 from saev_dist.sae.model import GroupMax, TopK
+from saev_dist.sae.pieces import piece_tokens
 
 # Largest difference of two evaluations of one score, in shares of the sum of its terms' magnitudes. Products are rounded
 # at 2^-24 (fp32), 2^-11 (tf32) and 2^-9 (bf16) of each term; the rest is room for the sum's own rounding.
@@ -35,7 +36,7 @@ TOLERANCE = {"fp32": 2.0**-16, "tf32": 2.0**-9, "bf16": 2.0**-6}
 SLOTS_AT_ONCE = 4096
 """Or features, whose terms are added up at a time: each brings a row of the encoder's weights along."""
 TOKENS_AT_ONCE = 1024
-"""That are verified at a time, or one image's more."""
+"""That are verified at a time, and one image's more."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,8 +57,6 @@ class Check:
     """What the comparison found so far."""
 
     n_slots: int = 0
-    n_tokens: int = 0
-    """In which they are, where only those were encoded."""
     n_on_edge: int = 0
     """Scores that rounding pushed out of their token's code: they all but tie with what it keeps."""
     largest: float = 0.0
@@ -100,91 +99,104 @@ def reencode(run: FinishedRun, slots: Slots, encoder: Encoder, check: Check, *, 
             yield _checked(run, encoder, check, *waiting.popleft())
 
 
-def verify_tokens(run: FinishedRun, slots: Slots, encoder: Encoder, check: Check, *, read_ahead: int) -> Iterator[int]:
-    """Encode the tokens of `slots` (in the order of images); yield now and then of how many more images that is done.
+def verify_tokens(
+    run: FinishedRun, slots: Slots, encoder: Encoder, check: Check, *, read_ahead: int, look: Callable[[], None]
+) -> Iterator[None]:
+    """Encode the tokens of `slots` (in the order of images) alone.
 
-    Memory: `read_ahead` images, and `TOKENS_AT_ONCE` tokens and the codes of as many for each of the encoder's threads.
+    It yields once for each image, when it has read it, and for the last one when all are verified.
+
+    Memory: `read_ahead` images; for each of the encoder's threads, and two more, the tokens of a piece and their codes.
+
+    Args:
+        look: called once a second while it waits for an image; what it raises ends it.
 
     Raises:
         RunError: a score is not the stored one.
         DataError: an activation is not finite.
     """
     img_i, starts = np.unique(slots["img_i"], return_index=True)
-    groups = np.split(slots, starts[1:]) if len(img_i) else []
-    reader = Reader(run.shards, Plan(run.shards.examples, 1), _intervals(img_i), depth=read_ahead)
+    groups = iter(np.split(slots, starts[1:]) if len(img_i) else [])
+    reader = Reader(run.shards, Plan(run.shards.examples, 1), _intervals(img_i), depth=read_ahead, check=look)
+    most = min(TOKENS_AT_ONCE, piece_tokens(encoder.sae.activation, encoder.sae.d_sae))
     waiting: deque[tuple[_Tokens, Future[Codes]]] = deque()
-    tokens = _Tokens()
-    for i, ((batch, acts_pd), slots_n) in enumerate(zip(reader, groups, strict=True)):
-        tokens.add(batch, acts_pd, slots_n)
-        if tokens.n_tokens < TOKENS_AT_ONCE and i + 1 < len(groups):
-            continue
+    images: list[_Tokens] = []
+
+    def submit() -> None:
+        tokens = _Tokens.together(images)
+        images.clear()
         only = torch.from_numpy(np.unique(tokens.slots_n["feature"])).to(encoder.device)
         waiting.append((tokens, encoder.submit(tokens.acts_td, img_i=0, n_patches=1, only=only)))
-        tokens = _Tokens()
-        if len(waiting) > encoder.n_threads:
-            yield _verified(run, encoder, check, *waiting.popleft())
+
+    n_tokens = 0
+    for i, (batch, acts_pd) in enumerate(reader):
+        if i:
+            yield
+        slots_n = next(groups)
+        patch_t, token_n = np.unique(slots_n["patch_i"], return_inverse=True)
+        images.append(_Tokens([batch], slots_n, token_n, acts_pd[torch.from_numpy(patch_t)]))
+        n_tokens += len(patch_t)
+        if n_tokens >= most:
+            submit()
+            n_tokens = 0
+        while waiting and (len(waiting) > encoder.n_threads or waiting[0][1].done()):
+            _verify(run, encoder, check, *waiting.popleft())
+    if images:
+        submit()
     while waiting:
-        yield _verified(run, encoder, check, *waiting.popleft())
+        look()
+        _verify(run, encoder, check, *waiting.popleft())
+    if len(img_i):
+        yield
 
 
+@dataclass(frozen=True, eq=False)
 class _Tokens:
-    """The tokens that won slots, of some images. Images are added first, then it is asked what there is."""
+    """The tokens of an image, or of some, that won slots."""
 
-    def __init__(self) -> None:
-        self.n_tokens = 0
-        self._images: list[tuple[Batch, NDArray[np.int64], Tensor]] = []
-        self._slots: list[Slots] = []
-        self._rows: list[NDArray[np.int64]] = []
+    batches: list[Batch]
+    """Of one image each."""
+    slots_n: Slots
+    token_n: NDArray[np.int64]
+    """Each slot's, of `acts_td`."""
+    acts_td: Tensor
+    """float32, a copy."""
 
-    def add(self, batch: Batch, acts_pd: Tensor, slots_n: Slots) -> None:
-        """Take those of an image, which may be overwritten then."""
-        patch_t, row_n = np.unique(slots_n["patch_i"], return_inverse=True)
-        self._images.append((batch, patch_t, acts_pd[torch.from_numpy(patch_t)]))
-        self._slots.append(slots_n)
-        self._rows.append(row_n + self.n_tokens)
-        self.n_tokens += len(patch_t)
-
-    @property
-    def n_images(self) -> int:
-        return len(self._images)
-
-    @cached_property
-    def acts_td(self) -> Tensor:
-        return torch.cat([acts_td for _, _, acts_td in self._images])
-
-    @cached_property
-    def slots_n(self) -> Slots:
-        return np.concatenate(self._slots)
-
-    @cached_property
-    def row_n(self) -> NDArray[np.int64]:
-        """Each slot's token."""
-        return np.concatenate(self._rows)
-
-    def find_bad_value(self, shards: Shards, limit: float) -> DataError:
-        """The error for tokens one of which has an activation that is not below `limit`."""
-        batch, patch_t, acts_td = next(image for image in self._images if not bool((image[2].abs() < limit).all()))
-        acts_pd = torch.zeros(shards.n_patches, shards.d_model)
-        acts_pd[torch.from_numpy(patch_t)] = acts_td
-        return find_bad_value(acts_pd, batch, shards, limit)
+    @classmethod
+    def together(cls, images: list[Self]) -> Self:
+        firsts = np.cumsum([0, *(len(image.acts_td) for image in images[:-1])])
+        return cls(
+            batches=[batch for image in images for batch in image.batches],
+            slots_n=np.concatenate([image.slots_n for image in images]),
+            token_n=np.concatenate([image.token_n + first for image, first in zip(images, firsts, strict=True)]),
+            acts_td=torch.cat([image.acts_td for image in images]),
+        )
 
 
-def _verified(run: FinishedRun, encoder: Encoder, check: Check, tokens: _Tokens, encoded: Future[Codes]) -> int:
-    """Hold the slots of some tokens against their codes; how many images these are of."""
+def _verify(run: FinishedRun, encoder: Encoder, check: Check, tokens: _Tokens, encoded: Future[Codes]) -> None:
+    """Hold the slots of some tokens against their codes."""
+    n_tokens, slots_n = len(tokens.acts_td), tokens.slots_n
     try:
         codes = encoded.result()
     except ActivationOverflow as err:
-        raise tokens.find_bad_value(run.shards, err.limit) from None
-    slots_n, row_n = tokens.slots_n, tokens.row_n
-    key_c = codes.feature_n.numpy() * tokens.n_tokens + codes.token_n.numpy()  # ascending, as codes are
-    key_n = slots_n["feature"] * tokens.n_tokens + row_n
+        raise _find_bad_image(run.shards, tokens.batches, err.limit) from None
+    key_c = codes.feature_n.numpy() * n_tokens + codes.token_n.numpy()  # ascending, as codes are
+    key_n = slots_n["feature"] * n_tokens + tokens.token_n
     place_n = np.minimum(np.searchsorted(key_c, key_n), max(0, len(key_c) - 1))
     found_n = np.zeros(len(slots_n), np.float32)
     if len(key_c):
         np.copyto(found_n, codes.value_n.numpy()[place_n], where=key_c[place_n] == key_n)
-    _hold(run, encoder, check, slots_n, tokens.acts_td, row_n, found_n)
-    check.n_tokens += tokens.n_tokens
-    return tokens.n_images
+    _hold(run, encoder, check, slots_n, tokens.acts_td, tokens.token_n, found_n)
+
+
+def _find_bad_image(shards: Shards, batches: list[Batch], limit: float) -> DataError:
+    """The error for images one of which has an activation that is not below `limit`: they are read again."""
+    acts_pd = torch.empty(shards.n_patches, shards.d_model)
+    for batch in batches:
+        read_batch(shards, batch, acts_pd.view(-1))
+        if not bool((acts_pd.abs() < limit).all()):
+            return find_bad_value(acts_pd, batch, shards, limit)
+    return DataError(f"{shards.dpath}: an image changed while it was read. Run again.")
 
 
 def _checked(

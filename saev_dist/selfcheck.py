@@ -25,7 +25,8 @@ from saev_dist.accumulators.base import Codes, DeviceCodes
 from saev_dist.accumulators.reconstruction import Reconstruction
 from saev_dist.data.reader import sample_images
 from saev_dist.data.shards import Shards
-from saev_dist.errors import CheckpointError, ConfigError, MergeError, warn
+from saev_dist.errors import CheckpointError, ConfigError, MergeError, RunError, warn
+from saev_dist.fields import Fields
 from saev_dist.machine import memory_wanted
 from saev_dist.report import table
 from saev_dist.sae.encoder import ActivationOverflow, Encoder, batch_threads
@@ -71,10 +72,24 @@ class Report:
 
     @classmethod
     def from_json(cls, obj: Any) -> "Report | None":
-        """The report of a run under way; None: it has none, or one that this version does not know."""
+        """The report in a run.json; None: it has none, or one that this version would not write."""
         try:
-            return cls(**obj | {"figures": [Figures(**figures) for figures in obj["figures"]]})
-        except (TypeError, KeyError):
+            report = Fields(obj, "", RunError)
+            figures = []
+            for part in (Fields(each, "", RunError) for each in report.get("figures", list)):
+                error = None if part.obj.get("normalized_mse") is None else part.get("normalized_mse", float)
+                figures.append(
+                    Figures(
+                        reading=part.get("reading", str),
+                        flags=part.get("flags", str),
+                        normalized_mse=error,
+                        l0=part.get("l0", float),
+                        dead_share=part.get("dead_share", float),
+                    )
+                )
+            finding = None if report.obj.get("finding") is None else report.get("finding", str)
+            return cls(n_tokens=report.get("n_tokens", int), figures=figures, finding=finding)
+        except RunError:
             return None
 
     def __str__(self) -> str:

@@ -153,11 +153,11 @@ class Run:
         return Lock(self.dpath).holder()
 
     def begin(self, identity: dict[str, Any], note: dict[str, Any], *, afresh: bool) -> dict[str, Any] | None:
-        """Note what is under way here, unless it is noted already. The lock must be held.
+        """Note what is under way here, or what is not noted yet of it. The lock must be held.
 
         Args:
             identity: what the bytes of the artifacts depend on.
-            note: what a later attempt, `merge` and the launcher want to know besides; JSON.
+            note: what a later attempt, `merge` and the launcher want to know besides; JSON. None: this attempt does not know.
             afresh: forget an unfinished attempt, if there is one.
 
         Returns:
@@ -168,19 +168,22 @@ class Run:
             RunError: another process has begun a run of other settings, there is work of a run that nothing tells of, or the
                 directory cannot be written.
         """
-        run_fpath = self.partials_dpath / "run.json"
         with writing(self.partials_dpath):
             if self.is_finished(identity, force=afresh):
                 return None
-            if afresh or not run_fpath.exists():
+            under_way = None if afresh else self.under_way()
+            if under_way is None:
                 if not afresh:
                     self.refuse_orphans()
                 self._clear()
-                self.stage_json("run.json.new", {"identity": identity} | note)
-                os.replace(self.partials_dpath / "run.json.new", run_fpath)
+            noted = under_way.obj if under_way else {}
+            content = {"identity": identity} | note | {name: value for name, value in noted.items() if value is not None}
+            if content != noted:
+                self.stage_json("run.json.new", content)
+                os.replace(self.partials_dpath / "run.json.new", self.partials_dpath / "run.json")
                 fsync_dir(self.partials_dpath)
-        under_way = self.under_way()
-        return identity if under_way is None else under_way.get("identity", dict)
+        begun: dict[str, Any] = content["identity"]
+        return begun
 
     def refuse_orphans(self) -> None:
         """Raise RunError where there are partials and nothing that tells of what run: no run.json, and no manifest.json,

@@ -46,19 +46,20 @@ def run(cfg: Verify) -> None:
         n_threads = cpu_threads() if device.type == "cpu" else 1
         precision = usable_precision(finished.precision, device)
         with Encoder(finished.sae, device, precision, n_threads) as encoder:
-            for n in verify_tokens(finished, own, encoder, check, read_ahead=cfg.read_ahead):
+            for _ in verify_tokens(finished, own, encoder, check, read_ahead=cfg.read_ahead, look=world.check):
                 world.check()
-                progress.advance(n * n_patches)
+                progress.advance(n_patches)
         progress.close()
-        reports = world.collect([check.n_tokens, check.n_slots, check.n_on_edge, check.largest])
+        reports = world.collect([check.n_slots, check.n_on_edge, check.largest])
         if world.rank == 0:
-            n_tokens, n_slots, on_edge, largest = zip(*reports, strict=True)
+            n_slots, on_edge, largest = zip(*reports, strict=True)
             print(
                 table(
                     {
                         "run": str(cfg.run),
                         "features": f"{len(features):,} of {finished.sae.d_sae:,}",
-                        "encoded again": f"{sum(n_tokens):,} tokens of {len(np.unique(slots['img_i'])):,} images",
+                        "encoded again": f"{len(np.unique(slots[['img_i', 'patch_i']])):,} tokens of "
+                        f"{len(np.unique(slots['img_i'])):,} images",
                         "scores": f"{sum(n_slots):,} equal to the stored ones",
                         "largest difference": f"{max(largest):.1%} of the tolerance for {finished.precision} "
                         f"(2^{np.log2(TOLERANCE[finished.precision]):.0f} of the sum of a score's terms)",

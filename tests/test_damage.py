@@ -73,7 +73,9 @@ def test_a_damaged_partial_is_set_aside_and_computed_again(tmp_path, server, who
 
 def test_the_newest_partial_is_told_by_its_number_not_by_its_name(tmp_path):
     for number in (999_999, 1_000_000):
-        partial = partials.Partial(fingerprint="f", owner="00000-x", number=number, absorbed=(), segments=(), tensors={})
+        partial = partials.Partial(
+            fingerprint="f", owner="00000-x", number=number, absorbed=(), segments=(), arithmetic=(), tensors={}
+        )
         partials.write(tmp_path, partial, {})
     assert [partial.number for partial in partials.newest(tmp_path)] == [1_000_000]
 
@@ -83,7 +85,13 @@ def test_partials_are_read_while_ranks_replace_theirs(tmp_path, monkeypatch):
 
     def put(rank: int, number: int, **fields) -> partials.Partial:
         partial = partials.Partial(
-            fingerprint="f", owner=f"{rank:05d}-x", number=number, segments=(), tensors={}, **{"absorbed": (), **fields}
+            fingerprint="f",
+            owner=f"{rank:05d}-x",
+            number=number,
+            segments=(),
+            arithmetic=(),
+            tensors={},
+            **{"absorbed": (), **fields},
         )
         partials.write(tmp_path, partial, {})
         return partial

@@ -1,4 +1,6 @@
-"""CPUs and memory of a machine, as control groups of both versions leave them; see cgroups(7)."""
+"""What kind of machine it is; its CPUs and memory, as control groups of both versions leave them: see cgroups(7)."""
+
+import platform
 
 import pytest
 import torch
@@ -155,3 +157,21 @@ def test_this_machine_has_some():
 def test_what_a_gpus_libraries_say_of_memory_is_understood(text, where):
     assert machine.memory_wanted(RuntimeError(text), torch.device("cuda", 1)) == where
     assert machine.memory_wanted(RuntimeError(text), torch.device("cpu")) == ""
+
+
+def test_processors_that_may_round_otherwise_have_other_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+
+    def name(text: str) -> str:
+        (tmp_path / "cpuinfo").write_text(text)
+        return machine.arithmetic(torch.device("cpu"))
+
+    zen_3 = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC 7763\n"
+    assert name(zen_3) == name(zen_3 * 2) == name(zen_3.replace("7763", "7713")) == "AuthenticAMD cpu family 25 model 1 AVX2"
+    assert name(zen_3.replace(": 25", ": 26")) != name(zen_3)
+    neoverse = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n"
+    assert name(neoverse) == "CPU implementer 0x41 CPU part 0xd40 AVX2"
+    assert name("") == f"{platform.machine()} AVX2"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert name(zen_3).endswith(" DEFAULT")

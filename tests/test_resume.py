@@ -147,19 +147,21 @@ def test_ranks_that_see_other_files_are_refused(tmp_path, server, whole):
     assert output.count("error: ") == 1 and not (tmp_path / "run").exists()
 
 
-def test_what_computes_on_unlike_hardware_is_told_of(tmp_path, server, whole):
+def test_what_was_computed_on_unlike_hardware_is_told_of(tmp_path, server, whole):
     args, expected, _ = whole
     elsewhere = "import os, saev_dist.extract as e\ne.arithmetic = lambda _: 'GPU ' + os.environ.get('RANK', '0')"
     codes, output = server.run(*args, tmp_path / "ranks", n_ranks=2, before=elsewhere)
     assert codes == [0, 0] and output.count("warning: ") == 1, output
-    assert "warning: rank 0: this run computes on GPU 0 and on GPU 1: a score's last bits depend on" in output
-    out, here = tmp_path / "attempts", arithmetic(torch.device("cpu"))
-    killed(server, args, out, at=4)
-    codes, output = server.run(*args, out, "--dry-run", before=elsewhere)
-    assert codes == [0] and f"warning: this run computes on {here} and on GPU 0: " in output, output
-    codes, output = server.run(*args, out, n_ranks=2)
-    assert codes == [0, 0] and "warning: " not in output, output
-    assert artifact_hashes(out) == expected
+    assert "warning: rank 0: this run is computed on GPU 0 and on GPU 1, which may differ in" in output
+    here = arithmetic(torch.device("cpu"))
+    for name, at, kinds in (("begun", 2, ["GPU 0"]), ("under way", 4, sorted([here, "GPU 0"]))):
+        killed(server, args, tmp_path / name, at=at)  # before the first partial, after the second
+        killed(server, args, tmp_path / name, at=1, ops="f")  # an attempt that changes nothing
+        codes, output = server.run(*args, tmp_path / name, before=elsewhere)
+        said = f"warning: this run is computed on {' and on '.join(kinds)}, which" in output
+        assert codes == [0] and said == (len(kinds) > 1), output
+        assert json.loads((tmp_path / name / "manifest.json").read_text())["ranks"][0]["arithmetic"] == kinds
+        assert artifact_hashes(tmp_path / name) == expected
 
 
 def test_of_two_lists_the_entries_that_differ_are_named():
@@ -265,8 +267,9 @@ def test_the_self_check_is_made_once_a_run_and_every_attempt_tells_its_finding(t
     codes, output = server.run(*args, tmp_path / "strict", "--force", before=looking)
     assert codes == [0] and "looked" in output, output
     killed(server, whole[0], tmp_path / "off", at=4)
+    killed(server, args, tmp_path / "off", at=3)  # it looks, and notes what it found
     codes, output = server.run(*args, tmp_path / "off", before=looking)
-    assert codes == [0] and "looked" in output, output
+    assert codes == [0] and "looked" not in output and f"saev-dist: warning: {report['finding']}" in output, output
 
 
 def test_who_leaves_without_a_last_snapshot_does_not_say_that_all_is_kept(tmp_path, server, long_run):

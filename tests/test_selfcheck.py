@@ -22,7 +22,7 @@ from saev_dist.errors import CheckpointError, ConfigError, DataError
 from saev_dist.sae.model import ConstantNorm, Given, LayerNorm, Relu, Sae, Threshold, TopK
 from saev_dist.sae.plain import save
 from saev_dist.sae.saev import load_saev
-from saev_dist.selfcheck import Report, check, examine, n_tokens
+from saev_dist.selfcheck import Figures, Report, check, examine, n_tokens
 from tests.ranks import run_ranks
 from tests.synthetic import make_shards
 
@@ -343,6 +343,17 @@ def test_strict_stops_every_rank_before_the_stream_and_warn_goes_on(tmp_path, tr
     report = json.loads((tmp_path / "run/manifest.json").read_text())["self_check"]
     assert "--activation topk:K" in report["finding"]
     assert [figures["reading"] for figures in report["figures"]][:3] == ["as it is read", "b_dec subtracted", "top 4"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"finding": 7}, {"n_tokens": "9"}, {"figures": None}, {"figures": [{"reading": "x"}]}], ids=str
+)
+def test_a_report_goes_through_json_and_one_of_another_make_counts_for_nothing(change):
+    own = Figures(reading="as it is read", flags="", normalized_mse=None, l0=3.0, dead_share=0.5)
+    report = Report(n_tokens=9, figures=[own, replace(own, normalized_mse=0.25)], finding=None)
+    obj = json.loads(json.dumps(report.to_json()))
+    assert Report.from_json(obj) == report and Report.from_json(obj | {"finding": "x"}) == replace(report, finding="x")
+    assert Report.from_json(obj | change) is None and Report.from_json(None) is None
 
 
 def test_inspect_shows_the_figures_alone(tmp_path, trained, capsys):

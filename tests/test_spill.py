@@ -164,7 +164,7 @@ def test_an_error_that_ends_the_rows_is_not_hidden_by_a_full_disk(tmp_path, monk
 def test_a_state_that_went_through_a_partial_continues_as_if_it_had_not(tmp_path, kind, group, n_before):
     before, after = fold(KINDS[kind], group[:n_before]), KINDS[kind]()
     owner = partials.new_owner(0)
-    with Spill(tmp_path, owner, []) as rows, partials.Keeper(rows, "f", [], 0) as keeper:
+    with Spill(tmp_path, owner, []) as rows, partials.Keeper(rows, "f", [], "CPU", 0) as keeper:
         rows.append(0, [{}])
         keeper.save(before.state_dict())
     _, state = partials.load(tmp_path / f"{owner}.000000.partial")
@@ -179,7 +179,7 @@ def test_a_snapshot_is_of_the_instant_it_was_asked_for(tmp_path, monkeypatch):
     write, go_on = partials.write, threading.Event()
     monkeypatch.setattr(partials, "write", lambda *args: (go_on.wait(60), write(*args)))
     state = {"a": torch.arange(4)}
-    with Spill(tmp_path, "00000-x", ["r"]) as rows, partials.Keeper(rows, "f", [], 1e-9) as keeper:
+    with Spill(tmp_path, "00000-x", ["r"]) as rows, partials.Keeper(rows, "f", [], "CPU", 1e-9) as keeper:
         rows.append(0, [{"r": np.zeros(3)}])
         keeper.save_if_due(lambda: state)  # it returns, so it is written on another thread
         state["a"] += 10

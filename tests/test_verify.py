@@ -12,7 +12,7 @@ from saev_dist import extract, verify
 from saev_dist.choose import choose_slots, deal
 from saev_dist.config import Extract, Verify
 from saev_dist.finished import FinishedRun
-from saev_dist.reencode import TOLERANCE, Check, _is_on_edge, reencode
+from saev_dist.reencode import TOLERANCE, Check, _is_on_edge, reencode, verify_tokens
 from saev_dist.sae import product
 from saev_dist.sae.encoder import Encoder
 from saev_dist.sae.model import Sae, TopK
@@ -81,22 +81,30 @@ def test_terms_are_added_up_a_few_slots_at_a_time(tmp_path, monkeypatch):
     assert torch.equal(torch.cat(found[2]), torch.cat(found[4096])) and len(torch.cat(found[2])) == len(slots)
 
 
-@pytest.mark.parametrize("at_once", [1024, 3])
+@pytest.mark.parametrize(("at_once", "most_codes"), [(1024, 2**25), (3, 2**25), (1024, 96)])
 @pytest.mark.parametrize("activation", [RELU, TOPK], ids=lambda activation: activation["cls"])
-def test_only_the_tokens_that_won_are_encoded_each_once(tmp_path, activation, at_once, monkeypatch, capsys):
+def test_only_the_tokens_that_won_are_encoded_each_once(tmp_path, activation, at_once, most_codes, monkeypatch, capsys):
     out, submit, sizes = make_run(tmp_path, activation), Encoder.submit, []
     monkeypatch.setattr("saev_dist.reencode.TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("saev_dist.sae.pieces.PIECE_CODES", most_codes)
     monkeypatch.setattr(
         Encoder, "submit", lambda self, acts_td, **how: sizes.append(len(acts_td)) or submit(self, acts_td, **how)
     )
     capsys.readouterr()
     verify.run(Verify(run=out, features=(1, 2, 5), n_features=0, progress=False))
     run, said = FinishedRun.open(out), capsys.readouterr().out
-    slots = choose_slots((1, 2, 5), run.values_sk, run.imgs_sk, run.patches_sk, None)
+    slots = deal(choose_slots((1, 2, 5), run.values_sk, run.imgs_sk, run.patches_sk, None), 1)[0]
     n_tokens, n_images = len(np.unique(slots[["img_i", "patch_i"]])), len(np.unique(slots["img_i"]))
     assert f"{n_tokens:,} tokens of {n_images:,} images" in said and f"{len(slots):,} equal to the stored ones" in said
     assert sum(sizes) == n_tokens < n_images * run.shards.n_patches
-    assert len(sizes) == 1 if at_once == 1024 else len(sizes) > 3 and max(sizes) < 3 + run.shards.n_patches
+    most = min(at_once, most_codes // (3 if activation is TOPK else run.sae.d_sae))
+    assert max(sizes) < most + run.shards.n_patches and (len(sizes) == 1) == (n_tokens < most)
+    sizes.clear()
+    with Encoder(run.sae, torch.device("cpu"), "fp32", 1) as encoder:
+        steps = verify_tokens(run, slots, encoder, Check(), read_ahead=2, look=lambda: None)
+        next(steps)
+        assert sum(sizes) < n_tokens, "it can be told of before all are read"
+        assert 1 + sum(1 for _ in steps) == n_images and sum(sizes) == n_tokens
 
 
 def test_a_token_that_is_no_number_any_more_is_named(tmp_path, capsys):
@@ -104,20 +112,21 @@ def test_a_token_that_is_no_number_any_more_is_named(tmp_path, capsys):
     shards, sae = make_shards(tmp_path / "shards", acts, imgs_per_shard=23), make_sae(tmp_path / "sae.pt", d_model=600)
     extract.run(Extract(shards=shards, sae=sae, out=tmp_path / "run", rank_by="image", progress=False))
     run = FinishedRun.open(tmp_path / "run")
-    feature, slot = np.argwhere(run.patches_sk > 0)[0]
+    feature, slot = np.argwhere((run.patches_sk > 0) & (run.patches_sk < 4))[0]
     img_i, patch_i = int(run.imgs_sk[feature, slot]), int(run.patches_sk[feature, slot])  # the only token of its image
-    acts[img_i, patch_i, 7] = np.nan
+    acts[img_i, patch_i, 7] = acts[img_i, 4, 9] = np.nan
     acts.tofile(shards / "acts000000.bin")
     line = fails(capsys, "verify", "--run", tmp_path / "run", "--features", feature, "--n-features", 0)
     assert f"acts000000.bin: image {img_i} (example {img_i} of the shard), patch {patch_i}, dimension 7 is nan" in line
+    assert "(2 of the batch's 5 tokens are not)" in line
 
 
 def test_ranks_check_the_same_scores(tmp_path):
     out = make_run(tmp_path)
     tables = [run_ranks("verify", "--run-dir", out, "--all", n_ranks=n_ranks) for n_ranks in (1, 3)]
     assert [done.returncode for done in tables] == [0, 0], tables
-    lines = [next(line for line in done.stdout.splitlines() if line.startswith("scores")) for done in tables]
-    assert lines[0] == lines[1]
+    one, three = ([line for line in done.stdout.splitlines() if line.startswith(("scores", "encoded"))] for done in tables)
+    assert one == three and len(one) == 2
 
 
 def test_one_altered_score_is_found_and_named(tmp_path, capsys):

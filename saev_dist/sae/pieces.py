@@ -24,12 +24,17 @@ def encodes_at_once(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def piece_tokens(activation: Activation, d_sae: int) -> int:
+    """Most tokens of a piece on the CPU, unless one image has more: so few that its codes do not pass PIECE_CODES."""
+    per_token = min(activation.k, d_sae) if isinstance(activation, TopK | GroupMax) else d_sae
+    return max(1, min(PIECE_CODES // per_token, BLOCK_TOKENS))
+
+
 def piece_images(n_imgs: int, n_patches: int, activation: Activation, d_sae: int, device: torch.device) -> int:
     """Images of a batch that are one piece: a function of the shapes and the kind of device, not of rank or threads."""
     if encodes_at_once(device):
         return n_imgs
-    per_token = min(activation.k, d_sae) if isinstance(activation, TopK | GroupMax) else d_sae
-    most = max(1, min(PIECE_CODES // per_token, BLOCK_TOKENS) // n_patches)
+    most = max(1, piece_tokens(activation, d_sae) // n_patches)
     n_pieces = -(-n_imgs // most)
     return -(-n_imgs // n_pieces)
 

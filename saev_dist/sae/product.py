@@ -11,7 +11,6 @@ Names: `b` tokens, `c` features of a block, `d` model width, `e` the same and on
 
 import re
 from functools import cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,10 +18,9 @@ import torch
 from threadpoolctl import threadpool_info
 from torch import Tensor
 
+from saev_dist.machine import CPUINFO
 from saev_dist.sae.model import Precision
 from saev_dist.sae.sieve import Margin
-
-CPUINFO = Path("/proc/cpuinfo")
 
 
 class Product(Protocol):

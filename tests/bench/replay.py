@@ -1,7 +1,7 @@
 """Replay over its ceilings: `python -m tests.bench.replay`.
 
     encode   images per second of `reencode` (read, encode, verify) over the bare matrix product of the same tokens with all
-             features, of which an SAE without top-k needs those alone that won slots in an image
+             features, of which an SAE that looks at each by itself needs those alone that won in an image
     verify   the same of `verify_tokens`, which reads whole images, over the product of the tokens that won
     draw     heatmaps per second of one drawing process over bare Pillow: decode, resize, and encode the same files
     memory   peak resident memory of `saev-dist replay` above the imports, by number of features, and of a drawing process
@@ -68,7 +68,7 @@ def make_pictures(dpath: Path, n: int) -> Path:
 
 def encode_shares(run: FinishedRun, shards: Path, rounds: int, n_features: int, *, to_draw: bool) -> list[float]:
     """Seconds of the bare product over those of `reencode`, or of `verify_tokens`, for what so many features need."""
-    features = range(0, run.sae.d_sae, run.sae.d_sae // n_features)
+    features = np.linspace(0, run.sae.d_sae, n_features, endpoint=False).astype(int).tolist()
     slots = deal(choose_slots(features, run.values_sk, run.imgs_sk, run.patches_sk, None), 1)[0]
     images, n_patches = np.unique(slots["img_i"]), run.shards.n_patches
     if to_draw:
@@ -84,7 +84,7 @@ def encode_shares(run: FinishedRun, shards: Path, rounds: int, n_features: int, 
             if to_draw:
                 n_images = sum(1 for _ in reencode(run, slots, encoder, check, read_ahead=16))
             else:
-                n_images = sum(verify_tokens(run, slots, encoder, check, read_ahead=16))
+                n_images = sum(1 for _ in verify_tokens(run, slots, encoder, check, read_ahead=16, look=lambda: None))
         shares.append(ceiling_s / (time.perf_counter() - began))
         assert n_images == len(images) and check.n_slots == len(slots)
     return shares

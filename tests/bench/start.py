@@ -112,6 +112,7 @@ def write_partials(cfg: Extract) -> Intervals:
             number=0,
             absorbed=(),
             segments=(segment,),
+            arithmetic=(),
             tensors=tensors,
         )
         partials.write(store.partials_dpath, partial, state)
