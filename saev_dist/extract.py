@@ -199,12 +199,6 @@ def _take_share(job: Job, store: Run, world: World, *, goes_on: bool) -> Share:
     if first_rank:
         known = {name: what for look in looks for name, what in look["faults"].items()}
         live = partials.settle(dpath, known, fingerprint)
-        kinds = {look["arithmetic"] for look in looks}.union(*(partial.arithmetic for partial in live))
-        if goes_on and len(kinds) > 1:
-            warn(
-                f"this run is computed on {' and on '.join(sorted(kinds))}, which may differ in a score's last bits: "
-                "other ranks or attempts may give other bytes."
-            )
         if live and goes_on:
             n_done = plan.n_examples_in(_done(live))
             share = f"{n_done:,} of {plan.n_examples:,} images ({n_done / plan.n_examples:.1%})"
@@ -235,12 +229,21 @@ def _take_share(job: Job, store: Run, world: World, *, goes_on: bool) -> Share:
 
     left = complement(tuple(map(tuple, news["done"])), plan.n_batches)
     bad_intervals = tuple(sorted(plan.shard_batches(shard_i) for shard_i in news["bad"]))
+    shares = plan.deal(subtract(left, bad_intervals), world.size)
+    if first_rank and goes_on:
+        kinds = {look["arithmetic"] for look, todo in zip(looks, shares, strict=True) if todo}
+        kinds = kinds.union(*(partial.arithmetic for partial in live))
+        if len(kinds) > 1:
+            warn(
+                f"this run is computed on {' and on '.join(sorted(kinds))}, which may differ in a score's last bits: "
+                "other ranks or attempts may give other bytes."
+            )
     return Share(
         bundle=bundle,
         saev_percentile=saev_percentile,
         absorbed=absorbed,
         fingerprint=news["fingerprint"],
-        todo=plan.deal(subtract(left, bad_intervals), world.size)[world.rank],
+        todo=shares[world.rank],
         bad={i: reason for shard_i, reason in bad_files.items() for i in range(*plan.shard_batches(shard_i))},
     )
 

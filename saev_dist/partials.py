@@ -330,7 +330,7 @@ class Keeper:
 
     def __init__(self, spill: Spill, fingerprint: str, absorbed: list[Partial], arithmetic: str, every_s: float) -> None:
         self._spill, self._fingerprint, self._every_s = spill, fingerprint, every_s
-        self._absorbed, self._own_arithmetic = absorbed, arithmetic
+        self._absorbed, self._arithmetic = absorbed, arithmetic
         self._inherited = tuple(segment for partial in absorbed for segment in partial.segments)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="keeper")
         self._writing: Future[None] | None = None
@@ -349,8 +349,11 @@ class Keeper:
     @property
     def arithmetic(self) -> tuple[str, ...]:
         """What that was computed on."""
-        own = (self._own_arithmetic,) if self._spill.segments else ()
-        return tuple(sorted({*own, *(kind for partial in self._absorbed for kind in partial.arithmetic)}))
+        return self._computed_on(self._spill.segments)
+
+    def _computed_on(self, own: tuple[Segment, ...]) -> tuple[str, ...]:
+        kinds = {kind for partial in self._absorbed for kind in partial.arithmetic}
+        return tuple(sorted(kinds | {self._arithmetic} if own else kinds))
 
     def save_if_due(self, state: Callable[[], State]) -> None:
         """Write on another thread, from a copy of the state, if it is time and the last write is done.
@@ -376,6 +379,7 @@ class Keeper:
         return self._kept == self._spill.segments
 
     def _write(self, state: State, own: tuple[Segment, ...]) -> None:
+        """On either thread, so that it may not ask the spill for its segments."""
         if own == self._kept:
             return
         dpath = self._spill.dpath
@@ -385,7 +389,7 @@ class Keeper:
             number=self._number,
             absorbed=tuple(partial.owner for partial in self._absorbed),
             segments=(*self._inherited, *own),
-            arithmetic=self.arithmetic,
+            arithmetic=self._computed_on(own),
             tensors={name: (str(tensor.numpy().dtype), tuple(tensor.shape)) for name, tensor in state.items()},
         )
         self._spill.sync()

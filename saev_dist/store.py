@@ -157,7 +157,8 @@ class Run:
 
         Args:
             identity: what the bytes of the artifacts depend on.
-            note: what a later attempt, `merge` and the launcher want to know besides; JSON. None: this attempt does not know.
+            note: what a later attempt, `merge` and the launcher want to know besides; JSON. It stays as the run began, but
+                for a `self_check` that is not None.
             afresh: forget an unfinished attempt, if there is one.
 
         Returns:
@@ -177,7 +178,9 @@ class Run:
                     self.refuse_orphans()
                 self._clear()
             noted = under_way.obj if under_way else {}
-            content = {"identity": identity} | note | {name: value for name, value in noted.items() if value is not None}
+            content = {"identity": identity} | note | noted
+            if note.get("self_check") is not None:  # the attempt that began the run may not have looked
+                content["self_check"] = note["self_check"]
             if content != noted:
                 self.stage_json("run.json.new", content)
                 os.replace(self.partials_dpath / "run.json.new", self.partials_dpath / "run.json")

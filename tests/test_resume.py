@@ -154,8 +154,8 @@ def test_what_was_computed_on_unlike_hardware_is_told_of(tmp_path, server, whole
     assert codes == [0, 0] and output.count("warning: ") == 1, output
     assert "warning: rank 0: this run is computed on GPU 0 and on GPU 1, which may differ in" in output
     here = arithmetic(torch.device("cpu"))
-    for name, at, kinds in (("begun", 2, ["GPU 0"]), ("under way", 4, sorted([here, "GPU 0"]))):
-        killed(server, args, tmp_path / name, at=at)  # before the first partial, after the second
+    for name, at, kinds in (("begun", 2, ["GPU 0"]), ("amid", 4, sorted([here, "GPU 0"])), ("all", 4 + N_BATCHES, [here])):
+        killed(server, args, tmp_path / name, at=at)  # before the first partial, after the second, after the last
         killed(server, args, tmp_path / name, at=1, ops="f")  # an attempt that changes nothing
         codes, output = server.run(*args, tmp_path / name, before=elsewhere)
         said = f"warning: this run is computed on {' and on '.join(kinds)}, which" in output
@@ -267,6 +267,8 @@ def test_the_self_check_is_made_once_a_run_and_every_attempt_tells_its_finding(t
     codes, output = server.run(*args, tmp_path / "strict", "--force", before=looking)
     assert codes == [0] and "looked" in output, output
     killed(server, whole[0], tmp_path / "off", at=4)
+    run_fpath = tmp_path / "off/partials/run.json"
+    run_fpath.write_text(json.dumps(json.loads(run_fpath.read_bytes()) | {"self_check": {"n_tokens": "9"}}))
     killed(server, args, tmp_path / "off", at=3)  # it looks, and notes what it found
     codes, output = server.run(*args, tmp_path / "off", before=looking)
     assert codes == [0] and "looked" not in output and f"saev-dist: warning: {report['finding']}" in output, output

@@ -176,8 +176,9 @@ def test_a_state_that_went_through_a_partial_continues_as_if_it_had_not(tmp_path
 
 def test_a_snapshot_is_of_the_instant_it_was_asked_for(tmp_path, monkeypatch):
     """The stream goes on while it is written."""
-    write, go_on = partials.write, threading.Event()
+    write, go_on, segments, readers = partials.write, threading.Event(), Spill.segments.fget, set()
     monkeypatch.setattr(partials, "write", lambda *args: (go_on.wait(60), write(*args)))
+    monkeypatch.setattr(Spill, "segments", property(lambda self: (readers.add(threading.current_thread()), segments(self))[1]))
     state = {"a": torch.arange(4)}
     with Spill(tmp_path, "00000-x", ["r"]) as rows, partials.Keeper(rows, "f", [], "CPU", 1e-9) as keeper:
         rows.append(0, [{"r": np.zeros(3)}])
@@ -187,8 +188,10 @@ def test_a_snapshot_is_of_the_instant_it_was_asked_for(tmp_path, monkeypatch):
         keeper.save_if_due(lambda: state)  # the last one is under way: no second one
         assert not list(tmp_path.glob("*.partial"))
         go_on.set()
+    assert readers == {threading.current_thread()}, "two threads at once would lose batches"
     (fpath,) = tmp_path.glob("*.partial")
     partial, kept = partials.load(fpath)
+    assert partial.arithmetic == ("CPU",)
     assert kept["a"].tolist() == [0, 1, 2, 3]
     assert [(s.first, s.stop, s.extents["r"][:2]) for s in partial.segments] == [(0, 1, (0, 24))]
     assert partials.fault(fpath) == ""
