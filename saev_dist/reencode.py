@@ -241,7 +241,8 @@ def _hold(
     off_x = np.flatnonzero(~(distance_n <= allowed_n))
     for n in off_x:
         slot, token = slots_n[n], int(token_n[n])
-        if not _is_on_edge(encoder, acts_td[token : token + 1], slot, float(allowed_n[n]), TOLERANCE[run.precision]):
+        acts_1d = acts_td[token : token + 1]
+        if found_n[n] or not _is_on_edge(encoder, acts_1d, slot, float(allowed_n[n]), TOLERANCE[run.precision]):
             where = f"feature {slot['feature']}, slot {slot['slot']} (image {slot['img_i']}, patch {slot['patch_i']})"
             raise RunError(
                 f"{run.dpath}: {where} is stored as {slot['score']:.7g}; encoded again it is {found_n[n]:.7g}, "
@@ -261,24 +262,22 @@ def _is_on_edge(encoder: Encoder, acts_1d: Tensor, slot: np.void, allowed: float
     A code leaves out what does not reach a bound: a threshold, or the k-th largest of its token. A score that all but ties
     with the bound is in the code under one rounding and not under another, as those of a GPU and a CPU are. So its feature
     is lifted by as much as rounding can move it and the bound, which may be any feature's score, against each other; then it
-    must be there.
+    must be there, and without the lift, one more term to round, equal the stored one.
     """
-    feature = int(slot["feature"])
+    feature, lift = int(slot["feature"]), 2 * allowed
 
-    def is_there(lift: float) -> bool:
+    def lifted() -> Tensor:
         lift_s = torch.zeros(encoder.sae.d_sae)
         lift_s[feature] = lift
         codes = encoder.encode(acts_1d, img_i=int(slot["img_i"]), n_patches=1, lift_s=lift_s)
-        value_n = codes.value_n[codes.feature_n == feature]
-        return bool(((value_n - float(slot["score"])).abs() <= allowed + lift).any())
+        return codes.value_n[codes.feature_n == feature]
 
-    if is_there(2 * allowed):  # as nearly all are
-        return True
-    if not isinstance(encoder.sae.activation, TopK | GroupMax):
-        return False
-    parts = torch.arange(encoder.sae.d_sae).split(SLOTS_AT_ONCE)
-    largest = max(float(encoder.magnitude(acts_1d, feature_n).max()) for feature_n in parts)
-    return is_there(allowed + tolerance * largest)
+    value_n = lifted()  # where nearly all are
+    if not len(value_n) and isinstance(encoder.sae.activation, TopK | GroupMax):
+        parts = torch.arange(encoder.sae.d_sae).split(SLOTS_AT_ONCE)
+        lift = allowed + tolerance * max(float(encoder.magnitude(acts_1d, feature_n).max()) for feature_n in parts)
+        value_n = lifted()
+    return bool(((value_n - lift - float(slot["score"])).abs() <= allowed + tolerance * lift).any())
 
 
 def _dense(codes: Codes, feature_m: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -15,7 +15,7 @@ from saev_dist.finished import FinishedRun
 from saev_dist.reencode import TOLERANCE, Check, _is_on_edge, reencode, verify_tokens
 from saev_dist.sae import product
 from saev_dist.sae.encoder import Encoder
-from saev_dist.sae.model import Sae, TopK
+from saev_dist.sae.model import Gated, Sae, Threshold, TopK
 from saev_dist.sae.saev import save_saev
 from tests.ranks import fails, run_ranks
 from tests.synthetic import BATCH_TOPK, RELU, TOPK, dense_codes, make_acts, make_sae, make_shards, make_weights
@@ -129,17 +129,23 @@ def test_ranks_check_the_same_scores(tmp_path):
     assert one == three and len(one) == 2
 
 
-def test_one_altered_score_is_found_and_named(tmp_path, capsys):
-    out = make_run(tmp_path)
+@pytest.mark.parametrize("tolerances", [-3, 3])
+@pytest.mark.parametrize("activation", [RELU, TOPK, BATCH_TOPK], ids=lambda activation: activation["cls"])
+def test_a_score_altered_by_more_than_the_tolerance_is_found_and_named(tmp_path, monkeypatch, capsys, activation, tolerances):
+    monkeypatch.setattr("saev_dist.reencode._is_on_edge", lambda *_: True)  # to be asked only of what a code lacks
+    out = make_run(tmp_path, activation)
     values = torch.load(out / "top_values.pt", weights_only=True)
     places = [torch.load(out / f"top_{name}.pt", weights_only=True) for name in ("img_i", "patch_i")]
     feature = int((values > 0).sum(dim=1).argmax())
-    values[feature, 2] += 0.5
-    torch.save(values, out / "top_values.pt")
-    line = fails(capsys, "verify", "--run", out, "--all")
     img_i, patch_i = (int(place[feature, 2]) for place in places)
+    w = make_weights()
+    terms = np.abs(make_acts()[img_i, patch_i]) @ w["w_enc_ds"][:, feature].abs().numpy() + float(w["b_enc_s"][feature].abs())
+    stored = float(values[feature, 2])
+    values[feature, 2] += tolerances * TOLERANCE["fp32"] * float(terms)
+    torch.save(values, out / "top_values.pt")
+    line = fails(capsys, "verify", "--run", out, "--features", feature, "--n-features", 0)
     assert f"feature {feature}, slot 2 (image {img_i}, patch {patch_i}) is stored as {values[feature, 2]:.7g}" in line
-    assert f"encoded again it is {values[feature, 2] - 0.5:.7g}" in line
+    assert f"encoded again it is {stored:.7g}" in line
 
 
 def test_artifacts_of_another_type_or_size_are_refused(tmp_path, capsys):
@@ -254,10 +260,24 @@ def test_a_score_that_its_code_leaves_out_by_more_than_rounding_is_found(tmp_pat
     assert f"feature {feature}, slot 0 (image {img_i}, patch {patch_i})" in line and "encoded again it is 0," in line
 
 
-@pytest.mark.parametrize(("ahead", "on_edge"), [(2.0**-10, True), (0.5, False)])
+SLOT = [("feature", int), ("patch_i", int), ("img_i", int), ("score", float)]
+
+
+@pytest.mark.parametrize(
+    ("precision", "ahead", "off", "on_edge"),
+    [
+        ("fp32", 2.0**-10, 0, True),
+        ("fp32", 0.5, 0, False),
+        ("fp32", 2.0**-10, 3, False),
+        ("fp32", 2.0**-10, -3, False),
+        ("bf16", 31, 0, True),  # lifted by 256, where numbers of bf16 are 2 apart
+        ("bf16", 1023, 0, False),
+    ],
+)
 @pytest.mark.parametrize("at_once", [4096, 1])
-def test_the_score_that_wins_by_rounding_may_be_the_larger_sum(monkeypatch, ahead, on_edge, at_once):
-    """Feature 0 is exactly 1; feature 1, of terms of thousands, is ahead by less than they round, or by more."""
+def test_the_score_that_wins_by_rounding_may_be_the_larger_sum(monkeypatch, precision, ahead, off, on_edge, at_once):
+    """Feature 0 is exactly 1, stored `off` tolerances too high; feature 1, of terms of thousands, is ahead by less than they
+    round, or by more."""
     magnitude, sizes = Encoder.magnitude, []
     monkeypatch.setattr("saev_dist.reencode.SLOTS_AT_ONCE", at_once)
     monkeypatch.setattr(Encoder, "magnitude", lambda *args: sizes.append(len(args[2])) or magnitude(*args))
@@ -267,9 +287,30 @@ def test_the_score_that_wins_by_rounding_may_be_the_larger_sum(monkeypatch, ahea
         pre_bias=False, source="",
     )  # fmt: skip
     acts_pd = torch.tensor([[1.0, -1.0]])
-    slot = np.array([(0, 0, 0, 1.0)], [("feature", int), ("patch_i", int), ("img_i", int), ("score", float)])[0]
-    tolerance = TOLERANCE["fp32"]
-    with Encoder(sae, torch.device("cpu"), "fp32", 1) as encoder:
+    tolerance = TOLERANCE[precision]
+    slot = np.array([(0, 0, 0, 1 + off * tolerance)], SLOT)[0]
+    with Encoder(sae, torch.device("cpu"), precision, 1) as encoder:
         assert encoder.encode(acts_pd, img_i=0, n_patches=1).feature_n.tolist() == [1]
         assert _is_on_edge(encoder, acts_pd, slot, tolerance * 1.0, tolerance) == on_edge
     assert sizes == ([2] if at_once == 4096 else [1, 1])  # not the weights of all features at once
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("activation", "bias", "score"),
+    [(Threshold(1.0), 1.0, 1.0), (Threshold(torch.tensor([0.5, 1.0])), 1.0, 1.0), (Gated(torch.full((2,), 3.0), torch.tensor([0.0, 5.0])), 0.0, 5.0)],
+    ids=["threshold", "thresholds", "gated"],
+)  # fmt: skip
+def test_what_reaches_a_bound_up_to_rounding_must_still_equal_the_stored_score(precision, activation, bias, score):
+    """Feature 1 has its threshold's score, which does not exceed it, or a gate of exactly 0."""
+    w_enc, acts_1d = torch.tensor([[1.0, 2.0], [1.0, -2.0]]), torch.ones(1, 2)
+    sae = Sae(
+        w_enc_ds=w_enc, b_enc_s=torch.tensor([0.0, bias]), w_dec_sd=w_enc.T.contiguous(), b_dec_d=torch.zeros(2),
+        activation=activation, pre_bias=False, source="",
+    )  # fmt: skip
+    with Encoder(sae, torch.device("cpu"), precision, 1) as encoder:
+        assert 1 not in encoder.encode(acts_1d, img_i=0, n_patches=1).feature_n
+        allowed = TOLERANCE[precision] * float(encoder.magnitude(acts_1d, torch.tensor([1])))
+        for off, on_edge in {-3: False, -0.75: True, 0: True, 0.75: True, 3: False}.items():
+            slot = np.array([(1, 0, 0, score + off * allowed)], SLOT)[0]
+            assert _is_on_edge(encoder, acts_1d, slot, allowed, TOLERANCE[precision]) == on_edge, off
