@@ -190,7 +190,7 @@ def open_job(cfg: Replay) -> Job:
         pictures = open_pictures(root, shards.n_examples) if root else None
     identity = {
         "manifest_sha256": manifest_sha256,
-        "images": [str(pictures.root.absolute()), pictures.kind] if pictures else None,
+        "images": [str(pictures.root.absolute()), pictures.kind, pictures.fingerprint()] if pictures else None,
         "geometry": asdict(geometry),
         "features": features,
         "n_images": cfg.n_images,

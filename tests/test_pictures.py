@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -172,6 +173,10 @@ def test_a_data_set_that_was_saved_with_a_format_is_read_as_any_other(tmp_path, 
     assert list(pictures.rows()) == [("0", "b"), ("1", "a"), ("2", "")]
     assert [pictures.label(i) for i in range(3)] == ["b", "a", ""]
     assert load_picture(tmp_path / "set", "1", in_data_set=True).size == (60, 40)
+    rows.select([1, 0, 2]).save_to_disk(tmp_path / "other")
+    shutil.copytree(tmp_path / "set", tmp_path / "copy")
+    assert pictures.fingerprint() == open_pictures(tmp_path / "copy", 3).fingerprint()
+    assert pictures.fingerprint() != open_pictures(tmp_path / "other", 3).fingerprint()
 
 
 def test_a_label_is_looked_up_without_a_copy_of_the_data_set(tmp_path, columns, monkeypatch):

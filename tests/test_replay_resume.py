@@ -297,6 +297,24 @@ def test_a_finished_gallery_is_left_as_it_is_and_another_takes_its_place(tmp_pat
     assert sorted(path.name for path in run.iterdir() if path.name.startswith("visuals")) == ["visuals"]
 
 
+def test_pictures_in_another_order_make_another_gallery(tmp_path, capsys):
+    """Neither what is drawn nor what is half drawn of the former order is taken for the new one's."""
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    cfg = make_replay(run, images=images, all=False, features=(3, 5), n_features=0)
+    replay.run(cfg)
+    shutil.copytree(run / "visuals", tmp_path / "former")
+    (images / "class0/000.png").rename(images / "class2/zzz.png")
+    draw_all_and_die(cfg)
+    (images / "class2/zzz.png").rename(images / "class0/001b.png")
+    capsys.readouterr()
+    replay.run(cfg)
+    assert "has a gallery of 2 features; this one of 2 will replace it" in capsys.readouterr().out
+    found = tree(run / "visuals")
+    shutil.rmtree(run / "visuals")
+    replay.run(cfg)
+    assert found == tree(run / "visuals") and found != tree(tmp_path / "former")
+
+
 def test_a_directory_that_cannot_be_written_is_named(tmp_path, capsys):
     run = make_run(tmp_path)
     (run / "visuals.partial").write_text("in the way")

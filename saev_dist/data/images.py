@@ -8,6 +8,7 @@ Nothing here imports torch: the processes that draw start in a fraction of a sec
 """
 
 import functools
+import hashlib
 import importlib.util
 import io
 import os
@@ -49,6 +50,12 @@ class Pictures:
             return self.names[img_i].split(os.sep, 1)[0] if os.sep in self.names[img_i] else ""
         rows, features = _data_set(self.root)
         return _readable(features, rows[img_i]["label"].to_pylist()[0]) if _has_labels(features) else ""
+
+    def fingerprint(self) -> str:
+        """What tells these pictures from others: SHA-256 of all names in their order; of a data set its own fingerprint."""
+        if self.names is None:
+            return str(_data_set(self.root)[0]._fingerprint)
+        return hashlib.sha256(os.fsencode("\0".join(self.names))).hexdigest()
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Name and label of every picture, in order."""
