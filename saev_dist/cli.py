@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> None:
             if not sys.platform.startswith("linux"):
                 raise ConfigError(f"saev-dist runs on Linux; this is {sys.platform}. Use a container, or another machine.")
             job: Callable[[Any], None] = import_module(dict(JOBS.values())[type(cfg)]).run
-            job(cfg)
+            with import_module("saev_dist.machine").allocating():
+                job(cfg)
     except Preempted as err:
         be_deaf()
         if is_first:

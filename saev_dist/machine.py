@@ -8,9 +8,13 @@ import math
 import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from saev_dist.errors import RunError
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -78,6 +82,18 @@ def memory_wanted(err: BaseException, device: torch.device) -> str:
         return f"{device} or the host"  # for page-locked memory
     is_torchs = isinstance(err, RuntimeError) and "allocate memory" in str(err)
     return "the host" if is_torchs or isinstance(err, MemoryError) else ""
+
+
+@contextmanager
+def allocating() -> Iterator[None]:
+    """Turn an error under way that says that memory has run out, whoever asked for it, into one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as err:
+        if not (where := memory_wanted(err, torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))):
+            raise
+        why = (str(err).splitlines() or [type(err).__name__])[0]
+        raise RunError(f"out of memory on {where} ({why}); free some there, or use a machine that has more.") from None
 
 
 def _cpu_quotas() -> list[float]:

@@ -105,7 +105,8 @@ class Task:
                 Thread(target=_leave_if_stuck, args=(cancelled, leave), daemon=True).start()
             if told:
                 raise Told
-            job.run(self.cfg)
+            with import_module("saev_dist.machine").allocating():
+                job.run(self.cfg)
         except BaseException as err:  # noqa: BLE001  # whatever it is, the launcher is to hear of it
             _be_deaf()
             if told:  # whatever came of it on the way out

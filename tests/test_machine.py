@@ -1,11 +1,21 @@
 """What kind of machine it is; its CPUs and memory, as control groups of both versions leave them: see cgroups(7)."""
 
 import platform
+import re
+import signal
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from saev_dist import machine
+from saev_dist.cli import main
+from saev_dist.config import Replay
+from slurm.jobs import End
+from slurm.task import Task
+from tests.ranks import fails, run_ranks
+from tests.replays import make_run
 
 GB = 10**9
 FREE_KB = 8 * GB // 1024
@@ -157,6 +167,40 @@ def test_this_machine_has_some():
 def test_what_a_gpus_libraries_say_of_memory_is_understood(text, where):
     assert machine.memory_wanted(RuntimeError(text), torch.device("cuda", 1)) == where
     assert machine.memory_wanted(RuntimeError(text), torch.device("cpu")) == ""
+
+
+@pytest.mark.parametrize(
+    ("take", "why"),
+    [
+        (lambda: torch.empty(2**50), r"[^\n]*can't allocate memory[^\n]*"),
+        (lambda: np.empty(2**50), "Unable to allocate [^\n]*"),
+    ],
+    ids=["torch", "numpy"],
+)
+def test_want_of_memory_is_one_line_wherever_it_is_met(monkeypatch, capsys, take, why):
+    said = rf"out of memory on the host \({why}\); free some there, or use a machine that has more\."
+    monkeypatch.setattr("saev_dist.verify.run", lambda cfg: take())
+    assert re.fullmatch(f"saev-dist: error: {said}", fails(capsys, "verify", "--run", "r"))
+    monkeypatch.setattr("saev_dist.replay.run", lambda cfg: take())
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # it would leave us deaf
+    task = Task(cfg=Replay(run=Path("r")), n_threads=1, max_requeues=0)
+    end = task._run(End(rank=0, attempt=0, outcome="done"), None)
+    assert end.outcome == "failed" and re.fullmatch(said, end.error), end
+    assert re.fullmatch(f"saev-dist: error: rank 0: {said}\n", capsys.readouterr().err)
+
+
+def test_any_other_error_of_torchs_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("saev_dist.verify.run", lambda cfg: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        main(["verify", "--run", "r"])
+
+
+def test_ranks_leave_with_the_one_that_lacks_memory(tmp_path):
+    small = "import os, torch, saev_dist.verify as v\nif os.environ['RANK'] == '1': v.Encoder = lambda *_: torch.empty(2**50)"
+    done = run_ranks("verify", "--run-dir", make_run(tmp_path), "--no-progress", n_ranks=2, before=small)
+    assert done.returncode == 1 and re.fullmatch(
+        r"saev-dist: error: rank 1: out of memory on the host [^\n]*\n", done.stderr
+    ), done
 
 
 def test_processors_that_may_round_otherwise_have_other_names(tmp_path, monkeypatch):
