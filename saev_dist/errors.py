@@ -12,9 +12,7 @@ class SaevDistError(Exception):
     """Base of every error that is shown without a traceback."""
 
     def __str__(self) -> str:
-        """One line of printable text: names of files and fields are others' and may hold line ends and escape sequences."""
-        text = super().__str__()
-        return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+        return printable(super().__str__())
 
 
 class ConfigError(SaevDistError):
@@ -61,9 +59,14 @@ class PeerError(SaevDistError):
     """Another rank failed first; it has printed its own error, so this rank only stops."""
 
 
+def printable(text: str) -> str:
+    """One line of printable text: names of files and fields are others' and may hold line ends and escape sequences."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def warn(text: str) -> None:
     """A line that does not stop the run."""
-    tell(f"saev-dist: warning: {rank_prefix()}{text}")
+    tell(f"saev-dist: warning: {rank_prefix()}{printable(text)}")
 
 
 def tell(line: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from saev_dist import partials
 from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
+from saev_dist.errors import printable
 from saev_dist.estimate import Estimate, free_disk, gb
 from saev_dist.plan import Plan, complement
 from saev_dist.sae.hub import absolute
@@ -16,9 +17,9 @@ from saev_dist.store import Run
 
 
 def table(lines: Mapping[str, str]) -> str:
-    """Two aligned columns."""
+    """Two aligned columns, of a line for each name."""
     width = max(map(len, lines))
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+    return "\n".join(f"{name:<{width}}  {printable(text)}" for name, text in lines.items())
 
 
 def flags_of(cfg: Any, *, without: Collection[str]) -> list[str]:

@@ -59,6 +59,16 @@ def test_what_is_sound_is_described(inputs, capsys):
     )
 
 
+def test_what_others_wrote_is_printed_as_text(inputs, capsys):
+    fpath = inputs / "shards/metadata.json"
+    metadata = json.loads(fpath.read_text())
+    fpath.write_text(json.dumps(metadata | {"ckpt": "a\x1b[2J\nimages  none"}))
+    capsys.readouterr()
+    main(["inspect", str(inputs / "shards")])
+    text = capsys.readouterr().out
+    assert r"test a\x1b[2J\nimages  none, width 6" in text and len(re.findall("^images", text, re.M)) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "what"),
     [

@@ -21,11 +21,11 @@ from tests.replays import N_IMGS, make_pictures, make_replay, make_run, tree
 
 def test_pictures_that_are_not_where_the_metadata_says_are_a_warning(tmp_path, monkeypatch, capsys):
     run = make_run(tmp_path)
-    monkeypatch.setattr("saev_dist.data.shards._dataset", lambda md: "/elsewhere")
+    monkeypatch.setattr("saev_dist.data.shards._dataset", lambda md: "/elsewhere\n\x1b[2J")
     replay.run(make_replay(run, pictures=False))
     assert "/elsewhere" not in capsys.readouterr().err
     replay.run(make_replay(run, force=True))
-    assert "names /elsewhere for its pictures, which is no folder here" in capsys.readouterr().err
+    assert r"names /elsewhere\n\x1b[2J for its pictures, which is no folder here" in capsys.readouterr().err
 
 
 def png_header(width: int, height: int) -> bytes:
