@@ -21,7 +21,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -135,7 +135,7 @@ def run(cfg: Replay) -> None:
             world.wait()  # nobody appends before all have read
             report = _draw(job, world, device, deal(todo, world.size)[world.rank])
             reports = world.collect(report)
-            _write_features(job, job.features[world.rank :: world.size])
+            _write_features(job, job.features[world.rank :: world.size], world.check)
             world.wait()
             if world.local_rank == 0 and world.rank:  # rank 0 has the page to add
                 with writing(job.partial_dpath):
@@ -361,24 +361,21 @@ def _best(image: Image) -> Slots:
     return image.slots_n[np.unique(image.slots_n["feature"], return_index=True)[1]]
 
 
-def _write_features(job: Job, features: list[int]) -> None:
+def _write_features(job: Job, features: list[int], check: Callable[[], None]) -> None:
     """Write data.js of each feature, out of the records of all ranks.
+
+    Args:
+        check: called before each; what it raises ends it.
 
     Raises:
         RunError: they are not one for each picture.
     """
-    records = job.records.load()
     n_images = dict.fromkeys(features, 0)
     for feature, place in zip(job.slots["feature"].tolist(), job.slots["place"].tolist(), strict=True):
         if feature in n_images:
             n_images[feature] = max(n_images[feature], place + 1)
-    by_feature: dict[int, list[tuple[int, int]]] = {feature: [] for feature in features}
-    for part_i, part in enumerate(records):
-        for i, feature in enumerate(part["feature"].tolist()):
-            if feature in by_feature:
-                by_feature[feature].append((part_i, i))
-    for feature in features:
-        rows = sorted((records[part_i][i] for part_i, i in by_feature[feature]), key=lambda row: int(row["place"]))
+    for feature, rows in _rows(job, features).items():
+        check()
         if [int(row["place"]) for row in rows] != list(range(n_images[feature])):
             raise RunError(
                 f"{job.partial_dpath} records {len(rows)} pictures of feature {feature}; it has {n_images[feature]}. Do all "
@@ -395,6 +392,18 @@ def _write_features(job: Job, features: list[int]) -> None:
         with writing(fpath):
             fpath.parent.mkdir(parents=True, exist_ok=True)
             fpath.write_text(gallery.feature_js(view), encoding="utf-8")
+
+
+def _rows(job: Job, features: list[int]) -> dict[int, list[Any]]:
+    """The records of some features, out of those of all ranks; each feature's by place."""
+    rows: dict[int, list[Any]] = {feature: [] for feature in features}
+    for part in job.records.load():
+        for i, feature in enumerate(part["feature"].tolist()):
+            if feature in rows:
+                rows[feature].append(part[i])
+    for own in rows.values():
+        own.sort(key=lambda row: int(row["place"]))
+    return rows
 
 
 def _top_image(job: Job, row: Any) -> gallery.TopImage:
@@ -461,17 +470,9 @@ def _write_page(job: Job) -> None:
 
 def _cards(job: Job) -> list[gallery.Card]:
     """What the grid shows of each chosen feature."""
-    rows: dict[int, list[Any]] = {feature: [] for feature in job.features}
-    for part in job.records.load():
-        for i in np.flatnonzero(part["place"] < gallery.CARD_IMAGES):
-            rows[int(part["feature"][i])].append(part[i])
     return [
-        gallery.card(
-            feature,
-            [_top_image(job, row) for row in sorted(own, key=lambda row: int(row["place"]))],
-            close_ups=job.pictures is not None,
-        )
-        for feature, own in rows.items()
+        gallery.card(feature, [_top_image(job, row) for row in own[: gallery.CARD_IMAGES]], close_ups=job.pictures is not None)
+        for feature, own in _rows(job, job.features).items()
     ]
 
 

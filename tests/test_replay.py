@@ -133,11 +133,11 @@ def test_a_picture_that_is_not_on_record_once_stops_the_replay(tmp_path, monkeyp
     run = make_run(tmp_path)
     write = replay._write_features
 
-    def spoiled(job, features):
+    def spoiled(job, *rest):
         fpath = job.records.fpaths()[0]
         rows = np.fromfile(fpath, job.records.dtype)
         (rows[1:] if fault == "lost" else np.append(rows, rows[:1])).tofile(fpath)
-        write(job, features)
+        write(job, *rest)
 
     monkeypatch.setattr(replay, "_write_features", spoiled)
     with pytest.raises(RunError, match=r"records \d+ pictures of feature \d+; it has \d+. Do all ranks see this directory"):

@@ -339,6 +339,20 @@ def test_a_gallery_is_on_the_disk_before_it_takes_the_place_of_another(tmp_path,
     assert [name for name in done if name.startswith("visuals")] == [synced, "visuals.former", "visuals", "visuals' folder"]
 
 
+def test_a_signal_is_obeyed_between_features(tmp_path, monkeypatch):
+    run, writes, feature_js = make_run(tmp_path), [], replay.gallery.feature_js
+
+    def write_and_signal(view):
+        writes.append(view.feature)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return feature_js(view)
+
+    monkeypatch.setattr(replay.gallery, "feature_js", write_and_signal)
+    with pytest.raises(Preempted, match="SIGUSR1: stopped, and what is done is kept in"):
+        replay.run(make_replay(run, all=False, n_features=3))
+    assert len(writes) == 1
+
+
 def test_a_signal_before_the_swap_leaves_the_former_gallery(tmp_path, monkeypatch):
     run, write_page = make_run(tmp_path), replay._write_page
     replay.run(make_replay(run, all=False, n_features=2))
