@@ -239,6 +239,9 @@ def _announce(job: Job) -> None:
 def _begin(job: Job, *, afresh: bool) -> None:
     """Make `visuals.partial/`, or find it as an earlier attempt at the same gallery left it, if that counts."""
     marker_fpath = job.partial_dpath / "replay.json"
+    if os.path.lexists(job.former_dpath) and not os.path.lexists(job.visuals_dpath):
+        with writing(job.visuals_dpath):  # a replay died between its last two renames
+            os.replace(job.former_dpath, job.visuals_dpath)
     if os.path.lexists(job.visuals_dpath) and not job.visuals_dpath.is_dir():
         raise RunError(f"{job.visuals_dpath} is in the way: it is no directory. Move it elsewhere.")
     with writing(job.visuals_dpath):

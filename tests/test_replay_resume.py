@@ -5,7 +5,7 @@ import re
 import shutil
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,6 +122,10 @@ def test_a_kill_at_any_step_of_the_swap_loses_nothing(tmp_path, monkeypatch, for
             n_drawn.clear()
         if former:
             assert (run / "visuals/index.html").exists() or (run / "visuals.former/index.html").exists()
+            with monkeypatch.context() as dying, suppress(Killed):  # unless it is done
+                die_in("_draw", 0, dying, ((Records, "open_for"),))
+                replay.run(cfg)
+            assert (run / "visuals/index.html").exists(), "the next replay brings it back, whatever becomes of itself"
         replay.run(cfg)
         assert sum(n_drawn) == 0  # all was drawn before
         assert tree(run / "visuals") == whole
