@@ -135,6 +135,13 @@ def test_one_file_of_a_directory_is_refused():
             load(DATA / LENS / name)
 
 
+@pytest.mark.parametrize("overrides", [Overrides(), Overrides(sae_format="saev")], ids=["recognised", "told"])
+def test_a_pipe_is_not_waited_for(tmp_path, overrides):
+    os.mkfifo(tmp_path / "sae.pt")
+    with pytest.raises(CheckpointError, match=r"sae\.pt is neither a file nor a directory; name the file"):
+        load_sae(tmp_path / "sae.pt", overrides)
+
+
 def test_a_fingerprint_covers_config_and_weights(copy_sae):
     dpath = copy_sae(LENS)
     prints = [load_sae(dpath, Overrides()).sha256]

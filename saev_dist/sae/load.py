@@ -185,6 +185,8 @@ def load_sae(name: Path, overrides: Overrides) -> Loaded:
     """
     hub.refuse_link(name)
     path = hub.fetch(name, _names()) if hub.is_hub_name(name) else name
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # a pipe would be waited for
+        raise CheckpointError(f"{path} is neither a file nor a directory; name the file or directory that the SAE is in.")
     sae_format = overrides.sae_format or recognise(path)
     sae = overrides.apply(FORMATS[sae_format].load(path), path)
     return Loaded(sae=sae, path=path, sae_format=sae_format, sha256=fingerprint(path, sae_format))
