@@ -167,7 +167,9 @@ def _run(cfg: Demo, source_dpath: Path) -> None:
     command += f" --n-images {gallery.n_images} --patch-size {gallery.patch_size} --img-scale {gallery.img_scale:g}"
     print(f"   $ {command} --features {' '.join(map(str, chosen))}", flush=True)
     replay.run(gallery)
-    Image.fromarray(contact_sheet(rows, header)).save(sheet_fpath)  # last: it marks the demo as finished
+    partial_fpath = sheet_fpath.with_suffix(".tmp")
+    Image.fromarray(contact_sheet(rows, header)).save(partial_fpath, format="PNG")
+    os.replace(partial_fpath, sheet_fpath)  # last: it marks the demo as finished
     print(f"6. Open {gallery.run / 'visuals' / 'index.html'} in a browser: the gallery of features.")
     print(f"   Or look at {sheet_fpath}: a row is a feature, its strongest images side by side.")
 

@@ -136,6 +136,28 @@ def test_a_demo_that_is_told_to_leave_says_that_it_starts_over(tmp_path: Path, m
         demo.run(Demo(out=tmp_path / "out", progress=False))
 
 
+def test_a_sheet_that_is_written_in_part_marks_no_finished_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die_half_way(image: Image.Image, fpath: Path, **settings: str) -> None:
+        if not fpath.stem.startswith("contact-sheet"):
+            return save(image, fpath, **settings)
+        fpath.write_bytes(b"half")
+        raise ZeroDivisionError
+
+    save = Image.Image.save
+    for job in ("train", "extract.run", "replay.run"):
+        monkeypatch.setattr(f"saev_dist.demo.{job}", lambda *_: None)
+    monkeypatch.setattr(demo, "choose_rows", lambda *_: ([0], [[]]))
+    monkeypatch.setattr(demo, "contact_sheet", lambda *_: np.zeros((4, 4, 3), np.uint8))
+    with monkeypatch.context() as dying:
+        dying.setattr(Image.Image, "save", die_half_way)
+        with pytest.raises(ZeroDivisionError):
+            demo.run(Demo(out=tmp_path, progress=False))
+    assert not (tmp_path / "contact-sheet.png").exists()
+    demo.run(Demo(out=tmp_path, progress=False))
+    with Image.open(tmp_path / "contact-sheet.png") as sheet:
+        assert sheet.format == "PNG"
+
+
 def test_a_missing_scikit_image_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install scikit-image\."):
