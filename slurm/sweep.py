@@ -104,7 +104,7 @@ def _take(flags: Sequence[str], names: tuple[str, ...]) -> tuple[list[str], list
         name, equals, value = word.partition("=")
         if name in names:
             taking, values = not equals, [value] if equals else []
-        elif taking and not word.startswith("--"):
+        elif taking and not word.startswith("--") and word != "-h":
             values.append(word)
         else:
             taking = False

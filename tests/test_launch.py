@@ -88,6 +88,13 @@ def test_help_is_the_jobs_own(command):
     assert done.returncode == 0 and expected in done.stdout and "slurm.launch" in done.stdout
 
 
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_may_follow_a_list_of_inputs(capsys, flag):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        configs(Extract, [*INPUTS, "--sae", "a.pt", flag])
+    assert "--rank-by" in capsys.readouterr().out
+
+
 def test_one_input_is_one_run_with_paths_that_hold_anywhere():
     (cfg,) = configs(Extract, [*INPUTS, "--top-k", "7"])
     assert cfg == Extract(shards=Path("s").absolute(), sae=Path("a.pt").absolute(), out=Path("o").absolute(), top_k=7)

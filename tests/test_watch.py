@@ -83,6 +83,12 @@ def test_a_failure_is_told_by_its_cause(job, state, ends, text):
     assert not well and found.startswith(text), found
 
 
+@pytest.mark.parametrize(("kind", "flags"), [("extract", "--batch-tokens"), ("replay", "--workers or --img-scale")])
+def test_what_to_lower_for_want_of_memory_is_a_flag_of_the_job(job, kind, flags):
+    found = verdict(replace(job, kind=kind), State(name="OUT_OF_MEMORY"))[1]
+    assert f"Raise --mem-gb, or lower {flags}. Log: " in found
+
+
 def test_nobody_would_have_requeued_a_job_of_this_machine(job):
     job = replace(job, cluster="local")
     assert verdict(ended(job, replace(LEFT[0], attempt=0)), State(name="FAILED"))[1].startswith("stopped: SIGUSR2. Launch it")
