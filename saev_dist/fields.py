@@ -51,6 +51,14 @@ class Fields:
             raise self.error(f"{self.where}: field '{' or '.join(names)}' is {found}; it should be at least 1, and sane.")
         return value
 
+    def count(self, name: str, *, most: int) -> int:
+        """An integer of at least 0, and at most `most`."""
+        value = self.get(name, int)
+        if not 0 <= value <= most:
+            found = value if abs(value) <= MAX_INTEGER else "huge"
+            raise self.error(f"{self.where}: field '{name}' is {found}; it should be at least 0, and at most {most:,}.")
+        return value
+
     def refuse_unknown(self, known: Collection[str]) -> None:
         """Raise unless every member is one of `known`."""
         if strangers := sorted(set(self.obj) - set(known)):

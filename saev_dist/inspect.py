@@ -126,9 +126,8 @@ def describe_run(dpath: Path) -> list[tuple[str, str]]:
         raise RunError(f"{dpath} holds no manifest.json: it is not a run, or one that died before it began.")
     refuse_lacking(dpath, manifest)
     metrics, shards, sae = (manifest.sub(name) for name in ("metrics", "shards", "sae"))
-    n_imgs, n_patches = shards.get("n_examples", int), shards.get("n_patches", int)
-    top_k = manifest.sub("config").get("top_k", int)
-    shape = (sae.get("d_sae", int), top_k)
+    n_imgs, n_patches = shards.positive("n_examples"), shards.positive("n_patches")
+    shape = (sae.positive("d_sae"), manifest.sub("config").positive("top_k"))
     values, imgs, patches = (store.load_tensor(f"{stem}.pt", shape) for stem in ("top_values", "top_img_i", "top_patch_i"))
     filled = imgs >= 0
     sound = {
@@ -143,18 +142,18 @@ def describe_run(dpath: Path) -> list[tuple[str, str]]:
         raise RunError(
             f"{dpath}: it should hold that {' and that '.join(broken)}, and does not. Run extract again with --force."
         )
-    n_dead, n_tokens = metrics.get("n_dead", int), metrics.get("n_tokens", int)
+    n_dead, n_tokens = metrics.count("n_dead", most=shape[0]), metrics.get("n_tokens", int)
     of_all = f" of {n_imgs:,}" if n_tokens < n_imgs * n_patches else ""
     return [
         ("run", f"{dpath}: finished, slots are sound"),
         ("tokens", f"{n_tokens:,}: {n_tokens // n_patches:,} images{of_all} × {n_patches:,} patches"),
         ("SAE", f"{sae.get('source', str)}, {shape[0]:,} features: {sae.get('path', str)}"),
         ("shards", f"layer {shards.get('layer', int)} of {shards.get('path', str)}"),
-        ("slots", f"{int(filled.sum()):,} of {filled.numel():,} filled, top_k {top_k}"),
+        ("slots", f"{int(filled.sum()):,} of {filled.numel():,} filled, top_k {shape[1]}"),
         ("L0", f"{metrics.get('l0', float):.1f}; dead features {n_dead:,} ({n_dead / shape[0]:.1%})"),
         ("world size", str(manifest.get("world_size", int))),
         ("gallery", describe_gallery(dpath)),
-        *([("left out", describe_left_out(parts))] if (parts := manifest.get("left_out", list, [])) else []),
+        *([("left out", left_out)] if (left_out := describe_left_out(manifest)) else []),
     ]
 
 

@@ -448,7 +448,7 @@ def _write_page(job: Job) -> None:
         n_tokens=metrics.get("n_tokens", int),
         d_sae=finished.sae.d_sae,
         l0=metrics.get("l0", float),
-        n_dead=metrics.get("n_dead", int),
+        n_dead=metrics.count("n_dead", most=finished.sae.d_sae),
         normalized_mse=metrics.obj.get("normalized_mse"),
         rank_by=identity.get("rank_by", str),
         top_k=identity.get("top_k", int),

@@ -1,6 +1,6 @@
 """What a job tells people: aligned tables of facts, and commands to type."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,9 @@ from typing import Any
 from saev_dist import partials
 from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
-from saev_dist.errors import printable
+from saev_dist.errors import RunError, printable
 from saev_dist.estimate import Estimate, free_disk, gb
+from saev_dist.fields import Fields
 from saev_dist.plan import Plan, complement
 from saev_dist.sae.hub import absolute
 from saev_dist.sae.model import Sae
@@ -54,27 +55,28 @@ def summary(out_dpath: Path, manifest: dict[str, Any]) -> str:
     }
     if n_before:
         lines["throughput"] += f"; {n_before:,} tokens were done before"
-    if manifest["left_out"]:
-        lines["left out"] = describe_left_out(manifest["left_out"])
+    if left_out := describe_left_out(Fields(manifest, "manifest.json", RunError)):
+        lines["left out"] = left_out
     return table(lines)
 
 
 def already_done(store: Run) -> str:
     """What a command prints whose run is finished already."""
     manifest = store.manifest()
-    if manifest and (parts := manifest.get("left_out", list, [])):
+    if manifest and (left_out := describe_left_out(manifest)):
         return (
-            f"{store.dpath} holds this run, finished without {describe_left_out(parts)}. "
-            "Where they can be read now, --force computes it again."
+            f"{store.dpath} holds this run, finished without {left_out}. Where they can be read now, --force computes it again."
         )
     return f"{store.dpath} holds this run, finished: nothing to do. (--force computes it again.)"
 
 
-def describe_left_out(parts: Sequence[Mapping[str, Any]]) -> str:
-    """What `--skip-bad-shards` left out: `left_out` of a manifest."""
-    shards = sorted({str(part["shard"]) for part in parts})
+def describe_left_out(manifest: Fields) -> str:
+    """What `--skip-bad-shards` left out; "" where it left out nothing."""
+    parts = [Fields(part, f"{manifest.where}, left_out", RunError) for part in manifest.get("left_out", list, [])]
+    shards = sorted({part.get("shard", str) for part in parts})
     listed = ", ".join(shards[:10]) + (f" and {len(shards) - 10:,} more (see manifest.json)" if len(shards) > 10 else "")
-    return f"{sum(part['n_images'] for part in parts):,} images of {len(shards):,} bad shards: {listed}"
+    n_images = sum(part.get("n_images", int) for part in parts)
+    return f"{n_images:,} images of {len(shards):,} bad shards: {listed}" if parts else ""
 
 
 def describe_kept(store: Run) -> str:

@@ -128,6 +128,26 @@ def test_a_run_that_lacks_an_artifact_is_not_sound(inputs, capsys):
     main(["inspect", str(inputs / "run")])
 
 
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("left_out", [None], "left_out: the top level is null; it should be an object."),
+        ("shards.n_examples", 2**70, "field 'n_examples' is 1.1805916207174113e+21; it should be at least 1, and sane."),
+        ("shards.n_patches", 0, "field 'n_patches' is 0; it should be at least 1, and sane."),
+        ("metrics.n_dead", 10**400, "field 'n_dead' is huge; it should be at least 0, and at most 24."),
+        ("metrics.n_dead", -1, "field 'n_dead' is -1; it should be at least 0, and at most 24."),
+    ],
+)
+def test_a_manifest_of_impossible_numbers_is_refused(inputs, capsys, where, value, message):
+    fpath = inputs / "run/manifest.json"
+    manifest = json.loads(fpath.read_text())
+    *above, name = where.split(".")
+    (manifest[above[0]] if above else manifest)[name] = value
+    fpath.write_text(json.dumps(manifest))
+    line = refused(capsys, inputs / "run")
+    assert f"{fpath}, " in line and message in line
+
+
 def test_altered_slots_are_noticed(inputs, capsys):
     forget_sizes(inputs / "run")
     values = torch.load(inputs / "run/top_values.pt", weights_only=True)
