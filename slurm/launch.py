@@ -273,8 +273,11 @@ def plan_text(cfg: Extract, launcher: Launcher) -> str:
     world = World(cfg.timeout_s)
     world.size = launcher.n_ranks
     job = open_job(replace(cfg, device="cpu"), world)
-    device = torch.device("cuda" if launcher.gpus_per_node and cfg.device != "cpu" else "cpu")
-    n_threads = batch_threads(device) if device.type == "cuda" else launcher.n_threads
+    on_gpu = cfg.device != "cpu" and bool(launcher.gpus_per_node or launcher.cluster == "debug")
+    if launcher.cluster != "slurm":  # the job finds what there is here
+        on_gpu = on_gpu and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    n_threads = batch_threads(device) if on_gpu or launcher.cluster == "debug" else launcher.n_threads
     room = launcher.mem_gb * 2**30 / launcher.ranks_per_node if launcher.mem_gb else math.inf
     _, need = within(cfg, job.shards, job.sae, job.plan, device, n_threads, room)
     if need.host_total > room:

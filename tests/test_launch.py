@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -284,6 +285,16 @@ def test_a_dry_run_states_the_jobs_threads_and_memory_not_this_machines(tmp_path
     assert "per rank, 3 thread(s): " in done.out and "OMP_NUM_THREADS=3, of this shell or of --setup, will hold" in done.err
     for setup, n_threads in (("export OMP_NUM_THREADS=2", 2), ("unset OMP_NUM_THREADS", 7), ("echo $OMP_NUM_THREADS", 3)):
         assert Launcher(cpus_per_gpu=7, setup=(setup,)).n_threads == n_threads
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+@pytest.mark.parametrize("cluster", ["slurm", "local", "debug"])
+def test_a_dry_run_plans_for_the_gpu_that_the_job_will_find(tmp_path, inputs, capsys, monkeypatch, cluster, has_gpu):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--cluster", cluster, "--dry-run", "extract", *inputs, "--out", str(tmp_path / "run")])
+    found = re.search(r"^device +(.*)$", capsys.readouterr().out, re.M)[1]
+    assert (found == "none: the encoder runs on the CPU") == (cluster != "slurm" and not has_gpu)
 
 
 def test_extracts_own_dry_run_submits_nothing_either(tmp_path, inputs, capsys):
