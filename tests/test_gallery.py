@@ -15,7 +15,7 @@ import torch
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from saev_dist import replay
-from saev_dist.render.gallery import card, coarse, feature_js, index_html
+from saev_dist.render.gallery import card, coarse, data_js, feature_js, index_html
 from tests.pages import (
     FLAGS,
     HOSTILE,
@@ -592,6 +592,25 @@ def test_a_table_of_16000_features_keeps_few_rows_and_reaches_the_last(visit: Op
 def luminance(page: Page, selector: str, property_name: str) -> float:
     script = "([selector, name]) => getComputedStyle(document.querySelector(selector))[name].match(/[0-9.]+/g).slice(0, 3).map(Number)"
     return float(np.dot(page.evaluate(script, [selector, property_name]), [0.2126, 0.7152, 0.0722]))
+
+
+TEXTS = {
+    0.0009994: "9.99e-4", 0.0009996: "0.00100", 12.345: "12.3", 999.4: "999", 999.7: "999.70", 1000.2: "1000.2", 99_999.4: "99999",
+    99_999.8: "1.00e+5", 1_234_567.0: "1.23e+6",
+}  # fmt: skip
+
+
+def test_the_digits_of_a_score_are_those_of_the_rounded_number(visit: Open, small: Gallery, tmp_path: Path):
+    n = len(TEXTS)
+    table = replace(
+        small.table, log10_freq_s=np.full(n, -1.0), log10_mean_s=np.zeros(n), max_s=np.array([*TEXTS], np.float32),
+        percentile_s=np.ones(n, np.float32), n_active_s=np.full(n, N_TOKENS // 10),
+    )  # fmt: skip
+    facts = replace(small.facts, d_sae=n)
+    (tmp_path / "index.html").write_text(index_html(facts), encoding="utf-8")
+    (tmp_path / "data.js").write_text(data_js(facts, table, []), encoding="utf-8")
+    page = visit(Gallery(tmp_path, facts, table, (), {}), "#view=table&sort=id&order=asc")
+    assert page.locator("#rows [data-feature] td:nth-child(5)").all_text_contents() == [*TEXTS.values()]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

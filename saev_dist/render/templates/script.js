@@ -35,7 +35,11 @@ const mean = (s) => 10 ** log10Mean[s];
 const KEYS = { id: (s) => s, freq: (s) => nActive[s], mean: (s) => log10Mean[s], max: (s) => largest[s] };
 
 const count = (n) => n.toLocaleString("en");
-const score = (x) => (x === 0 ? "0" : Math.abs(x) >= 1e5 || Math.abs(x) < 1e-3 ? x.toExponential(2) : x.toPrecision(Math.abs(x) >= 1000 ? 5 : 3));
+function score(x) {
+  if (x === 0) return "0";
+  const digits = Math.abs(x.toPrecision(3)) >= 1000 ? 5 : 3, size = Math.abs(x.toPrecision(digits)); // as it will be read
+  return size >= 1e5 || size < 1e-3 ? x.toExponential(2) : x.toPrecision(digits);
+}
 function percent(x) {
   const p = 100 * x;
   if (p === 0 || p >= 10) return `${p.toFixed(p ? 1 : 0)}%`;
