@@ -412,7 +412,6 @@ def _rows(job: Job, features: list[int]) -> dict[int, list[Any]]:
 def _top_image(job: Job, row: Any) -> gallery.TopImage:
     img_i = int(row["img_i"])
     picture, heatmap = draw.file_names(int(row["place"]), img_i, job.cfg.image_format)
-    patch = float(row["patch"])
     return gallery.TopImage(
         img_i=img_i,
         score=float(row["score"]),
@@ -425,7 +424,7 @@ def _top_image(job: Job, row: Any) -> gallery.TopImage:
         height=int(row["height"]),
         n_cols=int(row["n_cols"]),
         n_rows=int(row["n_rows"]),
-        box=(0.0, 0.0, patch * int(row["n_cols"]), patch * int(row["n_rows"])),
+        patch=float(row["patch"]),
         values_p=row["values"],
     )
 

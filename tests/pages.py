@@ -16,7 +16,6 @@ from saev_dist.render.gallery import Facts, FeatureView, TopImage, card, data_js
 N_COLS, N_ROWS, PATCH = 6, 4, 16
 N_PATCHES = N_COLS * N_ROWS
 SIZE = (N_COLS * PATCH + 8, N_ROWS * PATCH + 4)  # 8 px at the right and 4 at the bottom belong to no patch
-BOX = (0.0, 0.0, float(N_COLS * PATCH), float(N_ROWS * PATCH))
 N_TOKENS = 1_000_000
 EDGES_H = edges().numpy()
 
@@ -121,7 +120,7 @@ def _view(s: int, table: FeatureTable, n_images: int, label: str | None) -> Feat
         images.append(
             TopImage(
                 img_i=int(rng.integers(500)), score=score, patch_i=patch_i, label=label or f"class {k}", path=(label and HOSTILE) or f"class {k}/{s}.png",
-                picture=f"{k}.webp", heatmap=f"{k} heat#map?.webp", width=SIZE[0], height=SIZE[1], n_cols=N_COLS, n_rows=N_ROWS, box=BOX, values_p=values_p,
+                picture=f"{k}.webp", heatmap=f"{k} heat#map?.webp", width=SIZE[0], height=SIZE[1], n_cols=N_COLS, n_rows=N_ROWS, patch=PATCH, values_p=values_p,
             )
         )  # fmt: skip
     return FeatureView(feature=s, upper=upper, edges_h=EDGES_H, counts_h=counts_h, images=images)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from saev_dist.choose import FeatureTable
 from saev_dist.render.gallery import MAX_BARS, FeatureView, TopImage, card, coarse, data_js, feature_js, index_html
-from tests.pages import BOX, EDGES_H, HOSTILE, HOSTILE_LABEL, SHOWN, Gallery
+from tests.pages import EDGES_H, HOSTILE, HOSTILE_LABEL, SHOWN, Gallery
 
 
 def payload(script: str) -> Any:
@@ -50,7 +50,7 @@ def top_image(values_p: np.ndarray, **changes: Any) -> TopImage:
         "width": 8,
         "height": 8,
     }
-    return TopImage(**(given | {"n_cols": len(values_p), "n_rows": 1, "box": BOX, "values_p": values_p} | changes))
+    return TopImage(**(given | {"n_cols": len(values_p), "n_rows": 1, "patch": 16.0, "values_p": values_p} | changes))
 
 
 def view_of(*images: TopImage) -> FeatureView:

@@ -90,8 +90,8 @@ class TopImage:
     """Of both, px."""
     n_cols: int
     n_rows: int
-    box: tuple[float, float, float, float]
-    """Left, top, width, height in px of the area that the patch grid covers, row by row."""
+    patch: float
+    """Edge of a patch, px. They lie row by row, from the upper left corner."""
     values_p: NDArray[np.float32]
     """The feature's score on every patch."""
 
@@ -137,16 +137,13 @@ def card(feature: int, images: Sequence[TopImage], *, close_ups: bool = True) ->
 def _close_up(image: TopImage) -> CloseUp:
     """The winning patch in the middle of a frame twice its size. At an edge the frame reaches over it: if the patch were
     moved in its frame, an edge in it would seem to be somewhere else than in the other close-ups."""
-    left, top, width, height = image.box
-    width, height = width / image.n_cols, height / image.n_rows
     row, column = divmod(image.patch_i, image.n_cols)
-    x, y = left + (column - 0.5) * width, top + (row - 0.5) * height
     return (
         image.picture,
-        round(x / image.width, 5),
-        round(y / image.height, 5),
-        round(2 * width / image.width, 5),
-        round(2 * height / image.height, 5),
+        round((column - 0.5) * image.patch / image.width, 5),
+        round((row - 0.5) * image.patch / image.height, 5),
+        round(2 * image.patch / image.width, 5),
+        round(2 * image.patch / image.height, 5),
     )
 
 
@@ -234,12 +231,9 @@ def coarse(
 def _image(image: TopImage) -> dict[str, Any]:
     assert image.values_p.shape == (image.n_cols * image.n_rows,)
     scale = float(np.abs(image.values_p).max()) or 1.0
-    content = {
-        key: getattr(image, key)
-        for key in ("img_i", "score", "patch_i", "label", "path", "picture", "heatmap", "width", "height", "n_cols", "n_rows")
-    }
+    content = {key: value for key, value in vars(image).items() if key != "values_p"}
     steps_p = np.rint(image.values_p.astype(np.float64) * (32767 / scale))
-    return content | {"box": list(image.box), "scale": scale, "values": _base64(steps_p, "<i2")}
+    return content | {"scale": scale, "values": _base64(steps_p, "<i2")}
 
 
 def _base64(array: NDArray[Any], dtype: str) -> str:

@@ -557,14 +557,13 @@ function figureOf(feature, image, rank) {
   const item = $("image").content.firstElementChild.cloneNode(true), part = (name) => item.querySelector(name);
   const stage = part(".stage"), cursor = part(".cursor"), value = part(".value");
   const values = decode(image.values, Int16Array), valueAt = (p) => (values[p] * image.scale) / 32767;
-  const [left, top, width, height] = image.box, cell = [width / image.n_cols, height / image.n_rows];
   stage.style.aspectRatio = `${image.width} / ${image.height}`;
   for (const [name, file] of [[".picture", image.picture], [".heatmap", image.heatmap]]) {
     Object.assign(part(name), { width: image.width, height: image.height, src: pictureUrl(feature, file), draggable: false });
   }
   const put = (mark, p) => {
     const column = p % image.n_cols, row = Math.floor(p / image.n_cols), pct = (px, of) => `${(100 * px) / of}%`;
-    Object.assign(mark.style, { left: pct(left + column * cell[0], image.width), top: pct(top + row * cell[1], image.height), width: pct(cell[0], image.width), height: pct(cell[1], image.height) });
+    Object.assign(mark.style, { left: pct(column * image.patch, image.width), top: pct(row * image.patch, image.height), width: pct(image.patch, image.width), height: pct(image.patch, image.height) });
   };
   const describe = (p) => `patch ${count(p)}: ${score(valueAt(p))}`;
   put(part(".won"), image.patch_i);
@@ -596,8 +595,8 @@ function figureOf(feature, image, rank) {
   cursor.hidden = true;
   const point = (event) => {
     const box = stage.getBoundingClientRect();
-    const column = Math.floor(((event.clientX - box.left) * (image.width / box.width) - left) / cell[0]);
-    const row = Math.floor(((event.clientY - box.top) * (image.height / box.height) - top) / cell[1]);
+    const column = Math.floor(((event.clientX - box.left) * image.width) / box.width / image.patch);
+    const row = Math.floor(((event.clientY - box.top) * image.height) / box.height / image.patch);
     if (column >= 0 && column < image.n_cols && row >= 0 && row < image.n_rows) read(row * image.n_cols + column);
     else leave();
   };
