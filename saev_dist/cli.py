@@ -14,7 +14,7 @@ import tyro
 from saev_dist import __version__
 from saev_dist.config import Convert, Demo, Extract, Inspect, Merge, Replay, Verify, toml_flags
 from saev_dist.errors import ConfigError, PeerError, Preempted, RunError, SaevDistError, rank_prefix, tell
-from saev_dist.output import printing
+from saev_dist.output import printing, spare_output
 from saev_dist.signals import be_deaf
 
 # A store that dies or is not there makes torch print C++ stack traces beside our one line; it reads this when it is imported.
@@ -31,6 +31,8 @@ JOBS: dict[str, tuple[type, str]] = {
     "demo": (Demo, "saev_dist.demo"),
 }
 
+MAKERS = (Extract, Replay, Merge, Convert)
+"""What they are for is files, not what they print."""
 LAUNCHERS = ("pipeline", "status", "cancel")
 """Commands of `slurm.launch`, which are none here."""
 
@@ -53,11 +55,13 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 cfg = parse(argv, quiet=not is_first)
             except SaevDistError as err:
-                if not is_first:  # every rank reads the same flags
+                if not is_first and not isinstance(err.__cause__, OSError):  # every rank reads the same, if it can
                     raise PeerError(str(err)) from err
                 raise
             if not sys.platform.startswith("linux"):
                 raise ConfigError(f"saev-dist runs on Linux; this is {sys.platform}. Use a container, or another machine.")
+            if isinstance(cfg, MAKERS) and not getattr(cfg, "dry_run", False):
+                spare_output()
             job: Callable[[Any], None] = import_module(dict(JOBS.values())[type(cfg)]).run
             with import_module("saev_dist.machine").allocating():
                 job(cfg)

@@ -390,7 +390,7 @@ def toml_flags(fpath: Path, command: type, *, lists: tuple[str, ...] = ()) -> li
     try:
         table: dict[str, Any] = tomllib.loads(fpath.read_text(encoding="utf-8"))
     except OSError as err:
-        raise ConfigError(f"{fpath}: {err.strerror}; --config takes a TOML file.") from None
+        raise ConfigError(f"{fpath}: {err.strerror}; --config takes a TOML file.") from err
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise ConfigError(f"{fpath} is not TOML: {err}.") from None
     hints = {name: hint for name, hint in get_type_hints(command).items() if name != "config"}

@@ -77,28 +77,29 @@ def run(cfg: Extract) -> None:
                 store.tidy()
                 print(already_done(store))
             return
-        need = fit(cfg, job.shards, job.sae, job.plan, job.device, job.n_threads, world)
+        need = fit(replace(cfg, force=force), job.shards, job.sae, job.plan, job.device, job.n_threads, world)
         job = replace(job, n_threads=need.n_threads)
         if world.rank == 0:
             _warn_of(cfg, job, store)
         if cfg.dry_run:
             if world.rank == 0:
-                print(describe_plan(cfg, job.shards, job.sae, job.plan, need, world.size))
+                print(describe_plan(replace(cfg, force=force), job.shards, job.sae, job.plan, need, world.size))
             return
         if world.rank == 0 and not cfg.skip_bad_shards:
             job.shards.check_files()
         if world.rank == 0:
             earlier = None if force else store.under_way()
+            known = Report.from_json(earlier.obj.get("self_check")) if earlier else None
             found = check(
                 job.sae,
                 job.shards,
                 job.device,
                 cfg.self_check,
-                known=Report.from_json(earlier.obj.get("self_check")) if earlier else None,
+                known=known,
                 skip_bad=cfg.skip_bad_shards,
                 look=world.check,
             )
-            job = replace(job, self_check=found)
+            job = replace(job, self_check=found or known)
         with store.lock(patience_s=world.patience_s, check=world.check) if world.rank == 0 else nullcontext():
             begun = store.begin(job.identity, _note(job), afresh=force) if world.rank == 0 else None
             if world.tell(begun is None):  # finished by another process, while this one checked its inputs or waited

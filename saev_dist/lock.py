@@ -82,8 +82,9 @@ class Lock:
                 if not os.path.samestat(os.stat(self.fpath), os.fstat(file.fileno())):
                     return ENDING
             except (FileNotFoundError, FileExistsError):  # mkdir says the latter of a directory that goes meanwhile
-                if os.path.isfile(self.dpath):
-                    raise
+                for dpath in (self.run_dpath, self.dpath):
+                    if os.path.lexists(dpath) and not os.path.isdir(dpath):
+                        raise RunError(f"{dpath} leads to no directory. Remove it, or choose another --out.") from None
                 return ENDING
             except OSError as err:
                 if err.errno != errno.ESTALE:  # removed on another machine

@@ -33,7 +33,8 @@ def run(cfg: Merge) -> None:
         shards, sae = cfg.shards or made_with.shards, cfg.sae or made_with.sae
         job = open_job(replace(made_with, shards=shards, sae=sae, out=cfg.run, device="cpu"), world)
         # Nothing is encoded here, so the device is that of the run.
-        job = replace(job, identity=job.identity | {"device": under_way.get("identity", dict).get("device")})
+        identity = job.identity | {"device": under_way.get("identity", dict).get("device")}
+        job = replace(job, identity=identity, cfg=replace(job.cfg, device=made_with.device))
         store.is_finished(job.identity, force=False)
         report = Report.from_json(under_way.obj.get("self_check"))
         job = replace(job, identity=under_way.get("identity", dict), self_check=report)

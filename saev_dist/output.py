@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Any, TextIO
 
-from saev_dist.errors import OutputError, RunError
+from saev_dist.errors import OutputError, RunError, warn
 
 
 @contextmanager
@@ -49,6 +49,12 @@ def printing() -> Iterator[None]:
         sys.stdout = stream
 
 
+def spare_output() -> None:
+    """From here on, inside `printing`, work goes on where nothing can be printed: what it makes are files."""
+    if isinstance(sys.stdout, _Output):
+        sys.stdout.is_spare = True
+
+
 def escape_what_cannot_be_encoded() -> None:
     """A path of bytes that are no text, or a character that the locale lacks, is printed as an escape, not an error.
 
@@ -64,6 +70,7 @@ class _Output:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.is_spare = False
 
     def write(self, text: str) -> Any:
         return self._try(lambda: self._stream.write(text))
@@ -82,4 +89,9 @@ class _Output:
         try:
             return work()
         except OSError as err:
-            raise OutputError(err) from None
+            error = OutputError(err)
+            if not self.is_spare:
+                raise error from None
+            self.drop()
+            if error.number != errno.EPIPE:
+                warn(str(error))

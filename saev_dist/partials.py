@@ -5,7 +5,7 @@ Partials over disjoint batches merge, so one mechanism serves resume, other worl
 
     <run>/partials/
         run.json                       what the run is (see store)
-        lock                           held while a run is at work (see store)
+        lock                           held while a run is at work (see lock)
         <owner>.<number>.partial       the newest of an owner counts
         <kind>.<owner>.bin             its spill files (see spill)
         *.damaged                      set aside
@@ -46,7 +46,7 @@ import numpy as np
 from saev_dist.errors import DamagedError, RunError, warn
 from saev_dist.files import fsync_dir, read_part, reading, retrying, write_all, writing
 from saev_dist.plan import Intervals, union
-from saev_dist.spill import COPY_BYTES, Segment, Spill, check_extent, covered
+from saev_dist.spill import COPY_BYTES, SPILL_PATTERN, Segment, Spill, check_extent, covered
 
 if TYPE_CHECKING:  # the launcher, too, looks at partials
     from torch import Tensor
@@ -54,6 +54,8 @@ if TYPE_CHECKING:  # the launcher, too, looks at partials
 MAGIC = b"saev-dist partial 1\n"
 DIGEST_BYTES = 32
 MAX_HEADER_BYTES = 2**28
+RANK_PATTERNS = ("*.partial", "*.partial.tmp", SPILL_PATTERN)
+"""What ranks write."""
 TRIES = 5
 """Looks at a directory whose ranks replace their partials meanwhile; each reads only what is new."""
 
@@ -303,12 +305,12 @@ def _remove_dead(dpath: Path, live: list[Partial]) -> None:
             for kind, (_, end, _) in segment.extents.items():
                 name = segment.fpath(dpath, kind).name
                 ends[name] = max(end, ends.get(name, 0))
-    for pattern in ("*.partial", "*.tmp", "*.bin"):
+    for pattern in RANK_PATTERNS:
         for fpath in dpath.glob(pattern):
             if fpath.name in ends:
                 os.truncate(fpath, ends[fpath.name])
             elif fpath.name not in keep:
-                fpath.unlink()
+                fpath.unlink(missing_ok=True)  # a rank that was given up may still be at work
 
 
 # ---- a rank at work

@@ -51,9 +51,6 @@ class Plan:
         self.n_examples = int(self._examples[-1])
         self.n_batches = int(self._batches[-1])
 
-    def __len__(self) -> int:
-        return self.n_batches
-
     def sizes(self) -> dict[int, int]:
         """How many batches there are of each number of examples."""
         full, rest = np.divmod(np.diff(self._examples), self.examples_per_batch)

@@ -31,6 +31,8 @@ COPY_BYTES = 4 * 1024 * 1024
 BUFFER_BYTES = 1024 * 1024
 N_THREADS = min(8, len(os.sched_getaffinity(0)))
 """Chunks that are worked on at a time."""
+SPILL_PATTERN = "*.*-*.bin"
+"""What `Segment.fpath` is like, and no shard."""
 MAX_WAITING = 4
 """Batches whose rows wait to be written."""
 

@@ -28,6 +28,7 @@ from saev_dist.errors import ConfigError, RunError
 from saev_dist.fields import Fields
 from saev_dist.files import fsync_dir, refuse_lacking, retrying, writing
 from saev_dist.lock import Lock
+from saev_dist.partials import RANK_PATTERNS
 from saev_dist.world import World
 
 ARTIFACT_PATTERNS = (
@@ -43,6 +44,8 @@ ARTIFACT_PATTERNS = (
     "metrics.json",
 )
 
+UNDER_WAY_PATTERNS = ("run.json", "run.json.new", "manifest.json", "*.partial.damaged", *RANK_PATTERNS, *ARTIFACT_PATTERNS)
+"""What a run under way writes into `partials/`, but for the lock."""
 OURS = {"partials", "slurm", "visuals", "visuals.partial", "visuals.former"}
 """Directories of this program beside the artifacts."""
 
@@ -64,7 +67,7 @@ class Run:
         return _read_json(self.manifest_fpath)
 
     def _is_foreign(self) -> bool:
-        """Whether there is a manifest.json that is none of ours, and nothing of ours beside it."""
+        """Whether there is a manifest.json that is none of ours, and no artifact beside it."""
         try:
             content = json.loads(self.manifest_fpath.read_bytes())
         except OSError:
@@ -72,7 +75,11 @@ class Run:
         except (ValueError, RecursionError):
             content = None
         is_ours = isinstance(content, dict) and "identity" in content
-        return not is_ours and not self.artifacts() and not os.path.exists(self.partials_dpath)
+        return not is_ours and not self.artifacts()
+
+    def _has_begun(self) -> bool:
+        """Whether a run is under way here, in whatever state."""
+        return os.path.lexists(self.partials_dpath / "run.json")
 
     def manifest_sha256(self) -> str:
         """Of the file; "" where it cannot be read."""
@@ -87,9 +94,13 @@ class Run:
 
     def strangers(self) -> list[str]:
         """Names of what lies in a directory that is no run yet."""
-        if os.path.exists(self.partials_dpath) or os.path.exists(self.manifest_fpath) or not os.path.isdir(self.dpath):
+        if self._has_begun() or os.path.exists(self.manifest_fpath) or not os.path.isdir(self.dpath):
             return []
-        return sorted(set(os.listdir(self.dpath)) - OURS - {fpath.name for fpath in self.artifacts()})
+        names = set(os.listdir(self.dpath)) - OURS - {fpath.name for fpath in self.artifacts()}
+        if os.path.isdir(self.partials_dpath):
+            inside = set(os.listdir(self.partials_dpath)) - {"lock"} - {fpath.name for fpath in self._work()}
+            names |= {f"partials/{name}" for name in inside}
+        return sorted(names)
 
     def under_way(self) -> Fields | None:
         """What run.json says of the run that is not finished here, or None."""
@@ -97,8 +108,11 @@ class Run:
 
     def is_of_job(self, job_id: str | None, identity: dict[str, Any]) -> bool:
         """Whether an attempt of this very run has begun here and not finished, or has finished as this job of a scheduler."""
-        under_way = self.under_way()
-        holder = under_way or self.manifest()
+        try:
+            under_way = self.under_way()
+            holder = under_way or self.manifest()
+        except RunError:  # damaged: nobody can tell
+            return False
         if holder is None or differing(identity, holder.get("identity", dict)):
             return False
         return under_way is not None or (job_id is not None and holder.obj.get("job_id") == job_id)
@@ -121,6 +135,9 @@ class Run:
             raise RunError(f"{self.dpath} holds metadata.json: it is a directory of shards. Choose another --out.")
         if self._is_foreign():
             raise ConfigError(f"{self.manifest_fpath} is not that of a run of saev-dist. Choose another --out.")
+        for name in ("metadata.json", "manifest.json"):  # the latter only for an instant, beside run.json
+            if os.path.lexists(self.partials_dpath / name) and not self._has_begun():
+                raise ConfigError(f"{self.partials_dpath} holds {name}: it is not of a run under way. Choose another --out.")
         if force:
             return False
         under_way = self.under_way()
@@ -255,11 +272,15 @@ class Run:
                     self._clear()
 
     def _clear(self) -> None:
-        """Remove what is under `partials/`: run.json first, without which the rest means nothing, and not the lock."""
-        (self.partials_dpath / "run.json").unlink(missing_ok=True)
-        for fpath in self.partials_dpath.iterdir():
-            if fpath.name != "lock":
-                fpath.unlink(missing_ok=True)  # a rank that was given up may still be at work
+        """Remove what a run wrote under `partials/`, and not the lock: without run.json the rest means nothing."""
+        for name in ("manifest.json", "run.json"):  # in this order: alone the former would be another program's
+            (self.partials_dpath / name).unlink(missing_ok=True)
+        for fpath in self._work():
+            fpath.unlink(missing_ok=True)  # a rank that was given up may still be at work
+
+    def _work(self) -> list[Path]:
+        """Files of a run under `partials/`, but for the lock."""
+        return [fpath for pattern in UNDER_WAY_PATTERNS for fpath in self.partials_dpath.glob(pattern)]
 
     def load_tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """An artifact that is one tensor of this shape.

@@ -43,7 +43,7 @@ LEAVE_S = 60.0
 MAX_PORT = 65_535
 MAX_VALUE = 4 * 2**20
 """Bytes in a value of the store, which hangs up on those of more than 8 MiB (MAX_PAYLOAD_LEN of torch's TCPStore)."""
-STORE_ERRORS = (dist.DistError, ConnectionError, RuntimeError)  # what a store raises when its host is gone
+STORE_ERRORS = (ConnectionError, RuntimeError)  # what a store raises when its host is gone
 
 
 class World:

@@ -25,7 +25,7 @@ from submitit.core.job_environment import JobEnvironment
 
 from saev_dist.config import Extract, Replay
 from saev_dist.errors import PeerError, Preempted, SaevDistError
-from saev_dist.output import escape_what_cannot_be_encoded
+from saev_dist.output import escape_what_cannot_be_encoded, printing, spare_output
 from slurm.jobs import End, cancelled_fpath, end_fpath
 
 TELLING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -105,7 +105,8 @@ class Task:
                 Thread(target=_leave_if_stuck, args=(cancelled, leave), daemon=True).start()
             if told:
                 raise Told
-            with import_module("saev_dist.machine").allocating():
+            with printing(), import_module("saev_dist.machine").allocating():
+                spare_output()
                 job.run(self.cfg)
         except BaseException as err:  # noqa: BLE001  # whatever it is, the launcher is to hear of it
             _be_deaf()

@@ -43,6 +43,10 @@ class Case:
             target.pop(key) if value is None else target.__setitem__(key, value)
         (self.shards / file).write_text(json.dumps(content))
 
+    def as_partials(self, dpath: Path) -> Path:
+        """Copy a directory to where a run under way has its own."""
+        return Path(shutil.copytree(dpath, self.out / "partials"))
+
     def header(self, change) -> None:
         """Change the SAE's header."""
         line, body = self.sae.read_bytes().split(b"\n", 1)
@@ -137,6 +141,10 @@ CASES = {
     "out too long": (set_flag(out="x" * 300), "File name too long"),
     "out below a file": (lambda c: c.flags.update({"--out": c.sae / "run"}), "Not a directory"),
     "out the shards": (lambda c: c.flags.update({"--out": c.shards}), "holds metadata.json: it is a directory of shards"),
+    "out above the shards": (lambda c: c.as_partials(c.shards), "partials holds metadata.json: it is not of a run under way"),
+    "out above a run": (lambda c: (c.as_partials(c.shards) / "metadata.json").rename(c.out / "partials/manifest.json"), "partials holds manifest.json: it"),
+    "out a link to nowhere": (lambda c: c.out.symlink_to("purged"), "leads to no directory. Remove it, or choose another --out."),
+    "partials a link to nowhere": (lambda c: (c.out.mkdir(), (c.out / "partials").symlink_to("purged")), "partials leads to no directory. Remove"),
     "out a file": (lambda c: c.flags.update({"--out": c.sae}), "sae.pt is a file; --out takes a directory"),
     "TOML missing": (set_flag(config="nowhere.toml"), "nowhere.toml: No such file"),
 }  # fmt: skip
@@ -300,6 +308,23 @@ def test_files_of_no_run_in_the_output_directory_are_told_of(tmp_path, capsys):
     assert "of no run" not in capsys.readouterr().err and (out / "notes.txt").exists()
 
 
+def test_a_directory_called_partials_keeps_what_no_run_wrote(tmp_path, capsys):
+    case = Case(tmp_path / "case")
+    out = tmp_path / "out"
+    (out / "partials/more").mkdir(parents=True)
+    case.flags |= {"--out": out, "--sae": case.sae.rename(out / "partials/sae.pt")}
+    (out / "partials/acts000000.bin").touch()
+    leftovers = [out / "partials" / name for name in ("distributions.00007-abc.bin", "x.partial.tmp", "top_values.pt")]
+    for more in ([], ["--force"]):
+        for fpath in leftovers:
+            fpath.touch()
+        main([*case.args, *more])
+        warned = f"warning: {out} holds partials/acts000000.bin and 2 more, of no run: the artifacts go beside them."
+        assert (warned in capsys.readouterr().err) == (not more)
+        assert sorted(fpath.name for fpath in (out / "partials").iterdir()) == ["acts000000.bin", "more", "sae.pt"]
+        assert (out / "manifest.json").exists()
+
+
 def test_a_percentile_that_is_meant_as_a_share_is_warned_of(tmp_path, capsys):
     case = Case(tmp_path / "case")
     main([*case.args, "--percentile", "0.99"])
@@ -365,3 +390,15 @@ def test_every_rank_stops_and_one_error_is_shown(tmp_path, name):
     assert len(shown) == 1 and message in shown[0], done.stderr
     assert f'File "{Path(saev_dist.__file__).parent}' not in done.stderr, "a traceback of ours (torchrun prints its own)"
     assert list(case.out.glob("*.*")) == []
+
+
+def test_a_rank_that_cannot_read_the_flags_of_all_says_so(tmp_path, monkeypatch, capsys):
+    """What is wrong in the file rank 0 says."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = tmp_path / "flags.toml"
+    for says in (f"saev-dist: error: rank 1: {flags}: No such file or directory; --config takes a TOML file.\n", ""):
+        with pytest.raises(SystemExit, match=r"^1$"):
+            main(["extract", "--config", str(flags)])
+        assert capsys.readouterr().err == says
+        flags.write_text("top_k = ")

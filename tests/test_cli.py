@@ -13,6 +13,7 @@ from saev_dist.cli import main, parse
 from saev_dist.config import Demo, Extract, Replay
 from saev_dist.output import printing
 from saev_dist.report import flags_of
+from tests.ranks import run_ranks
 from tests.synthetic import make_acts, make_sae, make_shards
 
 ROOT = Path(__file__).parent.parent
@@ -257,12 +258,23 @@ def test_errors_of_files_are_not_those_of_the_output():
         raise OSError(errno.EIO, "of a file")
 
 
-def test_a_reader_that_has_gone_takes_nothing_from_a_finished_run(tmp_path):
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("(r := os.pipe(), os.close(r[0]))[0][1]", ""),
+        ("os.open('/dev/full', os.O_WRONLY)", "saev-dist: warning: cannot print: No space left on device.\n"),
+    ],
+    ids=["nobody reads", "full"],
+)
+def test_where_nothing_can_be_printed_a_run_is_finished_all_the_same(tmp_path, output, said):
     shards, sae, out = make_shards(tmp_path / "shards", make_acts(3)), make_sae(tmp_path / "sae.pt"), tmp_path / "run"
-    command = f"{sys.executable} -m saev_dist extract --shards {shards} --sae {sae} --out {out} --no-progress"
-    done = subprocess.run(f"{command} --self-check off | true", shell=True, capture_output=True, text=True)
-    assert not done.stderr
-    assert (out / "manifest.json").exists() and not (out / "partials").exists()
+    flags = ["--shards", shards, "--sae", sae, "--out", out, "--no-progress", "--self-check", "off"]
+    lost = f"import os; os.dup2({output}, 1)"
+    for command in (["extract", *flags], ["replay", "--run", out, "--no-pictures", "--n-features", 1, "--no-progress"]):
+        done = run_ranks(*command, before=lost)
+        assert (done.returncode, done.stderr) == (0, said)
+    assert (out / "manifest.json").exists() and (out / "visuals").exists() and not (out / "partials").exists()
+    assert run_ranks("extract", *flags, "--dry-run", "--force", before=lost).returncode == 1
 
 
 @pytest.mark.parametrize(("word", "meant"), [("extrct", "extract"), ("reply", "replay")])

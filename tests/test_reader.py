@@ -45,7 +45,7 @@ def test_batches_come_in_order_and_stay_while_held(tmp_path, monkeypatch, exampl
         else:
             fpath.unlink()
     plan = Plan(shards.examples, batch)
-    todo = ((0, 2), (3, len(plan)))
+    todo = ((0, 2), (3, plan.n_batches))
     wanted = [plan[index] for first, stop in todo for index in range(first, stop)]
     # Of a shard that is too short, what comes before its end is good.
     good = [

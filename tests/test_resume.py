@@ -77,6 +77,10 @@ def test_force_starts_over_but_not_in_a_restart_of_the_same_job(tmp_path, server
     codes, output = server.run(*args, tmp_path / "b", "--force", before=restarted)
     assert codes == [0] and "done before" in output
     assert artifact_hashes(tmp_path / "a") == artifact_hashes(tmp_path / "b") == expected
+    os.truncate(tmp_path / "b/manifest.json", 100)
+    codes, output = server.run(*args, tmp_path / "b", "--force", before=restarted)
+    assert codes == [0], output
+    assert artifact_hashes(tmp_path / "b") == expected
 
 
 def test_force_computes_nothing_again_when_the_job_is_restarted_after_its_end(tmp_path, server, whole):
@@ -272,6 +276,9 @@ def test_the_self_check_is_made_once_a_run_and_every_attempt_tells_its_finding(t
     killed(server, args, tmp_path / "off", at=3)  # it looks, and notes what it found
     codes, output = server.run(*args, tmp_path / "off", before=looking)
     assert codes == [0] and "looked" not in output and f"saev-dist: warning: {report['finding']}" in output, output
+    killed(server, args, tmp_path / "then off", at=4)
+    assert server.run(*whole[0], tmp_path / "then off")[0] == [0]
+    assert json.loads((tmp_path / "then off/manifest.json").read_text())["self_check"] == report
 
 
 def test_who_leaves_without_a_last_snapshot_does_not_say_that_all_is_kept(tmp_path, server, long_run):
@@ -413,7 +420,8 @@ def test_a_disk_without_room_for_snapshots_is_no_obstacle_where_all_is_kept(tmp_
     unfinished(server, args, tmp_path / "other")
     codes, output = server.run(*args, tmp_path / "other", before=full)
     assert codes == [1] and "and snapshots 2," in output, output
-    codes, output = server.run(*args, out, before=full)
+    full += "\nimport os; os.environ['SLURM_RESTART_COUNT'] = '1'"  # whose --force goes on with what is kept
+    codes, output = server.run(*args, out, "--force", before=full)
     assert codes == [0], output
     assert artifact_hashes(out) == expected
 
@@ -443,6 +451,7 @@ def test_merge_makes_the_artifacts_when_all_is_done(tmp_path, server, whole, fla
     codes, output = server.run("merge", "--run", out.with_name("b"), "--shards", moved)
     assert codes == [0], output
     assert artifact_hashes(out.with_name("b")) == expected
+    assert json.loads((out.with_name("b") / "manifest.json").read_text())["config"]["device"] == "auto"
     codes, output = server.run("merge", "--run", out.with_name("b"))
     assert codes == [1] and "is finished: there are no partials to merge" in output
     run_fpath = out / "partials/run.json"

@@ -80,7 +80,7 @@ def write_shards(dpath: Path, layout: Layout) -> Shards:
 def make_reader(shards: Shards, depth: int, n_passes: int = 1) -> Reader:
     """As `extract` has it, over all batches, `n_passes` times."""
     plan = Plan(shards.examples, max(1, Extract.batch_tokens // shards.n_patches))
-    return Reader(shards, plan, ((0, len(plan)),) * n_passes, depth=depth)
+    return Reader(shards, plan, ((0, plan.n_batches),) * n_passes, depth=depth)
 
 
 def read(shards: Shards, depth: int, n_passes: int) -> None:
