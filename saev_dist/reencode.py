@@ -71,10 +71,15 @@ def describe_encoded(slots: Slots, n_encoded: int) -> str:
     return f"{n_images:,} encoded again, by each rank those of its own features: {n_encoded:,}"
 
 
-def reencode(run: FinishedRun, slots: Slots, encoder: Encoder, check: Check, *, read_ahead: int) -> Iterator[Image]:
+def reencode(
+    run: FinishedRun, slots: Slots, encoder: Encoder, check: Check, *, read_ahead: int, look: Callable[[], None]
+) -> Iterator[Image]:
     """The images of `slots` (in the order of images), each once, in the order of the shards.
 
     Memory: `read_ahead` images and a few being encoded, and the scores on all patches of the features that won in one image.
+
+    Args:
+        look: called once a second while it waits for an image; what it raises ends it.
 
     Raises:
         RunError: a score is not the stored one.
@@ -84,7 +89,8 @@ def reencode(run: FinishedRun, slots: Slots, encoder: Encoder, check: Check, *, 
     groups = iter(np.split(slots, starts[1:]) if len(img_i) else [])
     by_image = Plan(run.shards.examples, 1)
     ahead = 2 * encoder.n_threads
-    reader = Reader(run.shards, by_image, _intervals(img_i), depth=read_ahead, hold=ahead, pin=encoder.device.type == "cuda")
+    todo, pin = _intervals(img_i), encoder.device.type == "cuda"
+    reader = Reader(run.shards, by_image, todo, depth=read_ahead, hold=ahead, pin=pin, check=look)
     waiting: deque[tuple[Slots, NDArray[np.int64], Tensor, Future[Codes]]] = deque()
     for batch, acts_pd in chain(reader, [(None, None)] * ahead):
         if batch is not None and acts_pd is not None:

@@ -317,7 +317,7 @@ def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[st
             progress.advance(shards.n_patches)
             return len(image.feature_m)
 
-        for image in reencode(job.finished, slots, encoder, check, read_ahead=cfg.read_ahead):
+        for image in reencode(job.finished, slots, encoder, check, read_ahead=cfg.read_ahead, look=world.check):
             world.check()
             with _drawing(world):
                 pending.append((image, pool.submit(draw.draw, _task(job, image))))

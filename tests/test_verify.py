@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from saev_dist import extract, verify
 from saev_dist.choose import choose_slots, deal
 from saev_dist.config import Extract, Verify
+from saev_dist.data import reader
+from saev_dist.errors import Preempted
 from saev_dist.finished import FinishedRun
 from saev_dist.reencode import TOLERANCE, Check, _is_on_edge, reencode, verify_tokens
 from saev_dist.sae import product
@@ -22,6 +25,10 @@ from tests.synthetic import BATCH_TOPK, RELU, TOPK, dense_codes, make_acts, make
 
 DATA = Path(__file__).parent / "data"
 FIXTURES = {"saev-1.1/relu": 7, "saev-1.1/topk": 0, "saev-2.1/topk": 11, "saev-2.1/relu": 3, "saev-2.1/btopk": 1}
+
+
+def no_look() -> None:
+    """No reason to stop."""
 
 
 def make_run(tmp_path, activation=RELU, **settings):
@@ -54,11 +61,25 @@ def test_an_image_encoded_again_equals_brute_force(tmp_path, activation, rank_by
     slots = slots[np.lexsort((slots["feature"], slots["img_i"]))]
     seen, check = [], Check()
     with Encoder(run.sae, torch.device("cpu"), "fp32", 2) as encoder:
-        for image in reencode(run, slots, encoder, check, read_ahead=2):
+        for image in reencode(run, slots, encoder, check, read_ahead=2, look=no_look):
             np.testing.assert_array_equal(image.values_mp, dense[image.img_i][:, image.feature_m].T)
             seen.append(image.img_i)
     assert seen == np.unique(slots["img_i"]).tolist()
     assert check.n_slots == len(slots) > 0 and check.n_on_edge == 0
+
+
+@pytest.mark.parametrize("work", [reencode, verify_tokens])
+def test_a_signal_is_obeyed_while_the_disk_stalls(tmp_path, monkeypatch, work):
+    run = FinishedRun.open(make_run(tmp_path))
+    slots = choose_slots((1,), run.values_sk, run.imgs_sk, run.patches_sk, None)
+    monkeypatch.setattr(reader, "CHECK_EVERY_S", 0.01)
+    monkeypatch.setattr(reader, "read_batch", lambda *args, **how: time.sleep(0.2))
+
+    def look() -> None:
+        raise Preempted("told")
+
+    with Encoder(run.sae, torch.device("cpu"), "fp32", 1) as encoder, pytest.raises(Preempted, match="told"):
+        next(iter(work(run, slots[np.argsort(slots["img_i"])], encoder, Check(), read_ahead=2, look=look)))
 
 
 def test_terms_are_added_up_a_few_slots_at_a_time(tmp_path, monkeypatch):
@@ -76,7 +97,7 @@ def test_terms_are_added_up_a_few_slots_at_a_time(tmp_path, monkeypatch):
         found[at_once], sizes = [], []
         monkeypatch.setattr("saev_dist.reencode.SLOTS_AT_ONCE", at_once)
         with Encoder(run.sae, torch.device("cpu"), "fp32", 1) as encoder:
-            assert len(list(reencode(run, slots, encoder, Check(), read_ahead=2))) < len(slots) / 2
+            assert len(list(reencode(run, slots, encoder, Check(), read_ahead=2, look=no_look))) < len(slots) / 2
     assert max(sizes) == 2
     assert torch.equal(torch.cat(found[2]), torch.cat(found[4096])) and len(torch.cat(found[2])) == len(slots)
 
@@ -101,7 +122,7 @@ def test_only_the_tokens_that_won_are_encoded_each_once(tmp_path, activation, at
     assert max(sizes) < most + run.shards.n_patches and (len(sizes) == 1) == (n_tokens < most)
     sizes.clear()
     with Encoder(run.sae, torch.device("cpu"), "fp32", 1) as encoder:
-        steps = verify_tokens(run, slots, encoder, Check(), read_ahead=2, look=lambda: None)
+        steps = verify_tokens(run, slots, encoder, Check(), read_ahead=2, look=no_look)
         next(steps)
         assert sum(sizes) < n_tokens, "it can be told of before all are read"
         assert 1 + sum(1 for _ in steps) == n_images and sum(sizes) == n_tokens
@@ -238,7 +259,7 @@ def test_a_run_of_another_device_verifies_where_rounding_decides_what_a_code_kee
     slots = deal(choose_slots(range(512), run.values_sk, run.imgs_sk, run.patches_sk, None), 1)[0]
     check = Check()
     with Encoder(run.sae, torch.device("cpu"), "fp32", 1) as encoder:
-        for image in reencode(run, slots, encoder, check, read_ahead=2):
+        for image in reencode(run, slots, encoder, check, read_ahead=2, look=no_look):
             row_n = np.searchsorted(image.feature_m, image.slots_n["feature"])
             drawn_n = image.values_mp[row_n, image.slots_n["patch_i"]]
             np.testing.assert_allclose(drawn_n, image.slots_n["score"], rtol=1e-4)  # also those on the edge

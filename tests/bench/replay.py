@@ -82,7 +82,7 @@ def encode_shares(run: FinishedRun, shards: Path, rounds: int, n_features: int, 
         check, began = Check(), time.perf_counter()
         with Encoder(run.sae, torch.device("cpu"), "fp32", torch.get_num_threads()) as encoder:
             if to_draw:
-                n_images = sum(1 for _ in reencode(run, slots, encoder, check, read_ahead=16))
+                n_images = sum(1 for _ in reencode(run, slots, encoder, check, read_ahead=16, look=lambda: None))
             else:
                 n_images = sum(1 for _ in verify_tokens(run, slots, encoder, check, read_ahead=16, look=lambda: None))
         shares.append(ceiling_s / (time.perf_counter() - began))
