@@ -61,7 +61,7 @@ def test_local_ranks_have_the_bytes_of_one_process_and_the_gallery_follows(tmp_p
 
 
 def test_a_local_job_that_is_told_to_leave_comes_back_and_has_the_same_bytes(tmp_path):
-    shards, sae = make_shards(tmp_path / "shards", make_acts(6000), imgs_per_shard=2000), make_sae(tmp_path / "sae.pt")
+    shards, sae = make_shards(tmp_path / "shards", make_acts(3000), imgs_per_shard=1000), make_sae(tmp_path / "sae.pt")
     args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 0.2, "--out"]
     run = tmp_path / "run"
     with ThreadPoolExecutor() as pool:
@@ -71,7 +71,7 @@ def test_a_local_job_that_is_told_to_leave_comes_back_and_has_the_same_bytes(tmp
         lines = "\n".join(describe(job, is_running=True))
         os.kill(int(job.job_id), signal.SIGTERM)
         done = waiting.result()
-    assert re.match(r"[\d.]+% of 6,000 batches are kept on the disk", lines), lines
+    assert re.match(r"[\d.]+% of 3,000 batches are kept on the disk", lines), lines
     assert done.returncode == 0, done.stderr
     assert {(end.attempt, end.outcome) for end in job.ends()} == {(1, "done")}
     (run / "slurm").rename(tmp_path / "logs")
@@ -96,7 +96,7 @@ def test_a_local_job_has_the_gpus_of_its_shell_and_can_be_cancelled_behind_anoth
 
 @pytest.mark.parametrize("whom", ["launcher", "all"])
 def test_an_interrupted_launcher_ends_its_local_job_in_order(tmp_path, whom):
-    shards, sae = make_shards(tmp_path / "shards", make_acts(6000), imgs_per_shard=2000), make_sae(tmp_path / "sae.pt")
+    shards, sae = make_shards(tmp_path / "shards", make_acts(3000), imgs_per_shard=1000), make_sae(tmp_path / "sae.pt")
     args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 600, "--out"]
     out = tmp_path / "run"
     command = [sys.executable, "-m", "slurm.launch", "--cluster", "local", "--gpus-per-node", 0, "--tasks-per-node", 2]
