@@ -47,7 +47,7 @@ def trained(tmp_path_factory) -> Trained:
     dpath = tmp_path_factory.mktemp("selfcheck")
     demo.cut(demo.photographs_dpath(), dpath / "images")
     acts_epd = demo.embed(np.stack([np.asarray(Image.open(fpath)) for fpath in list_images(dpath / "images")]))
-    demo.train(acts_epd.flatten(0, 1), dpath / "sae.pt", Demo(progress=False))
+    demo.train(acts_epd.flatten(0, 1), dpath / "sae.pt", Demo(progress=False, n_steps=600))
     return Trained(acts_epd, load_saev(dpath / "sae.pt"))
 
 
