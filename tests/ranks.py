@@ -26,6 +26,8 @@ from saev_dist.cli import main
 # One thread everywhere, as torchrun does by itself: several ranks share the test machine's cores.
 ENV = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 ENV |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+SLOWLY = {"PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parent / "slowly"), ENV.get("PYTHONPATH"))))}
+"""Environment in which an `extract` takes a while for each batch."""
 
 
 def run_cli(*args: object, n_ranks: int = 1, n_threads: int = 1, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:

@@ -24,9 +24,10 @@ from slurm.progress import describe
 from slurm.queue import ask
 from slurm.submit import submit
 from tests.crash import wait_for
-from tests.ranks import ENV, artifact_hashes, launch, leading_a_group, run_ranks
+from tests.ranks import ENV, SLOWLY, artifact_hashes, launch, leading_a_group, run_ranks
 from tests.synthetic import make_acts, make_sae, make_shards
 
+WITH_SLOW_BATCHES = ["env", *(f"{name}={value}" for name, value in SLOWLY.items())]
 IN_THE_BACKGROUND = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
 """What `launch … &` in a script does to SIGINT."""
 
@@ -61,17 +62,17 @@ def test_local_ranks_have_the_bytes_of_one_process_and_the_gallery_follows(tmp_p
 
 
 def test_a_local_job_that_is_told_to_leave_comes_back_and_has_the_same_bytes(tmp_path):
-    shards, sae = make_shards(tmp_path / "shards", make_acts(3000), imgs_per_shard=1000), make_sae(tmp_path / "sae.pt")
+    shards, sae = make_shards(tmp_path / "shards", make_acts(600), imgs_per_shard=200), make_sae(tmp_path / "sae.pt")
     args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 0.2, "--out"]
     run = tmp_path / "run"
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(launch, "--cluster", "local", "--gpus-per-node", 2, *args, run)
+        waiting = pool.submit(launch, "--cluster", "local", "--gpus-per-node", 2, *args, run, under=WITH_SLOW_BATCHES)
         wait_beside(waiting, lambda: list(run.glob("partials/*.partial")) and are_at_work(run))
         (job,) = launched(run)
         lines = "\n".join(describe(job, is_running=True))
         os.kill(int(job.job_id), signal.SIGTERM)
         done = waiting.result()
-    assert re.match(r"[\d.]+% of 3,000 batches are kept on the disk", lines), lines
+    assert re.match(r"[\d.]+% of 600 batches are kept on the disk", lines), lines
     assert done.returncode == 0, done.stderr
     assert {(end.attempt, end.outcome) for end in job.ends()} == {(1, "done")}
     (run / "slurm").rename(tmp_path / "logs")
@@ -81,12 +82,12 @@ def test_a_local_job_that_is_told_to_leave_comes_back_and_has_the_same_bytes(tmp
 
 def test_a_local_job_has_the_gpus_of_its_shell_and_can_be_cancelled_behind_another(tmp_path, monkeypatch):
     monkeypatch.setitem(ENV, "CUDA_VISIBLE_DEVICES", "5,7,8")
-    shards, sae = make_shards(tmp_path / "shards", make_acts(60_000), imgs_per_shard=15_000), make_sae(tmp_path / "sae.pt")
+    shards, sae = make_shards(tmp_path / "shards", make_acts(6000), imgs_per_shard=1500), make_sae(tmp_path / "sae.pt")
     args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 0.2, "--out"]
     out, show = tmp_path / "run", f"echo $CUDA_VISIBLE_DEVICES >{tmp_path}/gpus"
     flags = ["--cluster", "local", "--gpus-per-node", 2, "--setup", show, "--wait"]
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(launch, *flags, *args, out, under=IN_THE_BACKGROUND)
+        waiting = pool.submit(launch, *flags, *args, out, under=[*WITH_SLOW_BATCHES, *IN_THE_BACKGROUND])
         wait_beside(waiting, lambda: list(out.glob("partials/*.partial")))
         assert run(["cancel", "--run", str(out)])
         done = waiting.result()
@@ -96,10 +97,11 @@ def test_a_local_job_has_the_gpus_of_its_shell_and_can_be_cancelled_behind_anoth
 
 @pytest.mark.parametrize("whom", ["launcher", "all"])
 def test_an_interrupted_launcher_ends_its_local_job_in_order(tmp_path, whom):
-    shards, sae = make_shards(tmp_path / "shards", make_acts(3000), imgs_per_shard=1000), make_sae(tmp_path / "sae.pt")
+    shards, sae = make_shards(tmp_path / "shards", make_acts(600), imgs_per_shard=200), make_sae(tmp_path / "sae.pt")
     args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 600, "--out"]
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "slurm.launch", "--cluster", "local", "--gpus-per-node", 0, "--tasks-per-node", 2]
+    command = [*WITH_SLOW_BATCHES, sys.executable, "-m", "slurm.launch"]
+    command += ["--cluster", "local", "--gpus-per-node", 0, "--tasks-per-node", 2]
     in_a_terminal = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # as there, wherever the tests run
     with leading_a_group([*command, *args, out], preexec_fn=in_a_terminal) as process:
         wait_for(lambda: are_at_work(out) or process.poll() is not None)  # far from a snapshot

@@ -17,7 +17,7 @@ import pytest
 from slurm.jobs import Job, launched
 from slurm.queue import ask
 from slurm.watch import describe_state
-from tests.ranks import ENV, artifact_hashes, run_ranks
+from tests.ranks import ENV, SLOWLY, artifact_hashes, run_ranks
 from tests.slurm_cluster import NODES, Cluster, missing
 from tests.synthetic import SETTINGS, make_acts, make_sae, make_shards
 
@@ -26,7 +26,7 @@ if (reason := missing()) and "REQUIRE_SLURM" not in os.environ:
 
 # What is waited for takes seconds; on CI's machine, which has much else to do, a minute.
 PATIENCE_S = 300.0
-N_IMGS = 24_000 if "SLURM_FULL" in os.environ else 8000
+N_IMGS = 6000 if "SLURM_FULL" in os.environ else 2000
 """Batches that two ranks do not get through while a node is drained."""
 RANKS = ("--gpus-per-node", "2", "--cpus-per-gpu", "1")  # per node
 
@@ -36,6 +36,7 @@ def cluster() -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="sl") as dpath:  # pytest's own paths are too long
         os.chmod(dpath, 0o755)  # munge insists
         with Cluster(Path(dpath) / "c") as running:
+            running.env |= SLOWLY
             yield running
 
 
@@ -54,7 +55,7 @@ def launch(cluster: Cluster) -> Callable[..., subprocess.CompletedProcess[str]]:
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[object], Callable[[], dict[str, str]]]]:
     """Flags of an extract whose stream takes a while, and what its artifacts are when one process makes them."""
     dpath = tmp_path_factory.mktemp("slow")
-    shards, sae = make_shards(dpath / "shards", make_acts(N_IMGS), imgs_per_shard=1000), make_sae(dpath / "sae.pt")
+    shards, sae = make_shards(dpath / "shards", make_acts(N_IMGS), imgs_per_shard=250), make_sae(dpath / "sae.pt")
     flags = ["--shards", shards, "--sae", sae, "--batch-tokens", "5", "--top-k", "4", "--snapshot-every", "0.5"]
     command = [sys.executable, "-m", "saev_dist", "extract", *map(str, flags), "--out", str(dpath / "alone")]
     alone = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # while others wait
@@ -274,7 +275,7 @@ full = pytest.mark.skipif("SLURM_FULL" not in os.environ, reason="takes minutes:
 
 @full
 def test_at_the_time_limit_and_when_preempted_it_comes_back_with_the_same_bytes(launch, cluster, tmp_path):
-    shards, sae = make_shards(tmp_path / "shards", make_acts(60_000), imgs_per_shard=5000), make_sae(tmp_path / "sae.pt")
+    shards, sae = make_shards(tmp_path / "shards", make_acts(12_000), imgs_per_shard=1000), make_sae(tmp_path / "sae.pt")
     flags = ["--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 1]
     run = tmp_path / "run"
     alone = ThreadPoolExecutor().submit(
