@@ -377,7 +377,7 @@ def _write_features(job: Job, features: list[int], check: Callable[[], None]) ->
     for feature, place in zip(job.slots["feature"].tolist(), job.slots["place"].tolist(), strict=True):
         if feature in n_images:
             n_images[feature] = max(n_images[feature], place + 1)
-    for feature, rows in _rows(job, features).items():
+    for feature, rows in _rows(job, features, job.cfg.n_images).items():
         check()
         if [int(row["place"]) for row in rows] != list(range(n_images[feature])):
             raise RunError(
@@ -397,12 +397,12 @@ def _write_features(job: Job, features: list[int], check: Callable[[], None]) ->
             fpath.write_text(gallery.feature_js(view), encoding="utf-8")
 
 
-def _rows(job: Job, features: list[int]) -> dict[int, list[Any]]:
-    """The records of some features, out of those of all ranks; each feature's by place."""
+def _rows(job: Job, features: list[int], most: int) -> dict[int, list[Any]]:
+    """The records of some features' first images, at most `most` of each, out of those of all ranks; by place."""
     rows: dict[int, list[Any]] = {feature: [] for feature in features}
     for part in job.records.load():
-        for i, feature in enumerate(part["feature"].tolist()):
-            if feature in rows:
+        for i in np.flatnonzero(part["place"] < most).tolist():
+            if (feature := int(part["feature"][i])) in rows:
                 rows[feature].append(part[i])
     for own in rows.values():
         own.sort(key=lambda row: int(row["place"]))
@@ -473,8 +473,8 @@ def _write_page(job: Job) -> None:
 def _cards(job: Job) -> list[gallery.Card]:
     """What the grid shows of each chosen feature."""
     return [
-        gallery.card(feature, [_top_image(job, row) for row in own[: gallery.CARD_IMAGES]], close_ups=job.pictures is not None)
-        for feature, own in _rows(job, job.features).items()
+        gallery.card(feature, [_top_image(job, row) for row in own], close_ups=job.pictures is not None)
+        for feature, own in _rows(job, job.features, gallery.CARD_IMAGES).items()
     ]
 
 
