@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 cfg = parse(argv, quiet=not is_first)
             except SaevDistError as err:
-                if not is_first and not isinstance(err.__cause__, OSError):  # every rank reads the same, if it can
+                if not is_first and not isinstance(err.__cause__, OSError):  # a file may be missing on one node alone
                     raise PeerError(str(err)) from err
                 raise
             if not sys.platform.startswith("linux"):

@@ -31,7 +31,7 @@ from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, DataError, RunError, SaevDistError, warn
 from saev_dist.estimate import fit
 from saev_dist.job import Job, as_json, make_bundle, open_job
-from saev_dist.machine import arithmetic, memory_wanted
+from saev_dist.machine import allocating, arithmetic
 from saev_dist.partials import Keeper, Partial
 from saev_dist.plan import Batch, Intervals, complement, subtract
 from saev_dist.progress import Progress
@@ -136,13 +136,8 @@ def work(job: Job, store: Run, world: World, *, encode: bool = True) -> None:
     Args:
         encode: False when all batches should be done already.
     """
-    try:
+    with allocating(job.device, mend="lower --batch-tokens, --read-ahead or --top-k"):
         _extract(job, store, world, encode=encode)
-    except (MemoryError, RuntimeError) as err:
-        if not (where := memory_wanted(err, job.device)):
-            raise
-        why = (str(err).splitlines() or [type(err).__name__])[0]
-        raise ConfigError(f"out of memory on {where} ({why}); lower --batch-tokens, --read-ahead or --top-k.") from None
 
 
 def _extract(job: Job, store: Run, world: World, *, encode: bool) -> None:

@@ -83,7 +83,7 @@ class Lock:
                     return ENDING
             except (FileNotFoundError, FileExistsError):  # mkdir says the latter of a directory that goes meanwhile
                 for dpath in (self.run_dpath, self.dpath):
-                    if os.path.lexists(dpath) and not os.path.isdir(dpath):
+                    if os.path.isfile(dpath) or (os.path.islink(dpath) and not os.path.exists(dpath)):
                         raise RunError(f"{dpath} leads to no directory. Remove it, or choose another --out.") from None
                 return ENDING
             except OSError as err:

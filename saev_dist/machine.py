@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from saev_dist.errors import RunError
+from saev_dist.errors import ConfigError
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -85,15 +85,26 @@ def memory_wanted(err: BaseException, device: torch.device) -> str:
 
 
 @contextmanager
-def allocating() -> Iterator[None]:
-    """Turn an error under way that says that memory has run out, whoever asked for it, into one line."""
+def allocating(
+    device: torch.device | None = None, *, mend: str = "free some there, or use a machine that has more"
+) -> Iterator[None]:
+    """Turn an error under way that says that memory has run out into one line.
+
+    Args:
+        device: where the work is; None: wherever torch is at work.
+        mend: what to do about it, for the message.
+
+    Raises:
+        ConfigError: that line.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as err:
-        if not (where := memory_wanted(err, torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))):
+        device = device or torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+        if not (where := memory_wanted(err, device)):
             raise
         why = (str(err).splitlines() or [type(err).__name__])[0]
-        raise RunError(f"out of memory on {where} ({why}); free some there, or use a machine that has more.") from None
+        raise ConfigError(f"out of memory on {where} ({why}); {mend}.") from None
 
 
 def _cpu_quotas() -> list[float]:

@@ -120,6 +120,8 @@ def run(cfg: Replay) -> None:
         with Run(cfg.run).lock(patience_s=world.patience_s, check=world.check) if world.rank == 0 else nullcontext():
             if world.rank == 0 and Run(cfg.run).manifest_sha256() != job.identity["manifest_sha256"]:
                 raise RunError(f"{cfg.run} has changed: another process computed it again. Run again.")
+            if world.rank == 0:
+                _bring_back(job)
             if world.tell(world.rank == 0 and _is_done(job)):  # since, by another process
                 if world.rank == 0:
                     print(_already_done(job))
@@ -236,12 +238,16 @@ def _announce(job: Job) -> None:
         )
 
 
+def _bring_back(job: Job) -> None:
+    """Give a gallery its name back that a replay which died between its last two renames took from it."""
+    if os.path.lexists(job.former_dpath) and not os.path.lexists(job.visuals_dpath):
+        with writing(job.visuals_dpath):
+            os.replace(job.former_dpath, job.visuals_dpath)
+
+
 def _begin(job: Job, *, afresh: bool) -> None:
     """Make `visuals.partial/`, or find it as an earlier attempt at the same gallery left it, if that counts."""
     marker_fpath = job.partial_dpath / "replay.json"
-    if os.path.lexists(job.former_dpath) and not os.path.lexists(job.visuals_dpath):
-        with writing(job.visuals_dpath):  # a replay died between its last two renames
-            os.replace(job.former_dpath, job.visuals_dpath)
     if os.path.lexists(job.visuals_dpath) and not job.visuals_dpath.is_dir():
         raise RunError(f"{job.visuals_dpath} is in the way: it is no directory. Move it elsewhere.")
     with writing(job.visuals_dpath):
@@ -401,8 +407,9 @@ def _rows(job: Job, features: list[int], most: int) -> dict[int, list[Any]]:
     """The records of some features' first images, at most `most` of each, out of those of all ranks; by place."""
     rows: dict[int, list[Any]] = {feature: [] for feature in features}
     for part in job.records.load():
-        for i in np.flatnonzero(part["place"] < most).tolist():
-            if (feature := int(part["feature"][i])) in rows:
+        shown_x = np.flatnonzero(part["place"] < most)
+        for i, feature in zip(shown_x.tolist(), part["feature"][shown_x].tolist(), strict=True):
+            if feature in rows:
                 rows[feature].append(part[i])
     for own in rows.values():
         own.sort(key=lambda row: int(row["place"]))
@@ -480,7 +487,7 @@ def _cards(job: Job) -> list[gallery.Card]:
 
 def _publish(job: Job) -> None:
     """Give the whole gallery its name. The records go last: after a kill on the way nothing is drawn again."""
-    _remove(job.former_dpath)  # of a replay that died between the next two renames
+    _remove(job.former_dpath)  # of a replay that died after the next two renames
     if job.visuals_dpath.exists():
         os.replace(job.visuals_dpath, job.former_dpath)
     os.replace(job.partial_dpath, job.visuals_dpath)

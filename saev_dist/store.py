@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from saev_dist.errors import ConfigError, RunError
+from saev_dist.errors import ConfigError, DamagedError, RunError
 from saev_dist.fields import Fields
 from saev_dist.files import fsync_dir, refuse_lacking, retrying, writing
 from saev_dist.lock import Lock
@@ -111,7 +111,7 @@ class Run:
         try:
             under_way = self.under_way()
             holder = under_way or self.manifest()
-        except RunError:  # damaged: nobody can tell
+        except DamagedError:  # nobody can tell
             return False
         if holder is None or differing(identity, holder.get("identity", dict)):
             return False
@@ -127,7 +127,7 @@ class Run:
         Raises:
             RunError: the directory holds shards, another run, finished or not, artifacts of unknown origin, or this very run
                 without all of its artifacts.
-            ConfigError: its manifest.json is another program's.
+            ConfigError: its manifest.json is another program's, or `partials/` is a directory of shards or of a finished run.
         """
         if os.path.isfile(self.dpath):
             raise RunError(f"{self.dpath} is a file; --out takes a directory to make, or that of an earlier run.")
@@ -135,8 +135,8 @@ class Run:
             raise RunError(f"{self.dpath} holds metadata.json: it is a directory of shards. Choose another --out.")
         if self._is_foreign():
             raise ConfigError(f"{self.manifest_fpath} is not that of a run of saev-dist. Choose another --out.")
-        for name in ("metadata.json", "manifest.json"):  # the latter only for an instant, beside run.json
-            if os.path.lexists(self.partials_dpath / name) and not self._has_begun():
+        for name in () if self._has_begun() else ("metadata.json", "manifest.json"):
+            if os.path.lexists(self.partials_dpath / name):
                 raise ConfigError(f"{self.partials_dpath} holds {name}: it is not of a run under way. Choose another --out.")
         if force:
             return False
@@ -349,7 +349,7 @@ def _read_json(fpath: Path) -> Fields | None:
     try:
         return Fields.parse(content, str(fpath), RunError)
     except RunError as err:
-        raise RunError(f"{str(err).rstrip('.')}: damaged. Run extract again with --force, which starts over.") from None
+        raise DamagedError(f"{str(err).rstrip('.')}: damaged. Run extract again with --force, which starts over.") from None
 
 
 def _same(mine: Any, theirs: Any) -> bool:

@@ -274,8 +274,8 @@ def plan_text(cfg: Extract, launcher: Launcher) -> str:
     world.size = launcher.n_ranks
     job = open_job(replace(cfg, device="cpu"), world)
     on_gpu = cfg.device != "cpu" and bool(launcher.gpus_per_node or launcher.cluster == "debug")
-    if launcher.cluster != "slurm":  # the job finds what there is here
-        on_gpu = on_gpu and torch.cuda.is_available()
+    if launcher.cluster != "slurm" and not torch.cuda.is_available():  # the job finds what there is here
+        on_gpu = world.device(cfg.device).type == "cuda"
     device = torch.device("cuda" if on_gpu else "cpu")
     n_threads = batch_threads(device) if on_gpu or launcher.cluster == "debug" else launcher.n_threads
     room = launcher.mem_gb * 2**30 / launcher.ranks_per_node if launcher.mem_gb else math.inf

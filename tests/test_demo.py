@@ -29,6 +29,12 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return dpath
 
 
+def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A demo of two photographs and one feature in the gallery: quickly."""
+    monkeypatch.setattr(demo, "PHOTOGRAPHS", dict(list(demo.PHOTOGRAPHS.items())[:2]))
+    monkeypatch.setattr(demo, "N_IN_GALLERY", 1)
+
+
 def acts_of(out: Path) -> np.ndarray:
     """The stored activations (images, patches, d_model), read by name and size alone."""
     entries = json.loads((out / "shards" / "shards.json").read_text())
@@ -143,6 +149,7 @@ def test_a_sheet_that_is_written_in_part_marks_no_finished_demo(tmp_path: Path, 
         fpath.write_bytes(b"half")
         raise ZeroDivisionError
 
+    make_small(monkeypatch)
     save = Image.Image.save
     for job in ("train", "extract.run", "replay.run"):
         monkeypatch.setattr(f"saev_dist.demo.{job}", lambda *_: None)
@@ -173,7 +180,7 @@ def test_a_scikit_image_without_a_photograph_is_named(tmp_path: Path, monkeypatc
 
 
 def test_force_removes_nothing_that_the_user_put_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "N_IN_GALLERY", 1)  # quickly
+    make_small(monkeypatch)
     out = tmp_path / "out"
     demo.run(Demo(out=out, n_steps=2, progress=False))
     mine = out / "shards" / "notes.json"
@@ -183,7 +190,7 @@ def test_force_removes_nothing_that_the_user_put_there(tmp_path: Path, monkeypat
 
 
 def test_an_image_of_the_user_among_the_crops_is_an_error_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "N_IN_GALLERY", 1)  # quickly
+    make_small(monkeypatch)
     out = tmp_path / "out"
     demo.run(Demo(out=out, n_steps=2, progress=False))
     mine = out / "images" / "mine" / "holiday.png"

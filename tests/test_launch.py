@@ -295,6 +295,10 @@ def test_a_dry_run_plans_for_the_gpu_that_the_job_will_find(tmp_path, inputs, ca
         main(["--cluster", cluster, "--dry-run", "extract", *inputs, "--out", str(tmp_path / "run")])
     found = re.search(r"^device +(.*)$", capsys.readouterr().out, re.M)[1]
     assert (found == "none: the encoder runs on the CPU") == (cluster != "slurm" and not has_gpu)
+    if cluster != "slurm" and not has_gpu:
+        flags = ["--cluster", cluster, "--dry-run", "extract", *inputs, "--device", "cuda", "--out", str(tmp_path / "run")]
+        with pytest.raises(ConfigError, match="--device cuda, but torch sees no GPU here"):
+            run(flags)
 
 
 def test_extracts_own_dry_run_submits_nothing_either(tmp_path, inputs, capsys):

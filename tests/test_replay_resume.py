@@ -133,6 +133,23 @@ def test_a_kill_at_any_step_of_the_swap_loses_nothing(tmp_path, monkeypatch, for
     assert step == (4 if former else 2)  # so many changes there are
 
 
+def test_the_gallery_that_a_killed_replay_was_to_replace_is_not_drawn_again(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path)
+    first, second = (make_replay(run, pictures=False, all=False, features=(s,), n_features=0) for s in (3, 5))
+    replay.run(first)
+    gallery = tree(run / "visuals")
+    with monkeypatch.context() as dying:
+        die_in("_publish", 1, dying)
+        with pytest.raises(Killed):
+            replay.run(second)
+    assert not (run / "visuals").exists()
+    drawn = tree(run / "visuals.partial")
+    capsys.readouterr()
+    replay.run(first)
+    assert "is this gallery, finished" in capsys.readouterr().out
+    assert tree(run / "visuals") == gallery and tree(run / "visuals.partial") == drawn
+
+
 def remove_from_below(dpath: Path) -> None:
     """`shutil.rmtree` in the order that leaves most behind; directories have any."""
     for parent, dnames, fnames in os.walk(dpath, topdown=False):

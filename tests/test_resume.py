@@ -14,7 +14,7 @@ from saev_dist.machine import arithmetic
 from saev_dist.plan import Plan
 from saev_dist.spill import covered
 from saev_dist.store import contrast
-from tests.crash import N_BATCHES, SLOW, killed, unfinished, wait_for
+from tests.crash import N_BATCHES, SLOW, Fault, killed, unfinished, wait_for
 from tests.ranks import artifact_hashes, leading_a_group
 from tests.soak import Soak
 from tests.synthetic import N_IMGS, N_PATCHES, TOPK, make_sae
@@ -77,6 +77,13 @@ def test_force_starts_over_but_not_in_a_restart_of_the_same_job(tmp_path, server
     codes, output = server.run(*args, tmp_path / "b", "--force", before=restarted)
     assert codes == [0] and "done before" in output
     assert artifact_hashes(tmp_path / "a") == artifact_hashes(tmp_path / "b") == expected
+    killed(server, args, tmp_path / "c", at=5)
+    run_fpath = tmp_path / "c/partials/run.json"
+    fault = Fault(ops="o", at=1, how="5", forever=True)
+    codes, output = server.run(*args, tmp_path / "c", "--force", before=restarted, fault=fault, roots=(run_fpath,))
+    assert codes == [1] and "run.json: cannot read: Input/output error" in output, output
+    codes, output = server.run(*args, tmp_path / "c", "--force", before=restarted)
+    assert codes == [0] and "done before" in output, output
     os.truncate(tmp_path / "b/manifest.json", 100)
     codes, output = server.run(*args, tmp_path / "b", "--force", before=restarted)
     assert codes == [0], output
