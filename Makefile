@@ -4,7 +4,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE # some machines set it: then every start would compile torch again
 BENCHES := read stages extract replay gallery snapshot scaling start growth gpu
 
-.PHONY: install demo test test-slurm test-slurm-full check bench clean soak
+.PHONY: install demo test test-slurm test-slurm-full check types bench clean soak
 
 install: .venv/installed
 
@@ -36,8 +36,10 @@ test-slurm-full: install
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(MAKE) --jobs=2 types test
+
+types: install
 	$(BIN)/mypy
-	$(MAKE) test
 
 # One to two hours of a quiet machine; a line of JSON a measurement.
 bench: SHELL := /bin/bash -o pipefail
