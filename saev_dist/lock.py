@@ -43,7 +43,7 @@ class Lock:
             check: called while it waits; what it raises ends the waiting.
 
         Raises:
-            RunError: another process holds it, or the directory cannot be written.
+            RunError: another process holds it, or the directory cannot be written, or is a link to nowhere.
         """
         began, has_told = time.monotonic(), False
         with ExitStack() as stack:

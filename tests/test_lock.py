@@ -36,6 +36,12 @@ def test_a_look_at_the_lock_keeps_nobody_out(tmp_path, monkeypatch):
     assert not (tmp_path / "partials").exists()
 
 
+def test_a_file_in_the_place_of_its_directory_is_not_waited_for(tmp_path):
+    (tmp_path / "partials").touch()
+    with pytest.raises(RunError, match="partials leads to no directory"), lock.Lock(tmp_path).hold():
+        pass
+
+
 def test_a_lock_that_goes_while_another_waits_for_it_is_had_anew(tmp_path):
     """Each holder removes it, and the directory with it."""
     n_times = 300

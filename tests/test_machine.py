@@ -3,6 +3,7 @@
 import platform
 import re
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,16 @@ def test_want_of_memory_is_one_line_wherever_it_is_met(monkeypatch, capsys, take
     end = task._run(End(rank=0, attempt=0, outcome="done"), None)
     assert end.outcome == "failed" and re.fullmatch(said, end.error), end
     assert re.fullmatch(f"saev-dist: error: rank 0: {said}\n", capsys.readouterr().err)
+
+
+def test_a_launched_job_goes_on_where_its_log_cannot_be_written(monkeypatch, capsys):
+    monkeypatch.setattr("saev_dist.replay.run", lambda cfg: print("done", flush=True))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # it would leave us deaf
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        end = Task(cfg=Replay(run=Path("r")), n_threads=1, max_requeues=0)._run(End(rank=0, attempt=0, outcome="done"), None)
+    assert end.outcome == "done", end
+    assert capsys.readouterr().err == "saev-dist: warning: cannot print: No space left on device.\n"
 
 
 def test_any_other_error_of_torchs_keeps_its_traceback(monkeypatch):
