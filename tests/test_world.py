@@ -107,13 +107,23 @@ def test_ranks_that_torchrun_tells_to_leave_do_not_wait_for_the_dead_one(tmp_pat
         assert f"rank {victim} of 3 died or hangs" in ranks.error_logs[0].read_text()
 
 
+MEETS_THOSE_WHO_LEFT = """
+import os, time, torch.distributed as d
+meet = d.init_process_group
+def meet_late(*args, store, **kwargs):
+    meet(*args, store=store, **kwargs)
+    if os.environ["RANK"] == "2":
+        while not store.underlying_store.check(["error"]):
+            time.sleep(0.05)
+        raise RuntimeError("Connection closed")
+d.init_process_group = meet_late
+"""
+
+
 def test_a_rank_that_meets_a_peer_that_failed_already_leaves_the_message_to_it(tmp_path, args):
     """The others are still about to connect when one finds that its SAE is damaged, and goes."""
     args[args.index("--sae") + 1] = tmp_path / "nowhere.pt"
-    late = "import os, time, torch.distributed as d; f = d.init_process_group\n"
-    late += "def g(*a, **k):\n  f(*a, **k)\n  if os.environ['RANK'] == '2': time.sleep(1); raise RuntimeError('Connection closed')\n"
-    late += "d.init_process_group = g"
-    ranks = server().start(*args, tmp_path / "run", n_ranks=3, before=late, apart=True)
+    ranks = server().start(*args, tmp_path / "run", n_ranks=3, before=MEETS_THOSE_WHO_LEFT, apart=True)
     assert server().wait(ranks, timeout_s=30) == [1, 1, 1]
     assert len(ranks.error_logs[2].read_text()) == 0 and "".join(log.read_text() for log in ranks.error_logs).count("\n") == 1
 
