@@ -309,7 +309,8 @@ class World:
             dist.all_to_all_single(out, tensor.contiguous(), out_rows, in_rows)
         except RuntimeError as err:
             # A peer that failed closes its connections. Its own error, or its silence, says more than gloo does.
-            until = time.monotonic() + LOST_AFTER_S + 2 * BEAT_S
+            # That silence lasts longer for a rank that stood still meanwhile.
+            until = time.monotonic() + 4 * LOST_AFTER_S
             while time.monotonic() < until:
                 self._ask(lambda store: None)
                 time.sleep(0.1)

@@ -73,10 +73,10 @@ def whole(tmp_path_factory, server):
 
 @pytest.fixture
 def long_run(tmp_path):
-    """The command for 1500 batches of one image: half a minute on one rank where they are SLOW; the value of --out is to follow."""
+    """The command for 360 batches of one image: half a minute on three ranks where they are SLOW; the value of --out is to follow."""
     from tests.synthetic import make_acts, make_sae, make_shards  # after torch's settings above
 
-    shards, sae = make_shards(tmp_path / "shards", make_acts(1500), imgs_per_shard=500), make_sae(tmp_path / "sae.pt")
+    shards, sae = make_shards(tmp_path / "shards", make_acts(360), imgs_per_shard=120), make_sae(tmp_path / "sae.pt")
     small = ["--batch-tokens", 5, "--top-k", 4, "--self-check", "off", "--no-progress", "--n-distributions", 0]
     return ["extract", "--shards", shards, "--sae", sae, *small, "--out"]
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.ranks import Attempt, Server
 
-SLOW = "import time, saev_dist.extract as e; f = e._rows; e._rows = lambda *a: (time.sleep(0.02), f(*a))[1]"
+SLOW = "import time, saev_dist.extract as e; f = e._rows; e._rows = lambda *a: (time.sleep(0.2), f(*a))[1]"
 """Code for `before`: batches take long enough for a test to strike among them, however loaded the machine is."""
 
 
@@ -113,7 +113,7 @@ def unfinished(server, args, out: Path) -> Path:
 
 
 def wait_for(condition) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import queue
+import random
 import signal
 import socket
 import subprocess
@@ -28,6 +29,8 @@ ENV = {name: value for name, value in os.environ.items() if name not in ("RANK",
 ENV |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 SLOWLY = {"PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parent / "slowly"), ENV.get("PYTHONPATH"))))}
 """Environment in which an `extract` takes a while for each batch."""
+STAYING = SLOWLY | {"SAEV_DIST_STAYS": "1"}
+"""And in which the first attempt of a job does some batches, and no more until it is told to leave."""
 
 
 def run_cli(*args: object, n_ranks: int = 1, n_threads: int = 1, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
@@ -91,9 +94,13 @@ def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
 
 def rendezvous() -> dict[str, str]:
     """Where ranks that are not started by torchrun may meet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    while True:
+        port = random.randrange(
+            20_000, 32_768
+        )  # beyond, Linux gives them to connections, which would take this one now and then
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def artifact_hashes(dpath: Path) -> dict[str, str]:
@@ -236,7 +243,7 @@ class Server:
             attempt.pids.append(pid)
         return attempt
 
-    def wait(self, attempt: Attempt, *, timeout_s: float = 60, for_one: bool = False) -> list[int]:
+    def wait(self, attempt: Attempt, *, timeout_s: float = 120, for_one: bool = False) -> list[int]:
         """Exit codes in rank order, negative for a signal; a hang fails the test.
 
         Args:
@@ -249,7 +256,7 @@ class Server:
                 return [codes.get(pid, 0) for pid in attempt.pids]
             self._next("ended", deadline)
 
-    def run(self, *args: object, timeout_s: float = 60, **kwargs: Any) -> tuple[list[int], str]:
+    def run(self, *args: object, timeout_s: float = 120, **kwargs: Any) -> tuple[list[int], str]:
         """Start, wait; exit codes and what was printed."""
         attempt = self.start(*args, **kwargs)
         return self.wait(attempt, timeout_s=timeout_s), attempt.output()

@@ -30,9 +30,11 @@ SlurmctldPort={port}
 FirstJobId={first_job}
 SlurmUser={user}
 SlurmdUser={user}
-# A requeued job may not start again before its credential expires: 120 s by default, 5 at least.
+# A requeued job may not start again before its credential expires: 120 s by default. Nor may one whose node stood still.
 AuthType=auth/munge
-AuthInfo=socket={dpath}/munge.sock,cred_expire=5
+AuthInfo=socket={dpath}/munge.sock,cred_expire=10
+MessageTimeout=60
+BatchStartTimeout=120
 # Listen on what the host name resolves to, not on all interfaces.
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 StateSaveLocation={dpath}/state

@@ -158,6 +158,7 @@ def test_the_tools_are_there_however_the_window_grew(visit: Open, small: Gallery
     page.set_viewport_size({"width": 1300, "height": 800})
     expect(search).to_be_visible()
     page.set_viewport_size({"width": 600, "height": 800})
+    expect(search).to_be_hidden()
     page.evaluate("location.hash = '#feature=60'")  # an old link
     expect(page.locator("#ids-note")).to_be_visible()
     expect(page.locator("#ids-note")).to_contain_text("No feature 60")
@@ -183,7 +184,7 @@ def test_without_pictures_nothing_is_said_of_labels(visit: Open, small: Gallery,
         page = visit(gallery, f"#feature={view.feature}")
         first = page.locator("#images > li").first
         expect(first.locator(".score")).to_be_visible()
-        text = first.inner_text()
+        text = first.text_content()
         assert f"image {view.images[0].img_i}" in text and (" · " in text, "class 0" in text) == (says, says), text
         assert ("class 0" in first.locator(".stage").get_attribute("aria-label")) == says and "no label" not in text
 

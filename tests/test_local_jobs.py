@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -24,10 +25,10 @@ from slurm.progress import describe
 from slurm.queue import ask
 from slurm.submit import submit
 from tests.crash import wait_for
-from tests.ranks import ENV, SLOWLY, artifact_hashes, launch, leading_a_group, run_ranks
+from tests.ranks import ENV, STAYING, artifact_hashes, launch, leading_a_group, run_ranks
 from tests.synthetic import make_acts, make_sae, make_shards
 
-WITH_SLOW_BATCHES = ["env", *(f"{name}={value}" for name, value in SLOWLY.items())]
+TO_STAY = ["env", *(f"{name}={value}" for name, value in STAYING.items())]
 IN_THE_BACKGROUND = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
 """What `launch … &` in a script does to SIGINT."""
 
@@ -66,7 +67,7 @@ def test_a_local_job_that_is_told_to_leave_comes_back_and_has_the_same_bytes(tmp
     args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 0.2, "--out"]
     run = tmp_path / "run"
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(launch, "--cluster", "local", "--gpus-per-node", 2, *args, run, under=WITH_SLOW_BATCHES)
+        waiting = pool.submit(launch, "--cluster", "local", "--gpus-per-node", 2, *args, run, under=TO_STAY)
         wait_beside(waiting, lambda: list(run.glob("partials/*.partial")) and are_at_work(run))
         (job,) = launched(run)
         lines = "\n".join(describe(job, is_running=True))
@@ -82,12 +83,12 @@ def test_a_local_job_that_is_told_to_leave_comes_back_and_has_the_same_bytes(tmp
 
 def test_a_local_job_has_the_gpus_of_its_shell_and_can_be_cancelled_behind_another(tmp_path, monkeypatch):
     monkeypatch.setitem(ENV, "CUDA_VISIBLE_DEVICES", "5,7,8")
-    shards, sae = make_shards(tmp_path / "shards", make_acts(6000), imgs_per_shard=1500), make_sae(tmp_path / "sae.pt")
+    shards, sae = make_shards(tmp_path / "shards", make_acts(600), imgs_per_shard=200), make_sae(tmp_path / "sae.pt")
     args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 0.2, "--out"]
     out, show = tmp_path / "run", f"echo $CUDA_VISIBLE_DEVICES >{tmp_path}/gpus"
     flags = ["--cluster", "local", "--gpus-per-node", 2, "--setup", show, "--wait"]
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(launch, *flags, *args, out, under=[*WITH_SLOW_BATCHES, *IN_THE_BACKGROUND])
+        waiting = pool.submit(launch, *flags, *args, out, under=[*TO_STAY, *IN_THE_BACKGROUND])
         wait_beside(waiting, lambda: list(out.glob("partials/*.partial")))
         assert run(["cancel", "--run", str(out)])
         done = waiting.result()
@@ -100,7 +101,7 @@ def test_an_interrupted_launcher_ends_its_local_job_in_order(tmp_path, whom):
     shards, sae = make_shards(tmp_path / "shards", make_acts(600), imgs_per_shard=200), make_sae(tmp_path / "sae.pt")
     args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--top-k", 4, "--snapshot-every", 600, "--out"]
     out = tmp_path / "run"
-    command = [*WITH_SLOW_BATCHES, sys.executable, "-m", "slurm.launch"]
+    command = [*TO_STAY, sys.executable, "-m", "slurm.launch"]
     command += ["--cluster", "local", "--gpus-per-node", 0, "--tasks-per-node", 2]
     in_a_terminal = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # as there, wherever the tests run
     with leading_a_group([*command, *args, out], preexec_fn=in_a_terminal) as process:
@@ -121,12 +122,13 @@ def test_an_interrupted_launcher_ends_its_local_job_in_order(tmp_path, whom):
 
 
 @pytest.mark.parametrize("setup", [[], ["--setup", "sleep 1"]], ids=["", "setup"])
-def test_a_local_job_can_be_cancelled_before_it_is_at_work(tmp_path, inputs, setup):
+def test_a_local_job_can_be_cancelled_before_it_is_at_work(tmp_path, setup):
+    shards, sae = make_shards(tmp_path / "shards", make_acts(600), imgs_per_shard=200), make_sae(tmp_path / "sae.pt")
     out = tmp_path / "run"
+    args = ["extract", "--shards", shards, "--sae", sae, "--batch-tokens", 5, "--out", out]
+    flags = ["--cluster", "local", "--gpus-per-node", 0, "--tasks-per-node", 2, *setup]
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(
-            launch, "--cluster", "local", "--gpus-per-node", 0, "--tasks-per-node", 2, *setup, "extract", *inputs, "--out", out
-        )
+        waiting = pool.submit(launch, *flags, *args, under=TO_STAY)
         wait_beside(waiting, lambda: launched(out))
         run(["cancel", "--run", str(out)])
         done = waiting.result()
@@ -141,6 +143,8 @@ def test_a_local_job_comes_back_as_often_as_it_may_and_is_known_by_its_number(tm
     def leave() -> None:
         with open(tmp_path / "attempts", "a") as file:
             file.write(os.environ["SUBMITIT_LOCAL_JOB_ID"] + "\n")
+        while not (tmp_path / "asked").exists():
+            time.sleep(0.01)
         raise SystemExit(144)  # what submitit takes for a wish to be started again
 
     def popen(command, **settings):
@@ -153,6 +157,7 @@ def test_a_local_job_comes_back_as_often_as_it_may_and_is_known_by_its_number(tm
     cfg = Extract(shards=tmp_path, sae=tmp_path, out=tmp_path)
     (job,) = submit(Launcher(cluster="local", gpus_per_node=0, setup=setup, max_requeues=7), [cfg], tmp_path / "my logs")
     assert ask([job])[job.job_id].is_at_work
+    (tmp_path / "asked").touch()
     started[0].wait(100)
     assert (tmp_path / "attempts").read_text() == f"{job.job_id}\n" * 8
     assert not ask([job])[job.job_id].is_under_way

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from contextlib import ExitStack
 
 import pytest
@@ -31,6 +30,7 @@ def test_a_look_at_the_lock_keeps_nobody_out(tmp_path, monkeypatch):
             fcntl.flock(file, fcntl.LOCK_UN)
 
         monkeypatch.setattr(lock.time, "sleep", wait)
+        monkeypatch.setattr(lock, "GLANCE_S", 60)
         with Run(tmp_path).lock():
             assert len(waited) == 1
     assert not (tmp_path / "partials").exists()
@@ -102,7 +102,7 @@ def test_what_another_process_finishes_while_a_restarted_job_waits_is_not_done_a
     restarted = 'import os; os.environ["SLURM_RESTART_COUNT"] = "1"\n'
     held = f'import time, pathlib as p, saev_dist.{{0}} as j; f = j.{{1}}\ndef late(*a): p.Path("{tmp_path}/{{0}}").touch()'
     held += (
-        f'; [time.sleep(0.05) for _ in range(600) if not p.Path("{tmp_path}/go {{0}}").exists()]; return f(*a)\nj.{{1}} = late'
+        f'; [time.sleep(0.05) for _ in range(6000) if not p.Path("{tmp_path}/go {{0}}").exists()]; return f(*a)\nj.{{1}} = late'
     )
     gallery = ("replay", "--run", out, "--n-features", "2", "--no-pictures")
     for command, where, is_done in (((*args, out), ("extract", "_merge"), 0), (gallery, ("replay", "_write_page"), 1)):
@@ -137,7 +137,8 @@ def test_a_restarted_job_waits_for_the_lock_of_the_attempt_before(tmp_path, monk
     held = ExitStack()
     held.enter_context(Run(tmp_path).lock())
     Run(tmp_path).begin({}, {}, afresh=False)
-    threading.Timer(1, held.close).start()
+    tell = lock.tell
+    monkeypatch.setattr(lock, "tell", lambda text: (tell(text), held.close()))
     with Run(tmp_path).lock(patience_s=World(600).patience_s):
         pass
     said = rf"saev-dist: {tmp_path} is in use by process {os.getpid()} on .*\. Waiting for it, 120 s at most\.\n"

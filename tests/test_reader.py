@@ -88,7 +88,7 @@ def test_who_waits_for_a_read_can_be_called_away(tmp_path, monkeypatch):
     def read(*args, **kwargs):
         nonlocal n_read
         n_read += 1
-        time.sleep(0.05)
+        time.sleep(1)
 
     def leave():
         raise Preempted("leave")
@@ -160,7 +160,7 @@ def test_who_leaves_waits_for_no_more_than_the_files_that_are_being_read(tmp_pat
     def read(*args, **kwargs):
         nonlocal n_read
         n_read += 1
-        time.sleep(0.02)
+        time.sleep(0 if n_read <= 20 else 1)
         read_batch(*args, **kwargs)
 
     monkeypatch.setattr(reader, "read_batch", read)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from saev_dist import files, partials, spill
 from saev_dist.errors import RunError
 from saev_dist.spill import Spill, covered
-from tests.crash import Fault, killed
+from tests.crash import Fault, killed, wait_for
 from tests.laws import KINDS, batches, fold, same
 from tests.ranks import artifact_hashes
 
@@ -88,6 +88,7 @@ def test_no_more_than_some_batches_wait_and_leaving_waits_for_them(tmp_path, mon
 
     thread = threading.Thread(target=append_all)
     thread.start()
+    wait_for(lambda: len(n_appended) >= spill.MAX_WAITING)
     thread.join(0.5)
     assert len(n_appended) == spill.MAX_WAITING
     go_on.set()

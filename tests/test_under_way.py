@@ -289,7 +289,7 @@ def test_nobody_waits_for_what_nobody_wants(monkeypatch):
     def count(*args):
         nonlocal n_seen
         n_seen += 1
-        time.sleep(0.01)
+        time.sleep(0.05)
         return take(*args)
 
     monkeypatch.setattr(Sieve, "take", count)
