@@ -309,11 +309,11 @@ class World:
             dist.all_to_all_single(out, tensor.contiguous(), out_rows, in_rows)
         except RuntimeError as err:
             # A peer that failed closes its connections. Its own error, or its silence, says more than gloo does.
-            # That silence lasts longer for a rank that stood still meanwhile.
-            until = time.monotonic() + 4 * LOST_AFTER_S
-            while time.monotonic() < until:
+            # Who watches it counts its silence anew after standing still itself, so there is time for several such counts.
+            pause_s = max(0.1, min(CHECK_EVERY_S, self.size / ASKS_PER_S))
+            for _ in range(int(4 * LOST_AFTER_S / pause_s)):  # looks, and no clock: this rank may stand still, too
                 self._ask(lambda store: None)
-                time.sleep(0.1)
+                time.sleep(pause_s)
             raise RunError(
                 f"rank {self.rank} lost contact with another rank in the merge: {str(err).splitlines()[0]}"
             ) from None

@@ -6,8 +6,10 @@ The process that ranks are forked off has `faults.c` preloaded.
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,8 +114,9 @@ def unfinished(server, args, out: Path) -> Path:
     return fpath
 
 
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 300
+def wait_for(condition: Callable[[], Any], *, say: Callable[[], str] = str) -> None:
+    """Wait until it holds; where it never does, fail with what there is to `say`."""
+    deadline = time.monotonic() + 120
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, say()
         time.sleep(0.01)

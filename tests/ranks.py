@@ -23,6 +23,7 @@ from typing import Any, Self
 import pytest
 
 from saev_dist.cli import main
+from slurm.task import PORTS
 
 # One thread everywhere, as torchrun does by itself: several ranks share the test machine's cores.
 ENV = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -30,7 +31,7 @@ ENV |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 SLOWLY = {"PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parent / "slowly"), ENV.get("PYTHONPATH"))))}
 """Environment in which an `extract` takes a while for each batch."""
 STAYING = SLOWLY | {"SAEV_DIST_STAYS": "1"}
-"""And in which the first attempt of a job does some batches, and no more until it is told to leave."""
+"""And in which the first attempt of a job does some batches, and no more until it has a signal."""
 
 
 def run_cli(*args: object, n_ranks: int = 1, n_threads: int = 1, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
@@ -95,9 +96,7 @@ def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
 def rendezvous() -> dict[str, str]:
     """Where ranks that are not started by torchrun may meet."""
     while True:
-        port = random.randrange(
-            20_000, 32_768
-        )  # beyond, Linux gives them to connections, which would take this one now and then
+        port = random.choice(PORTS)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

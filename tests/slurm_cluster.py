@@ -30,7 +30,8 @@ SlurmctldPort={port}
 FirstJobId={first_job}
 SlurmUser={user}
 SlurmdUser={user}
-# A requeued job may not start again before its credential expires: 120 s by default. Nor may one whose node stood still.
+# A requeued job may not start again before its credential expires: 120 s by default. A node that stood still for longer
+# than that refuses the job.
 AuthType=auth/munge
 AuthInfo=socket={dpath}/munge.sock,cred_expire=10
 MessageTimeout=60

@@ -184,6 +184,8 @@ def test_without_pictures_nothing_is_said_of_labels(visit: Open, small: Gallery,
         page = visit(gallery, f"#feature={view.feature}")
         first = page.locator("#images > li").first
         expect(first.locator(".score")).to_be_visible()
+        if says:
+            expect(first).to_contain_text("class 0", use_inner_text=True)
         text = first.text_content()
         assert f"image {view.images[0].img_i}" in text and (" · " in text, "class 0" in text) == (says, says), text
         assert ("class 0" in first.locator(".stage").get_attribute("aria-label")) == says and "no label" not in text

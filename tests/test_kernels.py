@@ -85,8 +85,7 @@ def test_the_k_largest_of_several_parts(using, monkeypatch, kind, d_sae, k):
     monkeypatch.setattr(kernels, "PART", 32)
     monkeypatch.setattr(kernels, "GROUPS_AT_ONCE", 2)
     same_codes(using, product(2, d_sae, kind), TopK(k))
-    if kind == "random":
-        assert (kernels.select_strongest(product(2, d_sae, kind), k) is None) == (k == 60)
+    assert (kernels.select_strongest(product(2, d_sae, kind), k) is None) == (k == 60)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import ExitStack
 
 import pytest
@@ -30,7 +31,7 @@ def test_a_look_at_the_lock_keeps_nobody_out(tmp_path, monkeypatch):
             fcntl.flock(file, fcntl.LOCK_UN)
 
         monkeypatch.setattr(lock.time, "sleep", wait)
-        monkeypatch.setattr(lock, "GLANCE_S", 60)
+        monkeypatch.setattr(lock, "GLANCE_S", 600 * lock.GLANCE_S)
         with Run(tmp_path).lock():
             assert len(waited) == 1
     assert not (tmp_path / "partials").exists()
@@ -138,7 +139,7 @@ def test_a_restarted_job_waits_for_the_lock_of_the_attempt_before(tmp_path, monk
     held.enter_context(Run(tmp_path).lock())
     Run(tmp_path).begin({}, {}, afresh=False)
     tell = lock.tell
-    monkeypatch.setattr(lock, "tell", lambda text: (tell(text), held.close()))
+    monkeypatch.setattr(lock, "tell", lambda text: (tell(text), threading.Timer(0.5, held.close).start()))
     with Run(tmp_path).lock(patience_s=World(600).patience_s):
         pass
     said = rf"saev-dist: {tmp_path} is in use by process {os.getpid()} on .*\. Waiting for it, 120 s at most\.\n"

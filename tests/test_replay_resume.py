@@ -253,7 +253,7 @@ def test_a_replay_that_is_killed_outright_goes_on_with_any_number_of_ranks(tmp_p
     n_left = [0]
     for _ in range(2):
         killed = server().start(*args, before=STAYS_AT_THE_THIRD)
-        wait_for(lambda: "stays" in killed.output())  # noqa: B023
+        wait_for(lambda: "stays" in killed.output(), say=killed.output)  # noqa: B023
         server().kill(killed)
         assert server().wait(killed) == [-signal.SIGKILL]
         n_left.append(sum(path.stat().st_size for path in run.glob("visuals.partial/records.*")))

@@ -1,6 +1,6 @@
 """On PYTHONPATH it makes each batch of an `extract` take a while, at no cost: a test can strike in the middle.
 
-Where SAEV_DIST_STAYS is set, a job's first attempt does some batches, and no more until it is told to leave.
+Where SAEV_DIST_STAYS is set, a job's first attempt does some batches, and no more until it has a signal.
 """
 
 import os
@@ -11,7 +11,7 @@ from saev_dist.progress import Progress
 from saev_dist.signals import Signals
 
 BATCH_S = 0.02
-STAYS_AT, STAYS_S = 30, 300.0
+STAYS_AT, STAYS_S = 30, 120.0
 """A batch, and how long at most."""
 advance, note = Progress.advance, Signals._note
 n_batches, is_told = 0, False
