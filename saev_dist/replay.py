@@ -2,7 +2,7 @@
 
     slots -> choose features -> deal to ranks: read -> encode -> verify -> draw (worker processes) -> put together -> swap in
 
-Everything is made in `<run>/visuals.partial/` and takes the name `visuals` when it is whole:
+Everything is made in `<run>/visuals.partial/` and takes the name `visuals` when it is whole (see `visuals`):
 
     replay.json              what is being made; another replay's leftovers do not match it, and go
     records.<rank>.bin       what is drawn, and need not be again after a kill; see `records`
@@ -18,7 +18,6 @@ import json
 import math
 import multiprocessing
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -37,7 +36,7 @@ from saev_dist.choose import Slots, choose_features, choose_slots, deal
 from saev_dist.config import Replay
 from saev_dist.data.images import Pictures, open_pictures
 from saev_dist.errors import RunError, warn
-from saev_dist.files import fsync_dir, sync_file_system, writing
+from saev_dist.files import writing
 from saev_dist.finished import FinishedRun, Statistics
 from saev_dist.machine import cpu_threads, rank_cores
 from saev_dist.progress import Progress
@@ -48,21 +47,9 @@ from saev_dist.render.geometry import Geometry, default_fit
 from saev_dist.report import flags_of, table
 from saev_dist.sae.encoder import Encoder, usable_precision
 from saev_dist.store import Run, agree
+from saev_dist.visuals import Visuals
 from saev_dist.world import World
 
-CONTENT = (
-    "replay.json",
-    "features",
-    "index.html",
-    "data.js",
-    "features.parquet",
-    "features.csv",
-    "images.parquet",
-    "density.png",
-    "distributions.png",
-)
-NOBODYS = {".DS_Store", "Thumbs.db"}
-"""Files that file managers leave."""
 INERT = {"config", "device", "workers", "read_ahead", "timeout_s", "force", "progress"}
 """Fields of the config that change nothing that is drawn."""
 
@@ -83,20 +70,12 @@ class Job:
     """What is drawn; JSON. Not part of it are the places of the inputs and the flags, which the page names."""
 
     @property
-    def visuals_dpath(self) -> Path:
-        return self.cfg.run / "visuals"
-
-    @property
-    def partial_dpath(self) -> Path:
-        return self.cfg.run / "visuals.partial"
-
-    @property
-    def former_dpath(self) -> Path:
-        return self.cfg.run / "visuals.former"
+    def visuals(self) -> Visuals:
+        return Visuals(self.cfg.run, self.identity)
 
     @property
     def records(self) -> Records:
-        return Records(self.partial_dpath, self.finished.shards.n_patches, self.cfg.image_format)
+        return Records(self.visuals.partial_dpath, self.finished.shards.n_patches, self.cfg.image_format)
 
 
 def run(cfg: Replay) -> None:
@@ -112,8 +91,7 @@ def run(cfg: Replay) -> None:
         agree(world, job.identity, would="draw another gallery", mend=mend)
         if world.tell(world.rank == 0 and _is_done(job)):
             if world.rank == 0:
-                with writing(job.visuals_dpath):
-                    _tidy(job)
+                job.visuals.tidy()
                 print(_already_done(job))
             return
         # Two replays in one directory would mix their pictures, and an `extract --force` would change what is drawn.
@@ -121,13 +99,13 @@ def run(cfg: Replay) -> None:
             if world.rank == 0 and Run(cfg.run).manifest_sha256() != job.identity["manifest_sha256"]:
                 raise RunError(f"{cfg.run} has changed: another process computed it again. Run again.")
             if world.rank == 0:
-                _bring_back(job)
+                job.visuals.bring_back()
             if world.tell(world.rank == 0 and _is_done(job)):  # since, by another process
                 if world.rank == 0:
                     print(_already_done(job))
                 return
             if world.rank == 0:
-                _begin(job, afresh=cfg.force and not world.restarted)
+                job.visuals.begin(afresh=cfg.force and not world.restarted)
                 _announce(job)
             world.wait()
             for fpath in job.records.fpaths()[world.rank :: world.size]:
@@ -140,15 +118,14 @@ def run(cfg: Replay) -> None:
             _write_features(job, job.features[world.rank :: world.size], world.check)
             world.wait()
             if world.local_rank == 0 and world.rank:  # rank 0 has the page to add
-                with writing(job.partial_dpath):
-                    sync_file_system(job.partial_dpath)
+                job.visuals.sync()
             world.wait()
             if world.rank == 0:
-                with writing(job.partial_dpath):
+                with writing(job.visuals.partial_dpath):
                     _write_page(job)
-                    sync_file_system(job.partial_dpath)
-                    world.check()
-                    _publish(job)
+                job.visuals.sync()
+                world.check()
+                job.visuals.publish()
             world.finish()
             if world.rank == 0:
                 print(_summary(job, reports))
@@ -213,14 +190,11 @@ def open_job(cfg: Replay) -> Job:
 
 
 def _is_done(job: Job) -> bool:
-    try:
-        return not job.cfg.force and (job.visuals_dpath / "replay.json").read_bytes() == _json(job.identity)
-    except OSError:  # not there, or not to be read
-        return False
+    return not job.cfg.force and job.visuals.is_done()
 
 
 def _already_done(job: Job) -> str:
-    return f"{job.visuals_dpath / 'index.html'} is this gallery, finished: open it. (--force draws it again.)"
+    return f"{job.visuals.dpath / 'index.html'} is this gallery, finished: open it. (--force draws it again.)"
 
 
 def _announce(job: Job) -> None:
@@ -232,56 +206,10 @@ def _announce(job: Job) -> None:
             "plain ground. --images names another, --no-pictures asks for none."
         )
     with suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or no one can tell
-        n_features = len(json.loads((job.visuals_dpath / "replay.json").read_bytes())["features"])
+        n_features = len(json.loads((job.visuals.dpath / "replay.json").read_bytes())["features"])
         print(
-            f"{job.visuals_dpath} has a gallery of {n_features:,} features; this one of {len(job.features):,} will replace it."
+            f"{job.visuals.dpath} has a gallery of {n_features:,} features; this one of {len(job.features):,} will replace it."
         )
-
-
-def _bring_back(job: Job) -> None:
-    """Give a gallery its name back that a replay which died between its last two renames took from it."""
-    if os.path.lexists(job.former_dpath) and not os.path.lexists(job.visuals_dpath):
-        with writing(job.visuals_dpath):
-            os.replace(job.former_dpath, job.visuals_dpath)
-
-
-def _begin(job: Job, *, afresh: bool) -> None:
-    """Make `visuals.partial/`, or find it as an earlier attempt at the same gallery left it, if that counts."""
-    marker_fpath = job.partial_dpath / "replay.json"
-    if os.path.lexists(job.visuals_dpath) and not job.visuals_dpath.is_dir():
-        raise RunError(f"{job.visuals_dpath} is in the way: it is no directory. Move it elsewhere.")
-    with writing(job.visuals_dpath):
-        strangers = _strangers(job.visuals_dpath)
-    if strangers:
-        raise RunError(
-            f"{job.visuals_dpath} holds {strangers[0]}, which no replay made and which would go with the old gallery. "
-            "Move it elsewhere."
-        )
-    with writing(job.partial_dpath):
-        if job.partial_dpath.exists():
-            same = marker_fpath.exists() and marker_fpath.read_bytes() == _json(job.identity)
-            if same and not afresh:
-                return
-            marker_fpath.unlink(missing_ok=True)  # first: without it the rest means nothing, should we die in here
-            _remove(job.partial_dpath)
-        job.partial_dpath.mkdir()
-        temporary = marker_fpath.with_suffix(".tmp")
-        temporary.write_bytes(_json(job.identity))
-        os.replace(temporary, marker_fpath)
-
-
-def _strangers(dpath: Path) -> list[str]:
-    """What is in a gallery's place and no part of one: all of it, where nothing says that it is one. Of a link only the
-    link will go."""
-    if dpath.is_symlink() or not dpath.is_dir():
-        return []
-    found = set(os.listdir(dpath)) - NOBODYS
-    if "replay.json" not in found:
-        return sorted(found)
-    strangers = {name for name in found - set(CONTENT) if not name.startswith(("records.", ".nfs"))}
-    if "features" in found:
-        strangers |= {f"features/{name}" for name in os.listdir(dpath / "features") if not name.isdecimal()}
-    return sorted(strangers - {f"features/{name}" for name in NOBODYS})
 
 
 def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[str, Any]:
@@ -296,7 +224,7 @@ def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[st
         "replay", n_images * shards.n_patches, shards.d_model * 4, rank=world.rank, size=world.size, enabled=cfg.progress
     )
     drawing = draw.Drawing(
-        out_dpath=job.partial_dpath,
+        out_dpath=job.visuals.partial_dpath,
         root=job.pictures.root if job.pictures else None,
         in_data_set=job.pictures is not None and job.pictures.names is None,
         geometry=job.geometry,
@@ -387,8 +315,9 @@ def _write_features(job: Job, features: list[int], check: Callable[[], None]) ->
         check()
         if [int(row["place"]) for row in rows] != list(range(n_images[feature])):
             raise RunError(
-                f"{job.partial_dpath} records {len(rows)} pictures of feature {feature}; it has {n_images[feature]}. Do all "
-                "ranks see this directory, and is no other replay at work in it? Run again; if it stays so, with --force."
+                f"{job.visuals.partial_dpath} records {len(rows)} pictures of feature {feature}; it has {n_images[feature]}. "
+                "Do all ranks see this directory, and is no other replay at work in it? Run again; if it stays so, with "
+                "--force."
             )
         view = gallery.FeatureView(
             feature=feature,
@@ -397,7 +326,7 @@ def _write_features(job: Job, features: list[int], check: Callable[[], None]) ->
             counts_h=job.statistics.counts_sh[feature],
             images=[_top_image(job, row) for row in rows],
         )
-        fpath = job.partial_dpath / "features" / str(feature) / "data.js"
+        fpath = job.visuals.partial_dpath / "features" / str(feature) / "data.js"
         with writing(fpath):
             fpath.parent.mkdir(parents=True, exist_ok=True)
             fpath.write_text(gallery.feature_js(view), encoding="utf-8")
@@ -438,7 +367,7 @@ def _top_image(job: Job, row: Any) -> gallery.TopImage:
 
 def _write_page(job: Job) -> None:
     """Write what is not a feature's own: the page, the tables and the plots."""
-    finished, statistics, dpath = job.finished, job.statistics, job.partial_dpath
+    finished, statistics, dpath = job.finished, job.statistics, job.visuals.partial_dpath
     metrics, identity = finished.manifest.sub("metrics"), finished.manifest.sub("identity")
     facts = gallery.Facts(
         sae=f"{finished.sae.source}, {finished.sae_path}",
@@ -485,31 +414,6 @@ def _cards(job: Job) -> list[gallery.Card]:
     ]
 
 
-def _publish(job: Job) -> None:
-    """Give the whole gallery its name. The records go last: after a kill on the way nothing is drawn again."""
-    _remove(job.former_dpath)  # of a replay that died after the next two renames
-    if job.visuals_dpath.exists():
-        os.replace(job.visuals_dpath, job.former_dpath)
-    os.replace(job.partial_dpath, job.visuals_dpath)
-    fsync_dir(job.visuals_dpath.parent)
-    _tidy(job)
-
-
-def _tidy(job: Job) -> None:
-    """Remove what is no part of a finished gallery; a replay that died in here left it."""
-    for fpath in job.visuals_dpath.glob("records.*"):
-        fpath.unlink(missing_ok=True)
-    _remove(job.former_dpath)
-
-
-def _remove(dpath: Path) -> None:
-    """Remove a directory, if it is there. Of a link to one only the link goes."""
-    if dpath.is_symlink():
-        dpath.unlink()
-    elif dpath.exists():
-        shutil.rmtree(dpath)
-
-
 def _summary(job: Job, reports: list[dict[str, Any]]) -> str:
     total = {key: sum(report[key] for report in reports) for key in ("n_images", "n_pictures", "n_slots", "n_on_edge")}
     seconds = max(report["seconds"] for report in reports)
@@ -526,12 +430,8 @@ def _summary(job: Job, reports: list[dict[str, Any]]) -> str:
         "drawn": f"{total['n_pictures']:,} heatmaps, {total['n_pictures'] / max(seconds, 1e-9):,.0f} per second",
         "pictures": ground,
         "fit": job.geometry.describe(with_pictures=job.pictures is not None),
-        "gallery": f"{job.visuals_dpath / 'index.html'}: open it in a browser",
+        "gallery": f"{job.visuals.dpath / 'index.html'}: open it in a browser",
     }
     if job.finished.n_left_out:
         lines["left out"] = f"{job.finished.n_left_out:,} images of bad shards"
     return table(lines)
-
-
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()

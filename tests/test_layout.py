@@ -19,6 +19,7 @@ LEVELS = [
         "draw",
         "world",
         "store",
+        "visuals",
         "lock",
         "partials",
         "sae",

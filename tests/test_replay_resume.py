@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from saev_dist import extract, replay
+from saev_dist import extract, replay, visuals
 from saev_dist.config import Extract, Replay
 from saev_dist.errors import Preempted, RunError
 from saev_dist.records import Records
 from saev_dist.store import Run
+from saev_dist.visuals import Visuals
 from tests.crash import wait_for
 from tests.ranks import fails, run_ranks, server
 from tests.replays import make_pictures, make_replay, make_run, tree
@@ -75,9 +76,9 @@ SMALL_CHANGES = ((os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"))
 """Of which removing a tree has many."""
 
 
-def die_in(name: str, step: int, monkeypatch: pytest.MonkeyPatch, changes: tuple = CHANGES) -> None:
-    """Die in that function of `replay` before the change number `step` of the file system."""
-    calls, function = iter(range(1000)), getattr(replay, name)
+def die_in(owner: object, name: str, step: int, monkeypatch: pytest.MonkeyPatch, changes: tuple = CHANGES) -> None:
+    """Die in that function or method before the change number `step` of the file system."""
+    calls, function = iter(range(1000)), getattr(owner, name)
 
     def mortal(change):
         def change_or_die(*args, **settings):
@@ -89,11 +90,11 @@ def die_in(name: str, step: int, monkeypatch: pytest.MonkeyPatch, changes: tuple
 
     def function_or_die(*args, **settings):
         with pytest.MonkeyPatch.context() as dying:
-            for owner, operation in changes:
-                dying.setattr(owner, operation, mortal(getattr(owner, operation)))
+            for place, operation in changes:
+                dying.setattr(place, operation, mortal(getattr(place, operation)))
             function(*args, **settings)
 
-    monkeypatch.setattr(replay, name, function_or_die)
+    monkeypatch.setattr(owner, name, function_or_die)
 
 
 @pytest.mark.parametrize("former", [False, True], ids=["first", "again"])
@@ -115,7 +116,7 @@ def test_a_kill_at_any_step_of_the_swap_loses_nothing(tmp_path, monkeypatch, for
             (run / "visuals/replay.json").write_text("{}")
         try:
             with monkeypatch.context() as dying:
-                die_in("_publish", step, dying)
+                die_in(Visuals, "publish", step, dying)
                 replay.run(cfg)
             break
         except Killed:
@@ -123,7 +124,7 @@ def test_a_kill_at_any_step_of_the_swap_loses_nothing(tmp_path, monkeypatch, for
         if former:
             assert (run / "visuals/index.html").exists() or (run / "visuals.former/index.html").exists()
             with monkeypatch.context() as dying, suppress(Killed):  # unless it is done
-                die_in("_draw", 0, dying, ((Records, "open_for"),))
+                die_in(replay, "_draw", 0, dying, ((Records, "open_for"),))
                 replay.run(cfg)
             assert (run / "visuals/index.html").exists(), "the next replay brings it back, whatever becomes of itself"
         replay.run(cfg)
@@ -139,7 +140,7 @@ def test_the_gallery_that_a_killed_replay_was_to_replace_is_not_drawn_again(tmp_
     replay.run(first)
     gallery = tree(run / "visuals")
     with monkeypatch.context() as dying:
-        die_in("_publish", 1, dying)
+        die_in(Visuals, "publish", 1, dying)
         with pytest.raises(Killed):
             replay.run(second)
     assert not (run / "visuals").exists()
@@ -162,7 +163,7 @@ def remove_from_below(dpath: Path) -> None:
 
 def draw_all_and_die(cfg: Replay) -> None:
     with pytest.MonkeyPatch.context() as dying:
-        die_in("_publish", 0, dying)
+        die_in(Visuals, "publish", 0, dying)
         with pytest.raises(Killed):
             replay.run(cfg)
 
@@ -183,7 +184,7 @@ def test_a_kill_while_a_former_attempt_is_removed_leaves_nothing_that_counts(tmp
         try:
             with monkeypatch.context() as dying:
                 dying.setattr(shutil, "rmtree", remove_from_below)
-                die_in("_begin", step, dying, SMALL_CHANGES)
+                die_in(Visuals, "begin", step, dying, SMALL_CHANGES)
                 replay.run(again)
         except Killed:
             n_deaths += 1
@@ -357,9 +358,9 @@ def test_a_gallery_is_on_the_disk_before_it_takes_the_place_of_another(tmp_path,
 
     run = make_run(tmp_path)
     replay.run(make_replay(run, all=False, n_features=2))
-    monkeypatch.setattr(replay, "sync_file_system", lambda dpath: done.append(f"{dpath.name}, {len(list(dpath.iterdir()))}"))
-    monkeypatch.setattr(replay, "fsync_dir", lambda dpath: done.append("visuals' folder"))
-    monkeypatch.setattr(replay.os, "replace", note)
+    monkeypatch.setattr(visuals, "sync_file_system", lambda dpath: done.append(f"{dpath.name}, {len(list(dpath.iterdir()))}"))
+    monkeypatch.setattr(visuals, "fsync_dir", lambda dpath: done.append("visuals' folder"))
+    monkeypatch.setattr(os, "replace", note)
     replay.run(make_replay(run, all=False, n_features=3))
     synced = f"visuals.partial, {len(list((run / 'visuals').iterdir())) + 1}"  # and the records
     assert [name for name in done if name.startswith("visuals")] == [synced, "visuals.former", "visuals", "visuals' folder"]
