@@ -21,6 +21,10 @@ def run(cfg: Convert) -> None:
         raise ConfigError(f"{cfg.target} is a directory; name a file in it, such as {cfg.target / 'sae.safetensors'}.")
     if os.path.lexists(cfg.target) and not cfg.force:
         raise ConfigError(f"{cfg.target} is there already; choose another name, or replace it with --force.")
+    if os.path.exists(cfg.source) and os.path.exists(cfg.target) and os.path.samefile(cfg.source, cfg.target):
+        raise ConfigError(
+            f"{cfg.target} is the SAE itself, and what was made with it would not know it again; choose another name."
+        )
     loaded = load_sae(cfg.source, Overrides.of(cfg))
     with writing(cfg.target):
         plain.save(cfg.target, loaded.sae)

@@ -205,6 +205,12 @@ def _announce(job: Job) -> None:
             f"{job.finished.shards.dpath} names {dataset} for its pictures, which is no folder here: heatmaps will be on a "
             "plain ground. --images names another, --no-pictures asks for none."
         )
+    if job.pictures and (found := job.pictures.out_of_number()):
+        img_i, name = found
+        warn(
+            f"{job.pictures.root}: pictures go by the order of their names, so image {img_i} is {job.pictures.name(img_i)}, "
+            f"and not {name}. If the shards were written in the order of the numbers, fill these up with zeros."
+        )
     with suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or no one can tell
         n_features = len(json.loads((job.visuals.dpath / "replay.json").read_bytes())["features"])
         print(

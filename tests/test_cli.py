@@ -13,7 +13,7 @@ from saev_dist.cli import main, parse
 from saev_dist.config import Demo, Extract, Replay
 from saev_dist.output import printing
 from saev_dist.report import flags_of
-from tests.ranks import run_ranks
+from tests.ranks import fails, run_ranks
 from tests.synthetic import make_acts, make_sae, make_shards
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +92,15 @@ def test_help_names_every_flag_without_loading_torch(command):
     )
     assert expected in done.stdout
     assert [word for word in ("{None}", "None}", "default: None", "(default: )") if word in done.stdout] == []
+
+
+def test_an_sae_is_not_converted_into_itself(tmp_path, capsys):
+    sae = make_sae(tmp_path / "sae.pt")
+    before = sae.read_bytes()
+    (tmp_path / "link.pt").symlink_to(sae)
+    for target in (sae, tmp_path / "link.pt"):
+        assert f"{target} is the SAE itself" in fails(capsys, "convert", sae, target, "--force")
+    assert sae.read_bytes() == before
 
 
 @pytest.mark.parametrize("command", ["extract", "inspect", "convert"])

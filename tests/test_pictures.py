@@ -250,6 +250,22 @@ def test_flat_folders_and_data_sets_are_picture_sources(tmp_path):
     assert found[0] == found[1] == found[2] and found[0]
 
 
+def test_names_that_count_otherwise_than_they_are_sorted_are_told_of(tmp_path, capsys):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    for folder, name, n in (("padded", "{:03d}.png", N_IMGS), ("counted", "img{}.png", N_IMGS), ("few", "img{}.png", 9)):
+        (tmp_path / folder).mkdir()
+        for i, fpath in enumerate(sorted(images.rglob("*.png"))[:n]):
+            shutil.copy(fpath, tmp_path / folder / name.format(i))
+    capsys.readouterr()
+    replay.run(make_replay(run, images=tmp_path / "padded", all=False, n_features=1))
+    assert "the order of" not in capsys.readouterr().err
+    replay.run(make_replay(run, images=tmp_path / "counted", all=False, n_features=1))
+    said = "warning: {}: pictures go by the order of their names, so image 2 is img10.png, and not img2.png. If the shards"
+    assert said.format(tmp_path / "counted") in capsys.readouterr().err
+    assert open_pictures(tmp_path / "few", 9).out_of_number() is None
+    assert open_pictures(images, N_IMGS).out_of_number() is None  # torchvision's order
+
+
 NO_CAPABILITIES = """
 import ctypes
 libc, version_and_pid, none = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import io
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterator
@@ -50,6 +51,16 @@ class Pictures:
             return self.names[img_i].split(os.sep, 1)[0] if os.sep in self.names[img_i] else ""
         rows, features = _data_set(self.root)
         return _readable(features, rows[img_i]["label"].to_pylist()[0]) if _has_labels(features) else ""
+
+    def out_of_number(self) -> tuple[int, str] | None:
+        """Where the numbers in the names of a flat folder count otherwise than its order has them, as in img10, img2: the
+        first image whose picture would be another one by its number, and that one."""
+        if self.names is None or any(os.sep in name for name in self.names):
+            return None
+        parts = (re.split(r"(\d+)", name) for name in self.names)
+        keys = [[int(part) if at % 2 else part for at, part in enumerate(own)] for own in parts]
+        by_number = sorted(range(len(keys)), key=keys.__getitem__)
+        return next(((at, self.names[other]) for at, other in enumerate(by_number) if at != other), None)
 
     def fingerprint(self) -> str:
         """What tells these pictures from others: SHA-256 of all names in their order; of a data set its own fingerprint."""
