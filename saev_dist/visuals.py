@@ -41,12 +41,12 @@ class Visuals:
         self.dpath = run_dpath / "visuals"
         self.partial_dpath = run_dpath / "visuals.partial"
         self.former_dpath = run_dpath / "visuals.former"
-        self._marker = (json.dumps(identity, indent=2) + "\n").encode()
+        self.identity = identity
 
     def is_done(self) -> bool:
         """Whether this very gallery is finished."""
         try:
-            return (self.dpath / "replay.json").read_bytes() == self._marker
+            return (self.dpath / "replay.json").read_bytes() == self._marker()
         except OSError:  # not there, or not to be read
             return False
 
@@ -77,13 +77,13 @@ class Visuals:
         with writing(self.partial_dpath):
             marker_fpath = self.partial_dpath / "replay.json"
             if self.partial_dpath.exists():
-                if not afresh and marker_fpath.exists() and marker_fpath.read_bytes() == self._marker:
+                if not afresh and marker_fpath.exists() and marker_fpath.read_bytes() == self._marker():
                     return
                 marker_fpath.unlink(missing_ok=True)  # first: without it the rest means nothing, should we die in here
                 _remove(self.partial_dpath)
             self.partial_dpath.mkdir()
             temporary = marker_fpath.with_suffix(".tmp")
-            temporary.write_bytes(self._marker)
+            temporary.write_bytes(self._marker())
             os.replace(temporary, marker_fpath)
 
     def sync(self) -> None:
@@ -107,6 +107,10 @@ class Visuals:
             for fpath in self.dpath.glob("records.*"):
                 fpath.unlink(missing_ok=True)
             _remove(self.former_dpath)
+
+    def _marker(self) -> bytes:
+        """What replay.json holds."""
+        return (json.dumps(self.identity, indent=2) + "\n").encode()
 
 
 def _strangers(dpath: Path) -> list[str]:
