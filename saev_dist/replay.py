@@ -209,7 +209,7 @@ def _announce(job: Job) -> None:
         img_i, name = found
         warn(
             f"{job.pictures.root}: pictures go by the order of their names, so image {img_i} is {job.pictures.name(img_i)}, "
-            f"and not {name}. If the shards were written in the order of the numbers, fill these up with zeros."
+            f"and not {name}. If the shards were written in the order of the numbers, pad these with zeros."
         )
     with suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or no one can tell
         n_features = len(json.loads((job.visuals.dpath / "replay.json").read_bytes())["features"])
