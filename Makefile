@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE # some machines set it: then every start would compile torch again
-BENCHES := read stages extract replay gallery snapshot scaling start growth gpu
+BENCHES := read stages extract replay gallery snapshot write scaling start growth gpu
 
 .PHONY: install demo test test-slurm test-slurm-full check types bench clean soak
 

@@ -11,7 +11,8 @@ from saev_dist import __version__
 from saev_dist.accumulators import rows
 from saev_dist.accumulators.bundle import Bundle
 from saev_dist.accumulators.saev_percentile import SaevPercentile
-from saev_dist.csr import write_csr
+from saev_dist.config import Extract
+from saev_dist.csr import ROOM, write_csr
 from saev_dist.errors import DataError
 from saev_dist.job import Job, as_json
 from saev_dist.plan import Batch, complement
@@ -42,10 +43,27 @@ def find_left_out(job: Job, segments: list[Segment], why: Mapping[int, str]) -> 
     return found
 
 
+def row_kinds(cfg: Extract) -> dict[str, int]:
+    """The kinds of rows that a run spills, and the room that each one's file leaves at its beginning."""
+    kinds = {"img_acts_counts": 0, "img_acts_indices": 0, "img_acts_data": ROOM} if cfg.img_acts else {}
+    return kinds | ({"distributions": 0} if cfg.n_distributions else {})
+
+
 def write(
-    job: Job, store: Run, world: World, segments: list[Segment], whole: Bundle, saev_percentile: SaevPercentile | None
+    job: Job,
+    store: Run,
+    world: World,
+    segments: list[Segment],
+    owner: str,
+    whole: Bundle,
+    saev_percentile: SaevPercentile | None,
 ) -> tuple[list[str], dict[str, Any]]:
-    """Stage all artifacts; return their names and the metrics. It may take long, so it looks for signals."""
+    """Stage all artifacts; return their names and the metrics. It may take long, so it looks for signals.
+
+    Args:
+        segments: all ranks'.
+        owner: of this process's rows, which it writes no more.
+    """
     cfg, shards, plan, d_sae = job.cfg, job.shards, job.plan, job.sae.d_sae
     artifacts = whole.finalize(plan.n_examples_in(covered(segments)) * shards.n_patches)
     metrics = artifacts.pop("metrics")
@@ -80,10 +98,10 @@ def write(
     store.stage_tensors("distributions.pt", torch.from_numpy(read_columns(samples, n_features, n_samples)))
     names.append("distributions.pt")
     if cfg.img_acts:
-        with store.stage("img_acts.npz") as file:
-            counts = spilled("img_acts_counts", np.int64, 1, lambda batch: batch.n_examples, 0)
-            indices = spilled("img_acts_indices", np.int32, 1, lambda batch: 0, 0)
-            data = spilled("img_acts_data", np.float32, 1, lambda batch: 0, 0)
+        counts = spilled("img_acts_counts", np.int64, 1, lambda batch: batch.n_examples, 0)
+        indices = spilled("img_acts_indices", np.int32, 1, lambda batch: 0, 0)
+        data = spilled("img_acts_data", np.float32, 1, lambda batch: 0, 0)
+        with store.stage("img_acts.npz", onto=data.beginning(owner, ROOM)) as file:
             write_csr(file, (shards.n_examples, d_sae), counts, indices, data)
         names.append("img_acts.npz")
     store.stage_json("metrics.json", metrics)

@@ -1,4 +1,8 @@
-"""A SciPy CSR matrix out of spill files, written by several threads."""
+"""A SciPy CSR matrix out of spill files, written by several threads.
+
+Its values come first in the file. A process leaves `ROOM` for the headers before the values that it spills, so that what it
+has spilled can become the matrix's file, and half of the matrix need not be written a second time.
+"""
 
 import os
 import zipfile
@@ -22,10 +26,10 @@ MAX_INT32 = 2**31 - 1
 
 
 def write_csr(file: BinaryIO, shape: tuple[int, int], counts: Rows, indices: Rows, data: Rows) -> None:
-    """Write a CSR matrix as `scipy.sparse.save_npz` does, uncompressed, some megabytes at a time.
+    """Write a CSR matrix as `scipy.sparse.save_npz` does, uncompressed, but with its values first, some megabytes at a time.
 
     Args:
-        file: where to; a file of the system's, at its beginning.
+        file: where to; a file of the system's, at its beginning. What it holds beyond `ROOM` are the first numbers of `data`.
         shape: of the matrix.
         counts: int64 entries per row. indices: int32 columns. data: float32.
 
@@ -48,11 +52,11 @@ def write_csr(file: BinaryIO, shape: tuple[int, int], counts: Rows, indices: Row
 
     with closing(Syncer(Path(file.name), file)) as syncer:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            _write_large(archive, file, syncer, "data", n_entries, np.dtype(np.float32), data)
             _write_large(archive, file, syncer, "indices", n_entries, index_dtype, indices)
             _write_small(archive, "indptr", index_dtype, (shape[0] + 1,), pointers())
             _write_small(archive, "format", np.dtype("S3"), (), iter([np.array(b"csr")]))
             _write_small(archive, "shape", np.dtype(np.int64), (2,), iter([np.array(shape, np.int64)]))
-            _write_large(archive, file, syncer, "data", n_entries, np.dtype(np.float32), data)
         syncer.sync()
 
 
@@ -68,16 +72,17 @@ def _write_small(
 def _write_large(
     archive: zipfile.ZipFile, file: BinaryIO, syncer: Syncer, name: str, n: int, dtype: np.dtype[Any], rows: Rows
 ) -> None:
-    """The same, but each chunk is written to its place by the thread that read it; the headers are zipfile's."""
-    info = zipfile.ZipInfo(f"{name}.npy", DATE)
-    info.external_attr, info.header_offset = 0o600 << 16, archive.start_dir  # as zipfile's own
-    header = _npy_header(dtype, (n,))
-    info.file_size = info.compress_size = len(header) + n * dtype.itemsize
-    info.CRC = zlib.crc32(header)
+    """The same; a chunk is written to its place, unless it is there, by the thread that read it. Headers are zipfile's."""
+    info, header = _headers(name, dtype, n)
+    info.header_offset = archive.start_dir
     begin = info.header_offset + len(info.FileHeader(zip64=True)) + len(header)
     fd = file.fileno()
+    n_there = max(0, os.fstat(fd).st_size - begin) // dtype.itemsize
+    assert not n_there or begin == ROOM
 
     def write(first: int, chunk: NDArray[Any]) -> int | None:
+        if first + len(chunk) <= n_there:
+            return None
         data = as_bytes(chunk.astype(dtype, copy=False))
         n_written = 0
         while n_written < len(data):
@@ -98,8 +103,27 @@ def _write_large(
     archive.NameToInfo[info.filename] = info
 
 
+def _headers(name: str, dtype: np.dtype[Any], n: int) -> tuple[zipfile.ZipInfo, bytes]:
+    """A member of `n` numbers, as zipfile would have it but for its place and the CRC of the numbers; and what NumPy writes
+    before them."""
+    info, header = zipfile.ZipInfo(f"{name}.npy", DATE), _npy_header(dtype, (n,))
+    info.external_attr = 0o600 << 16
+    info.file_size = info.compress_size = len(header) + n * dtype.itemsize
+    info.CRC = zlib.crc32(header)
+    return info, header
+
+
 def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     header = BytesIO()
     described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, described)
     return header.getvalue()
+
+
+def _room() -> int:
+    info, header = _headers("data", np.dtype(np.float32), 0)
+    return len(info.FileHeader(zip64=True)) + len(header)
+
+
+ROOM = _room()
+"""Bytes before the first value, however many there are: zipfile's header and NumPy's."""

@@ -208,11 +208,12 @@ def _all_are_kept(dpath: Path, plan: Plan) -> bool:
 
 def _size(dpath: Path, pattern: str) -> int:
     """Bytes of files that an earlier attempt left. Partials go once new ones stand for them (a damaged one stays)."""
-    sizes = 0
+    sizes: dict[int, int] = {}
     for fpath in dpath.glob(pattern):
         with suppress(OSError):  # another process may be at work there
-            sizes += fpath.stat().st_size
-    return sizes
+            found = fpath.stat()
+            sizes[found.st_ino] = found.st_size  # one file may have two names
+    return sum(sizes.values())
 
 
 def free_disk(dpath: Path) -> int:

@@ -159,7 +159,8 @@ def _extract(job: Job, store: Run, world: World, *, encode: bool) -> None:
             segments = [Segment.from_json(obj) for report in reports for obj in report.pop("segments")]
             why = {int(batch_i): reason for report in reports for batch_i, reason in report.pop("left_out").items()}
             left_out = artifacts.find_left_out(job, segments, why)
-            names, metrics = artifacts.write(job, store, world, segments, whole, saev_percentile)
+            owners = [report.pop("owner") for report in reports]
+            names, metrics = artifacts.write(job, store, world, segments, owners[0], whole, saev_percentile)
         manifest = artifacts.make_manifest(job, world, reports, clock.seconds, metrics, left_out)
         store.publish(names, manifest)
     world.finish()
@@ -270,7 +271,7 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
         return bundle.state_dict() | ({SAEV_PERCENTILE: saev_percentile.estimate_s} if saev_percentile else {})
 
     with ExitStack() as stack:
-        spill = stack.enter_context(Spill(store.partials_dpath, partials.new_owner(world.rank), _row_kinds(cfg)))
+        spill = stack.enter_context(Spill(store.partials_dpath, partials.new_owner(world.rank), artifacts.row_kinds(cfg)))
         keeper = stack.enter_context(
             Keeper(spill, share.fingerprint, share.absorbed, arithmetic(job.device), cfg.snapshot_every)
         )
@@ -336,6 +337,7 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
         "read_wait_s": reader.wait_s,
         "recomputed_per_token": encoder.recomputed_per_token,
         **{f"{stage}_s": value for stage, value in clock.seconds.items()},
+        "owner": spill.owner,
         "segments": [asdict(segment) for segment in keeper.segments],
         "left_out": share.bad | reader.left_out,
     }
@@ -391,11 +393,6 @@ def _encoded(
                 under_way.append((batch, acts_bd, list(pieces)))
     if bad:
         raise bad
-
-
-def _row_kinds(cfg: Extract) -> list[str]:
-    names = ["img_acts_counts", "img_acts_indices", "img_acts_data"] if cfg.img_acts else []
-    return names + (["distributions"] if cfg.n_distributions else [])
 
 
 def _rows(codes: Codes | DeviceCodes, cfg: Extract, d_sae: int, stride: int) -> Mapping[str, NDArray[Any]]:

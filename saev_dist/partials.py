@@ -10,8 +10,9 @@ Partials over disjoint batches merge, so one mechanism serves resume, other worl
         <kind>.<owner>.bin             its spill files (see spill)
         *.damaged                      set aside
 
-An *owner* is one process: a rank of one attempt. It writes its partials only and appends to its spill files only, so
-an attempt never changes what another one wrote. A new attempt's ranks *absorb* partials: load them, and name their
+An *owner* is one process: a rank of one attempt. It writes its partials only and appends to its spill files only (one of
+which rank 0 may make an artifact of, see `csr`; its rows stay as they are), so an attempt never changes what another one
+wrote. A new attempt's ranks *absorb* partials: load them, and name their
 owners in the next partial of their own, which then stands for both.
 
 Why a kill at any instant costs only the work since the last snapshot:
@@ -308,7 +309,8 @@ def _remove_dead(dpath: Path, live: list[Partial]) -> None:
     for pattern in RANK_PATTERNS:
         for fpath in dpath.glob(pattern):
             if fpath.name in ends:
-                os.truncate(fpath, ends[fpath.name])
+                if fpath.stat().st_nlink == 1:  # else it may be an artifact by now, under its final name
+                    os.truncate(fpath, ends[fpath.name])
             elif fpath.name not in keep:
                 fpath.unlink(missing_ok=True)  # a rank that was given up may still be at work
 

@@ -74,12 +74,12 @@ class Spill:
     Args:
         dpath: directory of the files.
         owner: what to call this process; no other, earlier or later, has the same name.
-        names: kinds of rows.
+        kinds: of rows; and how many bytes of each one's file stay free at its beginning, for a header.
     """
 
-    def __init__(self, dpath: Path, owner: str, names: Iterable[str]) -> None:
+    def __init__(self, dpath: Path, owner: str, kinds: Mapping[str, int]) -> None:
         self.dpath, self.owner = dpath, owner
-        self._writers = {name: _Writer(dpath / f"{name}.{owner}.bin") for name in names}
+        self._writers = {name: _Writer(dpath / f"{name}.{owner}.bin", room) for name, room in kinds.items()}
         self._written: list[Segment] = []
         self._waiting: deque[tuple[int, bool, dict[str, Future[tuple[int, int, int]]]]] = deque()
         """Batches that are being written: which, whether it goes on from the one before, and its extents."""
@@ -139,14 +139,15 @@ class Spill:
 
 
 class _Writer:
-    """Writes a file on a thread of its own."""
+    """Writes a file on a thread of its own, beyond the `room` at its beginning."""
 
-    def __init__(self, fpath: Path) -> None:
+    def __init__(self, fpath: Path, room: int) -> None:
         self._fpath = fpath
         self._file: BinaryIO | None = None
         self._syncer: Syncer | None = None
         """Of the file, from the first byte on."""
-        self._begin = self._end = self._crc = 0
+        self._begin = self._end = room
+        self._crc = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="spill")
 
     def submit(self, arrays: Sequence[NDArray[Any]], *, goes_on: bool) -> Future[tuple[int, int, int]]:
@@ -163,6 +164,7 @@ class _Writer:
         with writing(self._fpath):
             if self._file is None or self._syncer is None:
                 self._file = open(self._fpath, "xb", buffering=BUFFER_BYTES)
+                self._file.seek(self._end)
                 self._syncer = Syncer(self._fpath, self._file)
             for array in arrays:
                 data = as_bytes(array)
@@ -245,6 +247,23 @@ class Rows:
                 f"{self._dpath}: the ranks' {self.name} files hold {found:,} bytes; the plan promises {n_bytes:,}. "
                 "Do all ranks see this directory? Run again."
             )
+
+    def beginning(self, owner: str, room: int) -> Path | None:
+        """The file of a process, if it holds the first rows from byte `room` on, and nothing after them."""
+        end, fpath = room, None
+        for first, stop, segment in self._pieces:
+            if segment is None and not any(self._filler(batch_i).nbytes for batch_i in range(first, stop)):
+                continue
+            if segment is None or segment.owner != owner or segment.extents[self.name][0] != end:
+                break
+            end, fpath = segment.extents[self.name][1], segment.fpath(self._dpath, self.name)
+        if fpath is None or end == room:
+            return None
+        with reading(fpath):
+            try:
+                return fpath if retrying(fpath.stat).st_size == end else None
+            except FileNotFoundError:  # as `check_size` will tell
+                return None
 
     def each(self, work: Callable[[int, NDArray[Any]], T]) -> Generator[tuple[int, int, T], None, None]:
         """Go through the array, flat, whole rows of it, some megabytes at a time, several of these at a time on threads.

@@ -5,7 +5,8 @@
                              partials and spill files (see partials.py), artifacts not yet renamed
 
 An artifact is written under `partials/`, fsynced, and renamed into place once all are written; manifest.json follows,
-then partials/ goes, run.json first. So:
+then partials/ goes, run.json first. (Where img_acts.npz begins with rank 0's own rows it is their file, by a second name.)
+So:
 
 - With run.json the run is under way: another attempt continues it, whatever else is there. It does not matter whether
   the last one died while it streamed, merged or renamed: the partials are still there, and give the same bytes.
@@ -19,7 +20,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor
@@ -217,15 +218,28 @@ class Run:
             )
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[BinaryIO]:
-        """A file to write an artifact to, under `partials/`; on return it is on the disk, or gone on failure."""
+    def stage(self, name: str, *, onto: Path | None = None) -> Iterator[BinaryIO]:
+        """A file to write an artifact to, under `partials/`; on return it is on the disk, or gone on failure.
+
+        Args:
+            onto: a file to begin with, which this process alone writes. It becomes the artifact's under a second name, so
+                that nothing is copied; where the file system knows no second names the artifact begins empty.
+        """
         fpath = self.partials_dpath / name
-        with writing(fpath), open(fpath, "wb") as file:
+        with writing(fpath):
+            fpath.unlink(missing_ok=True)  # of a process that was killed: maybe a second name of rows that count
+            mode: Literal["r+b", "xb"] = "r+b" if onto is not None and _link(onto, fpath) else "xb"
+            n_before: int | None = None
             try:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+                with open(fpath, mode) as file:
+                    n_before = os.fstat(file.fileno()).st_size
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
             except BaseException:
+                if n_before is not None:
+                    with suppress(OSError):
+                        os.truncate(fpath, n_before)  # a full disk gets back what cannot be used
                 fpath.unlink(missing_ok=True)
                 raise
 
@@ -319,6 +333,15 @@ class Run:
             raise
         except Exception:  # noqa: BLE001  # torch lets through whatever a damaged byte sets off
             raise RunError(f"{fpath} is damaged; run extract again with --force.") from None
+
+
+def _link(fpath: Path, second: Path) -> bool:
+    """Give a file a second name; whether it has that. (On NFS the answer to a link that was made may be lost.)"""
+    with suppress(OSError):
+        os.link(fpath, second)
+    with suppress(OSError):
+        return os.path.samefile(fpath, second)
+    return False
 
 
 class _Sink:

@@ -70,7 +70,7 @@ class FaultyServer(Server):
         for rank in range(n_ranks):
             env = {"FAULT_ROOTS": ":".join(map(str, roots))}
             if log is not None:
-                env |= {"FAULT_OPS": fault.ops if fault else "orwtfmu", "FAULT_LOG": f"{log}.{rank}"}
+                env |= {"FAULT_OPS": fault.ops if fault else "orwtflmu", "FAULT_LOG": f"{log}.{rank}"}
             if fault is not None and fault.rank == rank:
                 env |= {"FAULT_OPS": fault.ops, "FAULT_AT": str(fault.at), "FAULT_HOW": fault.how}
                 env |= {"FAULT_FOREVER": "1"} if fault.forever else {}

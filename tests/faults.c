@@ -1,7 +1,7 @@
 /* Make one file operation of a process fail, or the process die at it. Preloaded; steered by the environment:
 
    FAULT_ROOTS    colon-separated path prefixes; operations on other files are not counted
-   FAULT_OPS      which operations count: letters out of o(pen, also mkdir) r(ead) w(rite) t(runcate) f(sync) m(ove)
+   FAULT_OPS      which operations count: letters out of o(pen, also mkdir) r(ead) w(rite) t(runcate) f(sync) l(ink) m(ove)
                   u(nlink, also rmdir)
    FAULT_AT       the n-th of them, counted from 1, has the fault; 0 has none
    FAULT_WHAT     set: only if it is this one, as the log has it after the count
@@ -104,6 +104,7 @@ int fsync(int fd) { return FAULT_FD('f', fd) < 0 ? -1 : REAL(fsync)(fd); }
 int ftruncate64(int fd, off64_t n) { return FAULT_FD('t', fd) < 0 ? -1 : REAL(ftruncate64)(fd, n); }
 int truncate64(const char *path, off64_t n) { return FAULT('t', path) < 0 ? -1 : REAL(truncate64)(path, n); }
 int rename(const char *from, const char *to) { return FAULT('m', from) < 0 ? -1 : REAL(rename)(from, to); }
+int link(const char *from, const char *to) { return FAULT('l', to) < 0 ? -1 : REAL(link)(from, to); }
 int unlink(const char *path) { return FAULT('u', path) < 0 ? -1 : REAL(unlink)(path); }
 int unlinkat(int dir, const char *path, int flags) {
   int is_whole = dir == AT_FDCWD || *path == '/';

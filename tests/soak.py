@@ -98,7 +98,7 @@ class Soak:
         if how == "operation":
             # Skewed to the beginning: with several ranks each has less to do.
             at = int(MAX_OPS ** rng.random())
-            fault = Fault(ops=rng.choice(["wfmu", "m", "u", "f", "wtfmuo"]), at=at, how="kill", rank=rng.randrange(n_ranks))
+            fault = Fault(ops=rng.choice(["wflmu", "m", "u", "f", "wtflmuo"]), at=at, how="kill", rank=rng.randrange(n_ranks))
         attempt = self.server.start(*args, n_ranks=n_ranks, fault=fault, roots=(out,))
         if how != "operation":
             time.sleep(rng.uniform(0, 0.5))

@@ -29,7 +29,7 @@ def make(tmp_path, monkeypatch):
     dense[sorted(LEFT_OUT)] = 0
     segments = []
     for owner, batches in (("00000-x", range(7)), ("00001-y", range(7, 12))):
-        with Spill(tmp_path, owner, ["counts", "indices", "data"]) as rows:
+        with Spill(tmp_path, owner, {"counts": 0, "indices": 0, "data": csr.ROOM}) as rows:
             for batch_i in sorted(set(batches) - LEFT_OUT):
                 matrix = scipy.sparse.csr_array(dense[batch_i])
                 counts = np.diff(matrix.indptr).astype(np.int64)
@@ -42,8 +42,8 @@ def make(tmp_path, monkeypatch):
     return made, scipy.sparse.csr_array(dense.reshape(-1, 40)), tmp_path
 
 
-def write(made, fpath, **kwargs):
-    with open(fpath, "wb") as file:
+def write(made, fpath, mode="wb", **kwargs):
+    with open(fpath, mode) as file:
         csr.write_csr(
             file, (N_BATCHES * N_IMGS, 40), made("counts", np.int64, N_IMGS, **kwargs), made("indices", np.int32), made("data", np.float32)
         )  # fmt: skip
@@ -67,6 +67,28 @@ def test_scipy_reads_what_it_would_have_written(make, monkeypatch, index_dtype):
             np.testing.assert_array_equal(one, other)
             assert mine.getinfo(name).external_attr == 0o600 << 16 and mine.getinfo(name).date_time == csr.DATE
         assert len(mine.namelist()) == len(theirs.namelist())
+
+
+def test_values_that_the_file_holds_already_are_not_written_again(make, monkeypatch):
+    made, _, dpath = make
+    write(made, dpath / "copied.npz")
+    fpath = dpath / "data.00000-x.bin"
+    n_bytes, written, pwrite = fpath.stat().st_size, [], os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: (written.append(at), pwrite(fd, data, at))[1])
+    data = made("data", np.float32)
+    assert data.beginning("00001-y", csr.ROOM) is None, "its rows are not the first"
+    assert data.beginning("00000-x", csr.ROOM - 1) is None, "no room for the headers"
+    assert data.beginning("00000-x", csr.ROOM) == fpath
+    write(made, fpath, mode="r+b")
+    assert fpath.read_bytes() == (dpath / "copied.npz").read_bytes()
+    assert min(written) == n_bytes
+    assert data.beginning("00000-x", csr.ROOM) is None, "something else follows"
+
+
+@pytest.mark.parametrize("n", [0, 1, 10**6, 10**12, 10**15])
+def test_the_headers_before_the_values_have_one_size(n):
+    info, header = csr._headers("data", np.dtype(np.float32), n)
+    assert len(info.FileHeader(zip64=True)) + len(header) == csr.ROOM
 
 
 @pytest.mark.parametrize("kind", ["counts", "indices", "data"])
@@ -119,7 +141,7 @@ def test_what_the_disk_did_not_take_is_told(make, monkeypatch, sync_bytes):
 def test_columns_are_the_transpose(tmp_path, monkeypatch):
     monkeypatch.setattr(spill, "COPY_BYTES", 100)
     values = np.random.default_rng(0).random((50, 6), dtype=np.float32)
-    with Spill(tmp_path, "00000-x", ["r"]) as rows:
+    with Spill(tmp_path, "00000-x", {"r": 0}) as rows:
         for batch_i in range(4):
             rows.append(batch_i, [{"r": values[10 * batch_i : 10 * batch_i + 10]}])
         made = Rows(

@@ -2,9 +2,11 @@
 
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
@@ -36,8 +38,9 @@ def test_any_changed_byte_of_a_partial_or_its_rows_is_found(tmp_path, server, wh
         content = victim.read_bytes()
         segments = partials.read_header(fpath).segments
         kind = victim.name.split(".")[0]
+        begin = 0 if victim == fpath else min(segment.extents[kind][0] for segment in segments)
         size = len(content) if victim == fpath else max(segment.extents[kind][1] for segment in segments)
-        for place in {0, size - 1, *rng.integers(0, size, 30).tolist()}:
+        for place in {begin, size - 1, *rng.integers(begin, size, 30).tolist()}:
             victim.write_bytes(content[:place] + bytes([content[place] ^ (1 << int(rng.integers(8)))]) + content[place + 1 :])
             assert partials.fault(fpath), (victim.name, place)
             if victim == fpath:
@@ -253,6 +256,81 @@ def test_every_file_operation_may_fail_once(tmp_path, server, whole):
             assert artifact_hashes(out) == expected, where
 
 
+def test_rows_that_become_an_artifact_stay_rows(tmp_path, server, whole):
+    """An uninterrupted process makes img_acts.npz of a file of its rows: a death meanwhile, or a full disk, costs neither."""
+    args, expected, _ = whole
+    log, ops, out = tmp_path / "log", "wflmu", tmp_path / "run"
+    assert server.run(*args, out, fault=Fault(ops=ops, at=0, how="5"), roots=(out,), log=log)[0] == [0]
+    done = operations(log)
+    names = [what for _, what in done]
+    linked, put = names.index(f"link {out}/partials/img_acts.npz"), names.index(f"rename {out}/partials/img_acts.npz")
+    published = done[put + 1 : names.index(f"unlink {out}/partials/run.json", put) + 1]
+    staging: dict[str, list[tuple[int, str]]] = {}
+    for at, what in done[linked:put]:
+        if "img_acts" in what:
+            staging.setdefault(what, []).append((at, what))
+    struck = sorted({one for group in staging.values() for one in (group[0], group[-1])})
+    assert [what.split()[0] for _, what in struck] == ["link", "write", "pwrite64", "write", "fsync", "fsync"] and published
+    out = tmp_path / "struck"
+    strikes = [(at, what, how) for at, what in struck for how in ("kill", str(errno.ENOSPC))]
+    for at, what, how in strikes + [(at, what, "kill") for at, what in published]:
+        shutil.rmtree(out, ignore_errors=True)
+        codes, output = server.run(*args, out, fault=Fault(ops=ops, at=at, how=how), roots=(out,))
+        if what.startswith("link") and how != "kill":  # a file system that knows no second names
+            assert codes == [0], output
+        else:
+            assert codes == [-9 if how == "kill" else 1], output
+            if (at, what) in published:  # under its final name, which the next attempt leaves whole until it replaces it
+                killed(server, args, out, at=1, ops="f")
+                found = hashlib.sha256((out / "img_acts.npz").read_bytes()).hexdigest()
+                assert found == expected["img_acts.npz"], what
+            elif how != "kill":
+                (segment,) = partials.read_header(next(out.glob("partials/*.partial"))).segments
+                n_bytes = segment.fpath(out / "partials", "img_acts_data").stat().st_size
+                assert n_bytes == segment.extents["img_acts_data"][1], "a full disk gets back what cannot be used"
+            codes, output = server.run(*args, out)
+            ranks = json.loads((out / "manifest.json").read_bytes())["ranks"]
+            assert codes == [0] and sum(rank["n_tokens"] for rank in ranks) == 0, (what, how, output)
+        assert artifact_hashes(out) == expected, (what, how)
+
+
+def test_a_file_that_becomes_an_artifact_is_never_cut(tmp_path, monkeypatch):
+    """Whether the file system makes a second name, or makes it and the answer is lost, or does not."""
+    run, link = Run(tmp_path), os.link
+    run.partials_dpath.mkdir()
+    rows_fpath, staged_fpath = run.partials_dpath / "rows.bin", run.partials_dpath / "img_acts.npz"
+    rows_fpath.write_bytes(b"rows")
+
+    def stage(content):
+        with run.stage("img_acts.npz", onto=rows_fpath) as file:
+            file.seek(0, os.SEEK_END)
+            file.write(content)
+            if content == b"fails":
+                raise KeyError
+
+    for answers, is_made in (("made", True), ("lost", True), ("refused", False)):
+
+        def answer(here, there, answers=answers):
+            if answers != "refused":
+                link(here, there)
+            if answers != "made":
+                raise OSError(errno.EEXIST if answers == "lost" else errno.EPERM, "no")
+
+        monkeypatch.setattr(os, "link", answer)
+        with pytest.raises(KeyError):
+            stage(b"fails")
+        assert rows_fpath.read_bytes() == b"rows" and not staged_fpath.exists(), answers
+        stage(b" and more")
+        assert staged_fpath.read_bytes() == (b"rows and more" if is_made else b" and more"), answers
+        assert rows_fpath.read_bytes() == (b"rows and more" if is_made else b"rows")
+        stage(b" again")  # what a killed process staged goes, and not its rows
+        os.truncate(rows_fpath, 4)
+    monkeypatch.setattr(run, "partials_dpath", tmp_path / "nowhere")
+    with pytest.raises(RunError):
+        stage(b"")
+    assert rows_fpath.read_bytes() == b"rows"
+
+
 def is_threads_write(what: str) -> bool:
     """Whether it is of img_acts.npz what several threads write, each to its place."""
     return what.startswith("pwrite64 ") and "img_acts.npz" in what
@@ -451,7 +529,7 @@ def test_a_shard_whose_size_cannot_be_had_once_is_no_bad_shard(tmp_path, monkeyp
 
 @pytest.mark.parametrize("n_times", [2, 3])
 def test_rows_whose_size_cannot_be_had_are_named(tmp_path, monkeypatch, n_times):
-    with Spill(tmp_path, "00000-x", ["r"]) as written:
+    with Spill(tmp_path, "00000-x", {"r": 0}) as written:
         written.append(0, [{"r": np.ones(6, np.float32)}])
         rows = Rows(tmp_path, "r", written.segments, 1, np.float32, filler=lambda _: np.ones(0), check=lambda: None)
     stumble(monkeypatch, "r.00000-x.bin", errno.ESTALE, n_times)

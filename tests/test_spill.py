@@ -32,7 +32,7 @@ def test_rows_are_written_in_order(tmp_path, monkeypatch):
         [{k: random.integers(0, 9, random.integers(0, 50)).astype(t) for k, t in kinds.items()} for _ in range(3)]
         for _ in batches_i
     ]
-    with Spill(tmp_path, "00000-x", kinds) as rows:
+    with Spill(tmp_path, "00000-x", {"a": 0, "b": 100}) as rows:
         for batch_i, group in zip(batches_i, pieces, strict=True):
             rows.append(batch_i, group)
         segments = rows.segments
@@ -59,7 +59,7 @@ def test_a_batch_whose_rows_the_disk_does_not_take_is_not_written_and_none_after
         return write(self, arrays, goes_on)
 
     monkeypatch.setattr(spill._Writer, "_write", full)
-    rows = Spill(tmp_path, "00000-x", ["a", "b"])
+    rows = Spill(tmp_path, "00000-x", {"a": 0, "b": 0})
     for batch_i in range(2):
         rows.append(batch_i, [{"a": np.full(3, batch_i), "b": np.full(3, batch_i)}])
     assert [(s.first, s.stop) for s in rows.segments] == [(0, 2)]
@@ -81,7 +81,7 @@ def test_no_more_than_some_batches_wait_and_leaving_waits_for_them(tmp_path, mon
     n_appended = []
 
     def append_all():
-        with Spill(tmp_path, "00000-x", ["a"]) as rows:
+        with Spill(tmp_path, "00000-x", {"a": 0}) as rows:
             for batch_i in range(10):
                 rows.append(batch_i, [{"a": np.full(100, batch_i)}])
                 n_appended.append(batch_i)
@@ -112,7 +112,7 @@ def failed(monkeypatch):
 
 
 def test_rows_that_the_disk_did_not_take_meanwhile_are_never_taken_for_safe(tmp_path, failed):
-    with Spill(tmp_path, "00000-x", ["a"]) as rows:
+    with Spill(tmp_path, "00000-x", {"a": 0}) as rows:
         rows.append(0, [{"a": np.zeros(100)}])
         assert rows.segments and failed.wait(60)
         for _ in range(2):
@@ -122,7 +122,7 @@ def test_rows_that_the_disk_did_not_take_meanwhile_are_never_taken_for_safe(tmp_
 
 def test_nor_are_rows_appended_to_them(tmp_path, failed):
     def append_many():
-        with Spill(tmp_path, "00000-x", ["a"]) as rows:
+        with Spill(tmp_path, "00000-x", {"a": 0}) as rows:
             for batch_i in range(1000):
                 rows.append(batch_i, [{"a": np.zeros(100)}])
                 time.sleep(0.01)
@@ -148,7 +148,7 @@ def test_an_error_that_ends_the_rows_is_not_hidden_by_a_full_disk(tmp_path, monk
     monkeypatch.setattr(spill._Writer, "_write", lambda *args: 1 / 0)
 
     def end() -> None:
-        with Spill(tmp_path, "00000-x", ["a"]) as rows:
+        with Spill(tmp_path, "00000-x", {"a": 0}) as rows:
             rows.append(0, [{"a": np.zeros(3)}])
             raise KeyError("first")
 
@@ -165,7 +165,7 @@ def test_an_error_that_ends_the_rows_is_not_hidden_by_a_full_disk(tmp_path, monk
 def test_a_state_that_went_through_a_partial_continues_as_if_it_had_not(tmp_path, kind, group, n_before):
     before, after = fold(KINDS[kind], group[:n_before]), KINDS[kind]()
     owner = partials.new_owner(0)
-    with Spill(tmp_path, owner, []) as rows, partials.Keeper(rows, "f", [], "CPU", 0) as keeper:
+    with Spill(tmp_path, owner, {}) as rows, partials.Keeper(rows, "f", [], "CPU", 0) as keeper:
         rows.append(0, [{}])
         keeper.save(before.state_dict())
     _, state = partials.load(tmp_path / f"{owner}.000000.partial")
@@ -181,7 +181,7 @@ def test_a_snapshot_is_of_the_instant_it_was_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(partials, "write", lambda *args: (go_on.wait(60), write(*args)))
     monkeypatch.setattr(Spill, "segments", property(lambda self: (readers.add(threading.current_thread()), segments(self))[1]))
     state = {"a": torch.arange(4)}
-    with Spill(tmp_path, "00000-x", ["r"]) as rows, partials.Keeper(rows, "f", [], "CPU", 1e-9) as keeper:
+    with Spill(tmp_path, "00000-x", {"r": 0}) as rows, partials.Keeper(rows, "f", [], "CPU", 1e-9) as keeper:
         rows.append(0, [{"r": np.zeros(3)}])
         keeper.save_if_due(lambda: state)  # it returns, so it is written on another thread
         state["a"] += 10

@@ -1,6 +1,7 @@
 """What is under way between the disk and the accumulators: enough for every thread, no more than there are buffers for."""
 
 import json
+import os
 import time
 from collections import defaultdict
 from concurrent.futures import CancelledError
@@ -270,8 +271,12 @@ def test_a_disk_that_the_image_means_may_fill_is_warned_of(tmp_path, monkeypatch
         (0, 1.9, [], True),
         (0, 0, ["--no-img-acts"], False),
         (0.5, 1.5, [], False),
+        (0.5, 1.4, [], True),
     ):
-        (tmp_path / "run/partials/img_acts_data.00000-a.bin").write_bytes(bytes(int(spilled * need.img_acts)))
+        spill_fpath, staged_fpath = (tmp_path / "run/partials" / n for n in ("img_acts_data.00000-a.bin", "img_acts.npz"))
+        spill_fpath.write_bytes(bytes(int(spilled * need.img_acts)))
+        staged_fpath.unlink(missing_ok=True)
+        os.link(spill_fpath, staged_fpath)  # one file by two names, of a run killed as it made its artifacts
         room = need.artifacts + need.partial * 2 + int(free * need.img_acts) + 1
         monkeypatch.setattr(estimate, "free_disk", lambda dpath, room=room: room)
         capsys.readouterr()
