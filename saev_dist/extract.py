@@ -85,6 +85,8 @@ def run(cfg: Extract) -> None:
             if world.rank == 0:
                 print(describe_plan(replace(cfg, force=force), job.shards, job.sae, job.plan, need, world.size))
             return
+        if world.rank == 0 and not world.patience_s:
+            store.refuse_busy()  # before the self-check takes its time
         if world.rank == 0 and not cfg.skip_bad_shards:
             job.shards.check_files()
         if world.rank == 0:

@@ -118,9 +118,10 @@ def describe_run(dpath: Path) -> list[tuple[str, str]]:
     if under_way is not None:
         holder = store.holder()
         state = f"under way: {holder}" if holder else "unfinished; run the same extract again to continue"
+        kept = describe_kept(store) + ("; snapshots add to it" if holder else "")
         return [
             ("run", f"{dpath}: {state}"),
-            ("kept", describe_kept(store)),
+            ("kept", kept),
         ]
     if manifest is None:
         raise RunError(f"{dpath} holds no manifest.json: it is not a run, or one that died before it began.")
@@ -161,12 +162,13 @@ def describe_gallery(dpath: Path) -> str:
     """Whether a run has been drawn, and how to look at it."""
     fpath = dpath / "visuals" / "index.html"
     command = f"saev-dist replay --run {shlex.quote(str(dpath))}"
+    is_partly = os.path.exists(dpath / "visuals.partial")
     if os.path.exists(fpath):
         if not _is_current(dpath):
             return f"{fpath} shows what was here before the last extract. Draw it again: {command}"
-        return f"{fpath}: open it in a browser"
-    partly = " (one is drawn in part)" if os.path.exists(dpath / "visuals.partial") else ""
-    return f"none{partly}: {command}"
+        another = " (another is drawn in part; the same replay goes on)" if is_partly else ""
+        return f"{fpath}: open it in a browser{another}"
+    return f"none{' (one is drawn in part)' if is_partly else ''}: {command}"
 
 
 def _is_current(dpath: Path) -> bool:

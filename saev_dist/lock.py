@@ -71,6 +71,11 @@ class Lock:
                 return _who_holds(file)
         return ""
 
+    def refuse_held(self) -> None:
+        """Raise RunError where another process holds it now."""
+        if holder := self.holder():
+            raise self._in_use(holder)
+
     def _try_to_own(self) -> BinaryIO | str:
         """The lock, open, and ours or nobody can tell; or who holds it. Its last holder removes it, and the directory."""
         with writing(self.fpath), ExitStack() as stack:

@@ -112,6 +112,8 @@ def run(cfg: Replay) -> None:
                 job.records.keep_sound(fpath)
             world.wait()
             todo = job.records.missing(job.slots)
+            if world.rank == 0:
+                print(_describe_task(job, todo), flush=True)
             world.wait()  # nobody appends before all have read
             report = _draw(job, world, device, deal(todo, world.size)[world.rank])
             reports = world.collect(report)
@@ -216,6 +218,17 @@ def _announce(job: Job) -> None:
         print(
             f"{job.visuals.dpath} has a gallery of {n_features:,} features; this one of {len(job.features):,} will replace it."
         )
+
+
+def _describe_task(job: Job, todo: Slots) -> str:
+    """What is to be drawn, and what an earlier attempt has drawn."""
+    d_sae = job.finished.sae.d_sae
+    n_all, n_left = (len(np.unique(slots["img_i"] * d_sae + slots["feature"])) for slots in (job.slots, todo))
+    task = f"{len(job.features):,} features: {n_all:,} pictures, each with and without heatmap, of "
+    task += f"{len(np.unique(job.slots['img_i'])):,} images"
+    if n_left < n_all:
+        task += f"; {n_all - n_left:,} are drawn already: going on"
+    return f"{task}."
 
 
 def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[str, Any]:

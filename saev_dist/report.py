@@ -86,6 +86,8 @@ def describe_kept(store: Run) -> str:
     kept = partials.newest(store.partials_dpath)
     n_kept = sum(segment.stop - segment.first for partial in kept for segment in partial.segments)
     n_batches = under_way.positive("n_batches")
+    if not kept:
+        return f"nothing yet of {n_batches:,} batches"
     return f"{n_kept:,} of {n_batches:,} batches ({n_kept / n_batches:.1%}), in {len(kept):,} partials"
 
 

@@ -130,8 +130,9 @@ class Run:
                 without all of its artifacts.
             ConfigError: its manifest.json is another program's, or `partials/` is a directory of shards or of a finished run.
         """
-        if os.path.isfile(self.dpath):
-            raise RunError(f"{self.dpath} is a file; --out takes a directory to make, or that of an earlier run.")
+        for dpath in (self.dpath, *self.dpath.parents):
+            if os.path.isfile(dpath):
+                raise RunError(f"{dpath} is a file; --out takes a directory to make, or that of an earlier run.")
         if os.path.lexists(self.dpath / "metadata.json"):
             raise RunError(f"{self.dpath} holds metadata.json: it is a directory of shards. Choose another --out.")
         if self._is_foreign():
@@ -165,6 +166,10 @@ class Run:
     def lock(self, *, patience_s: float = 0, check: Callable[[], None] = lambda: None) -> AbstractContextManager[None]:
         """Keep other runs out of this directory; makes it. See `Lock.hold`."""
         return Lock(self.dpath).hold(patience_s=patience_s, check=check)
+
+    def refuse_busy(self) -> None:
+        """Raise RunError where another process works here now. `lock` keeps it out for certain."""
+        Lock(self.dpath).refuse_held()
 
     def holder(self) -> str:
         """The process that works here now, as it calls itself; "" where none does, or nobody can tell. Changes nothing."""

@@ -17,6 +17,7 @@ import tyro
 
 from saev_dist.cli import with_toml
 from saev_dist.config import Extract, Replay
+from saev_dist.data.images import open_pictures
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, RunError, SaevDistError, warn
 from saev_dist.files import writing
@@ -211,9 +212,9 @@ def _logs_dpath(launcher: Launcher, cfgs: Sequence[Extract | Replay]) -> Path:
 
 
 def _check_inputs(cfgs: Sequence[Extract | Replay], later: Sequence[Replay]) -> None:
-    """Refuse names of nothing, and a layer that is not in the shards, before they wait in a queue. Into an SAE and the
-    shards' files the job looks. The runs of later replays are not there yet."""
-    opened = set()
+    """Refuse names of nothing, a layer that is not in the shards, and another number of pictures than of images, before they
+    wait in a queue. Into an SAE and the shards' files the job looks. The runs of later replays are not there yet."""
+    opened: dict[tuple[Path, int | None], Shards] = {}
     for cfg in [*cfgs, *later]:
         if isinstance(cfg, Replay):
             needed = [] if cfg in later else [cfg.run]
@@ -225,8 +226,10 @@ def _check_inputs(cfgs: Sequence[Extract | Replay], later: Sequence[Replay]) -> 
         if missing := [path for path in needed if not os.path.exists(path)]:
             raise ConfigError(f"{missing[0]} is not there, so nothing was launched. Jobs see what this machine sees.")
         if isinstance(cfg, Extract) and (cfg.shards, cfg.layer) not in opened:  # a sweep has many SAEs
-            Shards.open(cfg.shards, cfg.layer)
-            opened.add((cfg.shards, cfg.layer))
+            opened[cfg.shards, cfg.layer] = Shards.open(cfg.shards, cfg.layer)
+    n_imgs = {cfg.out: opened[cfg.shards, cfg.layer].n_examples for cfg in cfgs if isinstance(cfg, Extract)}
+    for images, n in {(cfg.images, n_imgs[cfg.run]) for cfg in later if cfg.images}:
+        open_pictures(images, n)
 
 
 def _check_free(cfgs: Sequence[Extract | Replay]) -> None:

@@ -139,7 +139,7 @@ CASES = {
     "tf32 on a CPU": (set_flag(precision="tf32", device="cpu"), "--precision tf32 needs a CUDA device"),
     "screen with bf16": (set_flag(precision="bf16", screen="bf16"), "--screen bf16 gives fp32 scores; it does not go with --precision bf16"),
     "out too long": (set_flag(out="x" * 300), "File name too long"),
-    "out below a file": (lambda c: c.flags.update({"--out": c.sae / "run"}), "Not a directory"),
+    "out below a file": (lambda c: c.flags.update({"--out": c.sae / "run"}), "sae.pt is a file; --out takes a directory"),
     "out the shards": (lambda c: c.flags.update({"--out": c.shards}), "holds metadata.json: it is a directory of shards"),
     "out above the shards": (lambda c: c.as_partials(c.shards), "partials holds metadata.json: it is not of a run under way"),
     "out above a run": (lambda c: (c.as_partials(c.shards) / "metadata.json").rename(c.out / "partials/manifest.json"), "partials holds manifest.json: it"),

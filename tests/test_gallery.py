@@ -175,20 +175,30 @@ def test_a_number_that_is_chosen_otherwise_is_no_longer_marked_as_wrong(visit: O
     expect(field).not_to_have_attribute("aria-invalid", "true")
 
 
-def test_without_pictures_nothing_is_said_of_labels(visit: Open, small: Gallery, tmp_path: Path):
-    shutil.copytree(small.dpath, tmp_path / "visuals")
+@pytest.mark.parametrize(
+    ("lacking", "labels", "said"),
+    [
+        ({}, ["class 0"], "class 0"),
+        ({"label": "", "path": ""}, [], ""),  # no pictures
+        ({"label": ""}, [], ""),  # a flat folder
+        ({"label": ""}, ["class 1"], "no label"),  # the others have one
+    ],
+)
+def test_labels_are_spoken_of_where_there_are_some(
+    visit: Open, small: Gallery, tmp_path: Path, lacking: dict[str, str], labels: list[str], said: str
+):
     view = small.views[small.shown[0]]
-    bare = replace(view, images=[replace(image, label="", path="") for image in view.images])
-    (tmp_path / "visuals" / "features" / str(view.feature) / "data.js").write_text(feature_js(bare))
-    for gallery, says in ((small, True), (replace(small, dpath=tmp_path / "visuals"), False)):
-        page = visit(gallery, f"#feature={view.feature}")
-        first = page.locator("#images > li").first
-        expect(first.locator(".score")).to_be_visible()
-        if says:
-            expect(first).to_contain_text("class 0", use_inner_text=True)
-        text = first.text_content()
-        assert f"image {view.images[0].img_i}" in text and (" · " in text, "class 0" in text) == (says, says), text
-        assert ("class 0" in first.locator(".stage").get_attribute("aria-label")) == says and "no label" not in text
+    first, *others = [replace(image, **lacking) for image in view.images]
+    images = [first, *(replace(image, label=labels[0]) if labels else image for image in others)]
+    shutil.copytree(small.dpath, tmp_path / "visuals")
+    (tmp_path / "visuals" / "features" / str(view.feature) / "data.js").write_text(feature_js(replace(view, images=images)))
+    page = visit(replace(small, dpath=tmp_path / "visuals"), f"#feature={view.feature}")
+    shown = page.locator("#images > li").first
+    expect(shown.locator(".label")).to_have_text(said)
+    text = shown.text_content()
+    assert f"image {first.img_i}" in text and (" · " in text) == bool(first.path)
+    spoken = shown.locator(".stage").get_attribute("aria-label")
+    assert (f", {said}, number 1" if said else f"image {first.img_i}, number 1") in spoken, spoken
 
 
 def test_enter_in_the_search_opens_the_first_found(visit: Open, small: Gallery):

@@ -50,7 +50,10 @@ def test_what_is_sound_is_described(inputs, capsys):
     assert f"none (one is drawn in part): saev-dist replay --run {run}" in capsys.readouterr().out
     main(["replay", "--run", str(run), "--no-pictures", "--n-features", "2", "--no-progress"])
     main(["inspect", str(run)])
-    assert f"{run}/visuals/index.html: open it in a browser" in capsys.readouterr().out
+    assert f"{run}/visuals/index.html: open it in a browser\n" in capsys.readouterr().out
+    (run / "visuals.partial").mkdir()
+    main(["inspect", str(run)])
+    assert "open it in a browser (another is drawn in part; the same replay goes on)\n" in capsys.readouterr().out
     manifest = json.loads((run / "manifest.json").read_text())
     (run / "manifest.json").write_text(json.dumps(manifest | {"wall_s": {}}))  # as another `extract --force` would have it
     main(["inspect", str(run)])

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import pytest
 import submitit
 
 from saev_dist.config import Extract
-from saev_dist.errors import ConfigError
+from saev_dist.errors import ConfigError, SaevDistError
 from slurm.config import Launcher
 from slurm.jobs import cancelled_fpath, launched
 from slurm.launch import run
@@ -188,22 +189,25 @@ def test_more_gpus_than_the_shell_leaves_are_refused(tmp_path, inputs, monkeypat
         run(two)
 
 
-def test_pictures_that_are_not_there_are_missed_before_the_extract(tmp_path, inputs):
-    with pytest.raises(ConfigError, match="nowhere is not there, so nothing was launched"):
-        run(
-            [
-                "--cluster",
-                "debug",
-                "pipeline",
-                *inputs,
-                "--out",
-                str(tmp_path / "run"),
-                "--",
-                "--images",
-                str(tmp_path / "nowhere"),
-            ]
-        )
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize(
+    ("n", "said"),
+    [
+        (None, "pictures is not there, so nothing was launched"),
+        (22, r"pictures: found 22 \(flat folder\) pictures; the shards have 23 examples"),
+        (23, None),
+    ],
+)
+def test_pictures_that_are_not_there_are_missed_before_the_extract(tmp_path, inputs, monkeypatch, n, said):
+    images, launched = tmp_path / "pictures", []
+    monkeypatch.setattr("slurm.launch.run_here", lambda cfg, logs: launched.append(cfg))
+    if n is not None:
+        images.mkdir()
+        for i in range(n):
+            (images / f"{i:02d}.png").touch()
+    command = ["pipeline", *inputs, "--out", str(tmp_path / "run"), "--", "--images", str(images)]
+    with nullcontext() if said is None else pytest.raises(SaevDistError, match=said):
+        run(["--cluster", "debug", *command])
+    assert len(launched) == (2 if said is None else 0) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("flag", ["--shards", "--sae", "--run"])

@@ -12,7 +12,7 @@ from tests.replays import make_pictures, make_run, tree
 
 QUICK = "from saev_dist.render import plots as p; p.density_png = p.distributions_png = lambda *arrays: bytes(5000)"
 """Code for `before`: matplotlib takes more time for its two figures than all the rest."""
-NEWS = ("saev-dist: warning: ", "replay: ")
+NEWS = ("saev-dist: warning: ", "2 features: ")
 
 
 @pytest.fixture(scope="module")

@@ -168,6 +168,17 @@ def draw_all_and_die(cfg: Replay) -> None:
             replay.run(cfg)
 
 
+def test_a_replay_says_what_there_is_to_draw_and_what_is_drawn(tmp_path, capsys):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    cfg = make_replay(run, images=images, all=False, features=(3, 5), n_features=0)
+    draw_all_and_die(cfg)
+    names = [fpath.stem.split("-") for fpath in run.glob("visuals.partial/features/*/*.*") if "heatmap" in fpath.stem]
+    task = f"2 features: {len(names)} pictures, each with and without heatmap, of {len({name[1] for name in names})} images"
+    assert f"{task}.\n" in capsys.readouterr().out
+    replay.run(cfg)
+    assert f"{task}; {len(names)} are drawn already: going on.\n" in capsys.readouterr().out
+
+
 def test_a_kill_while_a_former_attempt_is_removed_leaves_nothing_that_counts(tmp_path, monkeypatch):
     run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
     settings = {"images": images, "all": False, "features": (3, 5), "n_features": 0}

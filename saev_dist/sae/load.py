@@ -208,7 +208,8 @@ def recognise(path: Path) -> str:
         if (found := read_header(path)) is not None and plain.recognises(found[0]):
             return "plain"
     except OSError as err:
-        raise CheckpointError(f"{path}: {err.strerror}; an SAE should be there, a file or a directory.") from None
+        elsewhere = "; hf://owner/repo is one on the Hub" if isinstance(err, FileNotFoundError) else ""
+        raise CheckpointError(f"{path}: {err.strerror}; an SAE should be there, a file or a directory{elsewhere}.") from None
     hint = "; name the directory that it is in" if path.name in _names() else ""
     raise CheckpointError(f"{path} is no SAE by itself{hint}. An SAE is one of {_known()}.")
 

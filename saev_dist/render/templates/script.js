@@ -550,10 +550,11 @@ function drawImages({ feature, upper, images }) {
   $("f-pictures").hidden = !images.length;
   $("f-heading").textContent = images.length === 1 ? "The strongest image" : `The ${count(images.length)} strongest`;
   $("f-upper").textContent = score(upper);
-  $("images").replaceChildren(...images.map((image, rank) => figureOf(feature, image, rank)));
+  const labelled = images.some((image) => image.label); // else they have none, and nobody misses it
+  $("images").replaceChildren(...images.map((image, rank) => figureOf(feature, image, rank, labelled)));
 }
 
-function figureOf(feature, image, rank) {
+function figureOf(feature, image, rank, labelled) {
   const item = $("image").content.firstElementChild.cloneNode(true), part = (name) => item.querySelector(name);
   const stage = part(".stage"), cursor = part(".cursor"), value = part(".value");
   const values = decode(image.values, Int16Array), valueAt = (p) => (values[p] * image.scale) / 32767;
@@ -569,7 +570,7 @@ function figureOf(feature, image, rank) {
   put(part(".won"), image.patch_i);
   part(".score").textContent = score(image.score);
   value.textContent = describe(image.patch_i);
-  const label = image.label || (image.path ? "no label" : ""); // without pictures nobody knows
+  const label = image.label || (labelled ? "no label" : "");
   part(".label").textContent = label;
   part(".path").textContent = [`image ${count(image.img_i)}`, image.path].filter(Boolean).join(" · ");
   part(".path").title = image.path;
