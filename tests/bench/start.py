@@ -52,7 +52,11 @@ class OneOfMany(World):
         return json.loads(fpath.read_text())
 
     def collect(self, report: Any) -> list[Any]:
-        return [] if self.rank else [json.loads(json.dumps(report)), *({} for _ in range(MANY - 1))]
+        if self.rank:
+            return []
+        mine = json.loads(json.dumps(report))
+        nothing = {key: value if isinstance(value, str) else type(value)() for key, value in mine.items()}
+        return [mine, *([nothing] * (MANY - 1))]
 
 
 def start(rank: int, cfg: Extract, told: Path) -> dict[str, Any]:
