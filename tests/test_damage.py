@@ -325,10 +325,11 @@ def test_a_file_that_becomes_an_artifact_is_never_cut(tmp_path, monkeypatch):
         assert rows_fpath.read_bytes() == (b"rows and more" if is_made else b"rows")
         stage(b" again")  # what a killed process staged goes, and not its rows
         os.truncate(rows_fpath, 4)
-    monkeypatch.setattr(run, "partials_dpath", tmp_path / "nowhere")
-    with pytest.raises(RunError):
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr("saev_dist.store.open", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "no")), raising=False)
+    with pytest.raises(RunError, match="cannot write"):
         stage(b"")
-    assert rows_fpath.read_bytes() == b"rows"
+    assert rows_fpath.read_bytes() == b"rows" and not staged_fpath.exists()
 
 
 def is_threads_write(what: str) -> bool:
