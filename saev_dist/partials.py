@@ -12,8 +12,8 @@ Partials over disjoint batches merge, so one mechanism serves resume, other worl
 
 An *owner* is one process: a rank of one attempt. It writes its partials only and appends to its spill files only (one of
 which rank 0 may make an artifact of, see `csr`; its rows stay as they are), so an attempt never changes what another one
-wrote. A new attempt's ranks *absorb* partials: load them, and name their
-owners in the next partial of their own, which then stands for both.
+wrote. A new attempt's ranks *absorb* partials: load them, and name their owners in the next partial of their own, which
+then stands for both.
 
 Why a kill at any instant costs only the work since the last snapshot:
 
