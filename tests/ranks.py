@@ -180,7 +180,7 @@ class Attempt:
     """The same files, or what went to stderr alone."""
 
     def output(self) -> str:
-        return "".join(log.read_text() for log in self.logs)
+        return "".join(log.read_text(errors="replace") for log in self.logs)  # a rank may have been told another encoding
 
 
 class Server:

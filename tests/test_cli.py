@@ -219,11 +219,9 @@ def test_a_description_may_be_cut_off(tmp_path):
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ("saev_dist inspect {shards}", "saev-dist: error"),
         ("saev_dist --help", "saev-dist: error"),
         ("slurm.launch --help", "slurm.launch: error"),
         ("slurm.launch --dry-run replay --run {shards}", "slurm.launch: error"),
-        ("saev_dist demo --out {shards}/demo", "saev-dist: error"),
     ],
 )
 def test_a_full_disk_under_the_output_is_one_line(tmp_path, command, says):
@@ -232,17 +230,23 @@ def test_a_full_disk_under_the_output_is_one_line(tmp_path, command, says):
     assert (done.returncode, done.stderr) == (1, f"{says}: cannot print: No space left on device.\n")
 
 
+@pytest.mark.parametrize("command", [["inspect", "{shards}"], ["demo", "--out", "{shards}/demo"]], ids=" ".join)
+def test_so_it_is_for_a_command_that_computes(tmp_path, command):
+    shards = make_shards(tmp_path / "shards", make_acts(3))
+    done = run_ranks(
+        *(word.format(shards=shards) for word in command), before="import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)"
+    )
+    assert (done.returncode, done.stderr) == (1, "saev-dist: error: cannot print: No space left on device.\n")
+
+
 @pytest.mark.parametrize(
     ("encoding", "name", "shown"),
     [("ascii", "\xe9 \u2026".encode(), r"\xe9 \u2026"), ("latin-1", b"\xe2\x80\xa6", r"\u2026"), ("utf-8", b"\xff", r"\udcff")],
 )
 def test_a_name_that_the_output_cannot_encode_is_escaped(tmp_path, encoding, name, shown):
-    shards = os.fsencode(make_shards(tmp_path / "shards", make_acts(3)))
-    os.rename(shards, shards + name)
-    env = os.environ | {"PYTHONIOENCODING": encoding}
-    done = subprocess.run(
-        [sys.executable, "-m", "saev_dist", "inspect", shards + name], env=env, capture_output=True, encoding=encoding
-    )
+    path = os.fsdecode(os.fsencode(tmp_path / "shards") + name)
+    make_shards(Path(path), make_acts(3))
+    done = run_ranks("inspect", path, before=f"import sys; sys.stdout.reconfigure(encoding={encoding!r}, errors='strict')")
     assert (done.returncode, done.stderr) == (0, "") and f"shards{shown}" in done.stdout
 
 
