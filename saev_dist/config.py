@@ -227,6 +227,8 @@ class Replay:
     """Images read ahead of the encoder."""
     timeout_s: int = 600
     """Longest that a rank waits for the others inside one collective operation."""
+    dry_run: bool = False
+    """Say what would be drawn, and about what it takes on the disk, then stop."""
     force: bool = False
     """Draw again what is there already."""
     progress: bool = True

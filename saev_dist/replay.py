@@ -36,6 +36,7 @@ from saev_dist.choose import Slots, choose_features, choose_slots, deal
 from saev_dist.config import Replay
 from saev_dist.data.images import Pictures, open_pictures
 from saev_dist.errors import RunError, warn
+from saev_dist.estimate import free_disk, gb
 from saev_dist.files import writing
 from saev_dist.finished import FinishedRun, Statistics
 from saev_dist.machine import cpu_threads, rank_cores
@@ -50,8 +51,12 @@ from saev_dist.store import Run, agree
 from saev_dist.visuals import Visuals
 from saev_dist.world import World
 
-INERT = {"config", "device", "workers", "read_ahead", "timeout_s", "force", "progress"}
+INERT = {"config", "device", "workers", "read_ahead", "timeout_s", "dry_run", "force", "progress"}
 """Fields of the config that change nothing that is drawn."""
+BYTES_PER_PX = {"webp": 0.2, "png": 1.8}
+"""Of photographs, about: 0.1 to 0.3 at quality 80, 1.1 to 2.5."""
+BLOCK_BYTES = 4096
+"""What a file takes at least."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,6 +98,11 @@ def run(cfg: Replay) -> None:
             if world.rank == 0:
                 job.visuals.tidy()
                 print(_already_done(job))
+            return
+        if cfg.dry_run:
+            if world.rank == 0:
+                _announce(job)
+                print(describe_plan(job))
             return
         # Two replays in one directory would mix their pictures, and an `extract --force` would change what is drawn.
         with Run(cfg.run).lock(patience_s=world.patience_s, check=world.check) if world.rank == 0 else nullcontext():
@@ -213,6 +223,11 @@ def _announce(job: Job) -> None:
             f"{job.pictures.root}: pictures go by the order of their names, so image {img_i} is {job.pictures.name(img_i)}, "
             f"and not {name}. If the shards were written in the order of the numbers, pad these with zeros."
         )
+    if (need := _disk(job)) > (free := free_disk(job.cfg.run)):
+        warn(
+            f"the pictures may take about {gb(need)} of disk; {gb(free)} are free at {job.cfg.run}. Lower --n-features, "
+            "--n-images or --img-scale, or free some."
+        )
     with suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or no one can tell
         n_features = len(json.loads((job.visuals.dpath / "replay.json").read_bytes())["features"])
         print(
@@ -220,12 +235,37 @@ def _announce(job: Job) -> None:
         )
 
 
+def describe_plan(job: Job) -> str:
+    """What --dry-run prints."""
+    n_pictures = _count_pictures(job, job.slots)
+    lines = {
+        "features": f"{len(job.features):,} of {job.finished.sae.d_sae:,}",
+        "images": f"{len(np.unique(job.slots['img_i'])):,} to encode again, of {job.finished.shards.n_examples:,}",
+        "to draw": f"{n_pictures:,} pictures, each with and without heatmap",
+        "pictures": _ground(job),
+        "fit": job.geometry.describe(with_pictures=job.pictures is not None),
+        "disk": f"about {gb(_disk(job))} in {2 * n_pictures + len(job.features):,} files; {gb(free_disk(job.cfg.run))} free",
+        "gallery": str(job.visuals.dpath / "index.html"),
+    }
+    return table(lines) + "\ndry run: nothing was encoded or written."
+
+
+def _disk(job: Job) -> int:
+    """About what the features take on the disk."""
+    per_px = BYTES_PER_PX[job.cfg.image_format] if job.pictures else 0.0  # a plain ground is next to nothing
+    picture = max(BLOCK_BYTES, round(per_px * job.geometry.shown_px))
+    return 2 * _count_pictures(job, job.slots) * picture + len(job.features) * BLOCK_BYTES
+
+
+def _count_pictures(job: Job, slots: Slots) -> int:
+    return len(np.unique(slots["img_i"] * job.finished.sae.d_sae + slots["feature"]))
+
+
 def _describe_task(job: Job, todo: Slots) -> str:
     """What is to be drawn, and what an earlier attempt has drawn."""
-    d_sae = job.finished.sae.d_sae
-    n_all, n_left = (len(np.unique(slots["img_i"] * d_sae + slots["feature"])) for slots in (job.slots, todo))
+    n_all, n_left = _count_pictures(job, job.slots), _count_pictures(job, todo)
     task = f"{len(job.features):,} features: {n_all:,} pictures, each with and without heatmap, of "
-    task += f"{len(np.unique(job.slots['img_i'])):,} images"
+    task += f"{len(np.unique(job.slots['img_i'])):,} images; about {gb(_disk(job))}"
     if n_left < n_all:
         task += f"; {n_all - n_left:,} are drawn already: going on"
     return f"{task}."
@@ -437,20 +477,22 @@ def _summary(job: Job, reports: list[dict[str, Any]]) -> str:
     total = {key: sum(report[key] for report in reports) for key in ("n_images", "n_pictures", "n_slots", "n_on_edge")}
     seconds = max(report["seconds"] for report in reports)
     n_fired = sum(math.isfinite(job.statistics.log10_freq_s[feature]) for feature in job.features)
-    ground = (
-        f"{job.pictures.root} ({job.pictures.kind}), matched by order"
-        if job.pictures
-        else f"none{' found (name them with --images)' if job.cfg.pictures else ''}: heatmaps on a plain ground"
-    )
     lines = {
         "features": f"{len(job.features):,} shown, {n_fired:,} of them fired, of {job.finished.sae.d_sae:,}",
         "images": f"{describe_encoded(job.slots, total['n_images'])} in {seconds:,.1f} s",
         "verified": f"{total['n_slots']:,} scores equal the stored ones, {total['n_on_edge']} on the edge of their token",
         "drawn": f"{total['n_pictures']:,} heatmaps, {total['n_pictures'] / max(seconds, 1e-9):,.0f} per second",
-        "pictures": ground,
+        "pictures": _ground(job),
         "fit": job.geometry.describe(with_pictures=job.pictures is not None),
         "gallery": f"{job.visuals.dpath / 'index.html'}: open it in a browser",
     }
     if job.finished.n_left_out:
         lines["left out"] = f"{job.finished.n_left_out:,} images of bad shards"
     return table(lines)
+
+
+def _ground(job: Job) -> str:
+    """What heatmaps are drawn on."""
+    if job.pictures:
+        return f"{job.pictures.root} ({job.pictures.kind}), matched by order"
+    return f"none{' found (name them with --images)' if job.cfg.pictures else ''}: heatmaps on a plain ground"

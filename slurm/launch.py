@@ -131,7 +131,8 @@ def launch(launcher: Launcher, extracts: Sequence[Extract], replays: Sequence[Re
             f"OMP_NUM_THREADS={launcher.n_threads}, of this shell or of --setup, will hold in the job, and --cpus-per-gpu "
             f"{launcher.cpus_per_gpu} only reserve cores. Unset it unless you mean that."
         )
-    if launcher.dry_run or any(cfg.dry_run for cfg in extracts):  # extract's own flag cannot mean a job that only plans
+    # A flag of extract or replay cannot mean a job that only plans.
+    if launcher.dry_run or any(cfg.dry_run for cfg in extracts) or any(cfg.dry_run for cfg in replays):
         return show_plan(launcher, todo, at_once, later)
     _check_inputs([*todo, *at_once], later)
     for batch in (todo, at_once):
@@ -248,6 +249,11 @@ def show_plan(launcher: Launcher, todo: Sequence[Extract], at_once: Sequence[Rep
     """Print what would be submitted."""
     for extract in todo:
         print(f"{extract.out}\n{plan_text(extract, launcher)}", end="\n\n")
+    if at_once:
+        from saev_dist.replay import describe_plan, open_job
+
+        for replay in at_once:
+            print(f"{replay.run}\n{describe_plan(open_job(replay))}", end="\n\n")
     after = "aftercorr:EXTRACT" if len(later) > 1 else "afterok:EXTRACT"
     groups: list[tuple[Sequence[Extract | Replay], str]] = [(at_once, ""), (todo, ""), (later, after)]
     for cfgs, dependency in groups:

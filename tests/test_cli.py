@@ -221,7 +221,6 @@ def test_a_description_may_be_cut_off(tmp_path):
     [
         ("saev_dist --help", "saev-dist: error"),
         ("slurm.launch --help", "slurm.launch: error"),
-        ("slurm.launch --dry-run replay --run {shards}", "slurm.launch: error"),
     ],
 )
 def test_a_full_disk_under_the_output_is_one_line(tmp_path, command, says):

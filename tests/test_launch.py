@@ -22,6 +22,7 @@ from slurm.launch import main, run, split
 from slurm.submit import run_here
 from slurm.sweep import configs, is_finished
 from tests.ranks import ENV, launch, run_ranks
+from tests.replays import make_run
 
 ROOT = Path(__file__).parent.parent
 INPUTS = ["--shards", "s", "--sae", "a.pt", "--out", "o"]
@@ -305,6 +306,17 @@ def test_extracts_own_dry_run_submits_nothing_either(tmp_path, inputs, capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["extract", *inputs, "--out", str(tmp_path / "run"), "--dry-run"])
     assert "nothing was submitted" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_a_replay_says_what_it_would_draw(tmp_path, capsys):
+    out = make_run(tmp_path)
+    capsys.readouterr()
+    for flags in (["--dry-run", "replay"], ["replay", "--dry-run"]):
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main([*flags, "--run", str(out), "--n-features", "2", "--no-pictures"])
+        text = capsys.readouterr().out
+        assert f"{out}\nfeatures  2 of 24\n" in text and "#SBATCH --job-name=saev-replay\n" in text
+        assert "nothing was submitted" in text and not (out / "slurm").exists()
 
 
 @pytest.mark.parametrize("name", ["50%", "a\\b", "a\nb"])

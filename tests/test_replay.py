@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -195,6 +196,36 @@ def test_a_run_in_which_nothing_fired_is_refused_by_name(tmp_path, capsys):
         assert "no feature of this run ever fired" in fails(capsys, *command, "--run", run)
     replay.run(make_replay(run, all=False, features=(3,)))  # a named feature is shown: as one that never fires
     assert (run / "visuals/features/3/data.js").exists()
+
+
+@pytest.mark.parametrize("settings", [{}, {"image_format": "webp"}, {"pictures": False}, {"img_scale": 30.0}], ids=str)
+def test_a_dry_run_says_what_would_be_drawn_and_writes_nothing(tmp_path, capsys, monkeypatch, settings):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    cfg = make_replay(
+        run, **{"features": (3,), "seed": 1} | ({"images": images} if "pictures" not in settings else {}) | settings
+    )
+    before = tree(tmp_path)
+    replay.run(replace(cfg, dry_run=True))
+    text = capsys.readouterr().out
+    assert tree(tmp_path) == before and text.endswith("dry run: nothing was encoded or written.\n")
+    stated, n_files = re.search(r"^disk +about ([\d.]+ .B) in (\d+) files; ", text, re.M).groups()
+    if "img_scale" in settings:  # takes too long to draw: 900 times as many pixels, in fewer than a million bytes
+        assert stated.endswith(" MB")
+        monkeypatch.setattr("saev_dist.replay.free_disk", lambda dpath: 10**6)
+        replay.run(replace(cfg, dry_run=True))
+        said = capsys.readouterr().err
+        assert f"the pictures may take about {stated} of disk; 1.0 MB are free" in said and "--img-scale" in said
+        return
+    replay.run(cfg)
+    fpaths = [fpath for fpath in (run / "visuals/features").rglob("*") if fpath.is_file()]
+    n_images = len({fpath.stem.split("-")[1] for fpath in fpaths if fpath.name != "data.js"})
+    assert len(fpaths) == int(n_files)
+    assert f" {n_images} to encode again, of {N_IMGS}\n" in text
+    unit = {" kB": 1e3, " MB": 1e6}[stated[-3:]]
+    held = sum(512 * fpath.stat().st_blocks for fpath in fpaths)
+    assert held / 3 < float(stated[:-3]) * unit < held * 3
+    replay.run(replace(cfg, dry_run=True))
+    assert "is this gallery, finished: open it" in capsys.readouterr().out
 
 
 def test_bad_requests_are_refused(tmp_path, capsys):

@@ -174,9 +174,10 @@ def test_a_replay_says_what_there_is_to_draw_and_what_is_drawn(tmp_path, capsys)
     draw_all_and_die(cfg)
     names = [fpath.stem.split("-") for fpath in run.glob("visuals.partial/features/*/*.*") if "heatmap" in fpath.stem]
     task = f"2 features: {len(names)} pictures, each with and without heatmap, of {len({name[1] for name in names})} images"
-    assert f"{task}.\n" in capsys.readouterr().out
+    assert re.search(rf"^{task}; about [\d.]+ kB\.$", capsys.readouterr().out, re.M)
     replay.run(cfg)
-    assert f"{task}; {len(names)} are drawn already: going on.\n" in capsys.readouterr().out
+    going_on = rf"^{task}; about [\d.]+ kB; {len(names)} are drawn already: going on\.$"
+    assert re.search(going_on, capsys.readouterr().out, re.M)
 
 
 def test_a_kill_while_a_former_attempt_is_removed_leaves_nothing_that_counts(tmp_path, monkeypatch):

@@ -127,6 +127,13 @@ class Geometry:
             f"{inner_width // patch} × {inner_height // patch} patches of {patch} px"
         )
 
+    @property
+    def shown_px(self) -> int:
+        """Pixels of what is shown of a picture, whatever its aspect."""
+        if self.fit == "crop":
+            return round(self.crop[0] * self.crop[1] * self.img_scale**2)
+        return round(self.n_patches * ((self.patch_size or 16) * self.img_scale) ** 2)
+
     def place(self, width: int, height: int) -> Placement:
         """Prepare a picture of this size.
 
