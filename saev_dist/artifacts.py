@@ -67,8 +67,11 @@ def write(
     cfg, shards, plan, d_sae = job.cfg, job.shards, job.plan, job.sae.d_sae
     artifacts = whole.finalize(plan.n_examples_in(covered(segments)) * shards.n_patches)
     metrics = artifacts.pop("metrics")
+    percentiles = f"percentiles_p{cfg.percentile:.10g}"
     if saev_percentile is not None:
-        artifacts[f"percentiles_p{cfg.percentile:.10g}"] = saev_percentile.estimate_s
+        artifacts[percentiles] = saev_percentile.estimate_s
+    else:  # the middle of the last bin may lie above the largest score
+        artifacts[percentiles] = torch.minimum(artifacts[percentiles], artifacts["top_values"][:, 0].clamp(min=0))
     for stem, content in artifacts.items():
         world.check()
         store.stage_tensors(f"{stem}.pt", content)

@@ -75,7 +75,9 @@ class FinishedRun:
         values, imgs, patches = (
             store.load_tensor(f"{stem}.pt", shape).numpy() for stem in ("top_values", "top_img_i", "top_patch_i")
         )
-        if imgs.max(initial=-1) >= opened.n_examples or patches.max(initial=-1) >= opened.n_patches:
+        filled = imgs >= 0
+        known = (imgs < opened.n_examples) & (patches < opened.n_patches) & (patches >= 0)
+        if not known[filled].all():
             raise RunError(
                 f"{dpath}: a slot names an image or a patch that the shards do not have. Run extract again with --force."
             )
@@ -90,6 +92,10 @@ class FinishedRun:
             imgs_sk=imgs,
             patches_sk=patches,
         )
+
+    def check_slots(self) -> None:
+        """As the function of that name."""
+        check_slots(Run(self.dpath), self.manifest, self.values_sk, self.imgs_sk, self.patches_sk)
 
     @property
     def n_left_out(self) -> int:
@@ -140,6 +146,40 @@ class Statistics(FeatureTable):
     """Which one `percentile_s` is."""
     counts_sh: NDArray[np.int64]
     edges_h: NDArray[np.float32]
+
+
+def check_slots(
+    store: Run, manifest: Fields, values_sk: NDArray[np.float32], imgs_sk: NDArray[np.int64], patches_sk: NDArray[np.int64]
+) -> None:
+    """Refuse slots that no extract writes. It reads no activations: whether scores are right, `verify` tells.
+
+    Raises:
+        RunError: they are out of order, twice the same, of no image or patch, or not as many as the features fired.
+    """
+    identity, shards = manifest.sub("identity"), manifest.sub("shards")
+    top_k, n_tokens = values_sk.shape[1], manifest.sub("metrics").get("n_tokens", int)
+    filled_sk = imgs_sk >= 0
+    n_filled_s = filled_sk.sum(axis=1)
+    fired_s = np.rint(store.load_tensor("sparsity.pt", (len(values_sk),)).double().numpy() * n_tokens)
+    most_s = np.minimum(fired_s, top_k)
+    of_images = identity.get("rank_by", str) == "image"  # an image has one slot, however often the feature fires in it
+    (v, w), (i, j), (p, q) = ((array[:, :-1], array[:, 1:]) for array in (values_sk, imgs_sk, patches_sk))
+    ordered = (v > w) | ((v == w) & ((i < j) | ((i == j) & (p < q)))) | ~filled_sk[:, 1:]
+    known = (imgs_sk < shards.positive("n_examples")) & (patches_sk < shards.positive("n_patches")) & (patches_sk >= 0)
+    claims = {
+        "scores are in descending order, ties in that of images and patches": ordered.all(),
+        "filled slots have finite scores above zero": (np.isfinite(values_sk) & (values_sk > 0))[filled_sk].all(),
+        "filled slots come first": (filled_sk[:, :-1] | ~filled_sk[:, 1:]).all(),
+        "empty slots hold -inf and -1": (np.isneginf(values_sk) & (imgs_sk == -1) & (patches_sk == -1))[~filled_sk].all(),
+        "images and patches exist": known[filled_sk].all(),
+        "a feature has as many slots as it fired, up to top_k": (
+            (n_filled_s <= most_s) & ((n_filled_s > 0) == (fired_s > 0)) if of_images else n_filled_s == most_s
+        ).all(),
+    }
+    if broken := [claim for claim, holds in claims.items() if not holds]:
+        raise RunError(
+            f"{store.dpath}: it should hold that {' and that '.join(broken)}, and does not. Run extract again with --force."
+        )
 
 
 def left_out(manifest: Fields) -> int:

@@ -14,6 +14,7 @@ from saev_dist.data.shards import Shards, read_layers
 from saev_dist.errors import ConfigError, RunError, UnknownFormatError
 from saev_dist.estimate import gb
 from saev_dist.files import refuse_lacking
+from saev_dist.finished import check_slots
 from saev_dist.report import describe_kept, describe_left_out, flags_of, table
 from saev_dist.sae.hub import is_hub_name, refuse_link
 from saev_dist.sae.load import Loaded, Overrides, load_sae, recognise
@@ -112,7 +113,7 @@ def describe_sae(loaded: Loaded) -> list[tuple[str, str]]:
 
 
 def describe_run(dpath: Path) -> list[tuple[str, str]]:
-    """Check a run's slots: scores descend, places exist, and the same slots are filled in all three files."""
+    """Check a run's files and slots, and tell what it is of."""
     store = Run(dpath)
     under_way, manifest = store.under_way(), store.manifest()
     if under_way is not None:
@@ -130,19 +131,8 @@ def describe_run(dpath: Path) -> list[tuple[str, str]]:
     n_imgs, n_patches = shards.positive("n_examples"), shards.positive("n_patches")
     shape = (sae.positive("d_sae"), manifest.sub("config").positive("top_k"))
     values, imgs, patches = (store.load_tensor(f"{stem}.pt", shape) for stem in ("top_values", "top_img_i", "top_patch_i"))
+    check_slots(store, manifest, values.numpy(), imgs.numpy(), patches.numpy())
     filled = imgs >= 0
-    sound = {
-        "scores are in descending order": bool((values[:, 1:] <= values[:, :-1]).all()),
-        "filled slots have scores above zero": bool((values[filled] > 0).all()),
-        "empty slots hold -inf and -1": bool(values[~filled].isneginf().all() and (patches[~filled] == -1).all()),
-        "images and patches exist": bool(
-            (imgs < n_imgs).all() and (patches < n_patches).all() and (patches[filled] >= 0).all()
-        ),
-    }
-    if broken := [claim for claim, holds in sound.items() if not holds]:
-        raise RunError(
-            f"{dpath}: it should hold that {' and that '.join(broken)}, and does not. Run extract again with --force."
-        )
     n_dead, n_tokens = metrics.count("n_dead", most=shape[0]), metrics.get("n_tokens", int)
     of_all = f" of {n_imgs:,}" if n_tokens < n_imgs * n_patches else ""
     return [

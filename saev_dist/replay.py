@@ -147,6 +147,7 @@ def open_job(cfg: Replay) -> Job:
     """Open and check what the config names, and choose."""
     manifest_sha256 = Run(cfg.run).manifest_sha256()
     finished = FinishedRun.open(cfg.run, shards=cfg.shards, sae=cfg.sae)
+    finished.check_slots()
     shards = finished.shards
     statistics = finished.statistics()
     features = choose_features(

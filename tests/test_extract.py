@@ -340,6 +340,15 @@ def test_artifacts_of_unknown_origin_are_not_overwritten(tmp_path, capsys):
     assert (tmp_path / "run/top_values.pt").read_bytes() == b"mine"
 
 
+def test_no_percentile_exceeds_the_largest_score(tmp_path):
+    shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
+    run(Extract(shards=shards, sae=sae, out=tmp_path / "run", percentile=100, progress=False))
+    largest, percentile = load(tmp_path / "run", "top_values")[:, 0], load(tmp_path / "run", "percentiles_p100")
+    fires = largest > 0
+    assert (percentile[fires] <= largest[fires]).all() and (percentile[fires] > largest[fires] / 1.032).all()
+    assert fires.any() and not fires.all() and (percentile[~fires] == 0).all()
+
+
 def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path, capsys):
     shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
     main(

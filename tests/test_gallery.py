@@ -131,6 +131,11 @@ def test_search_finds_ids_whatever_the_filters_and_says_what_it_did_not_understa
     wait_for_cards(page, [3, 10, 11, 12, 55])
     assert "3 of 60" not in page.get_by_role("status").inner_text()
     expect(page.get_by_role("status")).to_have_text("5 of 60 features")
+    search.fill("#3 10 to 12, 55..56")
+    wait_for_cards(page, [3, 10, 11, 12, 55, 56])
+    page.evaluate("location.hash = '#ids=40-44&sort=id&order=asc'")  # while the search has the focus
+    wait_for_cards(page, [40, 41, 42, 43, 44])
+    expect(search).to_have_value("40-44")
     search.fill("3, 60, cat")
     wait_for_cards(page, [3])
     expect(page.locator("#ids-note")).to_contain_text("No feature 60, cat: ids are 0 to 59")
@@ -282,6 +287,16 @@ def test_a_click_on_a_dot_opens_its_feature(visit: Open, small: Gallery):
     expect(page.get_by_role("heading", name="Feature 10")).to_be_visible()
 
 
+def test_a_tap_on_a_dot_opens_its_feature_and_touches_nothing_of_what_it_shows(visit: Open, small: Gallery):
+    page = visit(small, "#show=all&sort=id&order=asc&ids=10", viewport={"width": 360, "height": 740}, has_touch=True)
+    page.get_by_text("Choose features").tap()
+    x, y = dots(page).mean(axis=0)
+    page.evaluate("() => addEventListener('click', (event) => (window.clicked = event.target.id), true)")
+    page.locator("#scatter").tap(position={"x": x, "y": y})
+    expect(page.locator("#feature-title")).to_have_text("Feature 10")
+    assert page.evaluate("() => window.clicked") == "scatter"
+
+
 def test_dots_stand_where_their_numbers_say(visit: Open, small: Gallery):
     ids = [s for s in range(0, 60, 7) if small.fires(s)]
     page = visit(small)
@@ -314,6 +329,42 @@ def test_a_brush_chooses_the_dots_inside_of_it(visit: Open, small: Gallery):
     assert len(inside)
     assert (inside > [x0 - box["x"] - 4, y0 - box["y"] - 4]).all() and (inside < [x1 - box["x"] + 4, y1 - box["y"] + 4]).all()
     expect(page.locator("#brush")).to_be_visible()
+
+
+def test_a_brush_that_leaves_the_map_ends_at_its_edge(visit: Open, small: Gallery):
+    found = []
+    for beyond in (0, 700):
+        page = visit(small)
+        box = page.locator("#scatter").bounding_box()
+        page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"])
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] + beyond, max(0, box["y"] - beyond), steps=3)
+        page.mouse.up()
+        page.wait_for_function("() => location.hash.includes('mean=')")
+        found.append(page.url.split("#")[1])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("view", ["grid", "table"])
+def test_who_comes_back_to_the_list_has_the_focus_on_the_feature_left(visit: Open, large: Gallery, view: str):
+    page = visit(large, f"#view={view}&show=all&sort=id&order=asc")
+    if view == "table":
+        page.get_by_role("region", name="Table of features").evaluate("box => box.scrollTop = 34 * 90")
+    feature = {"grid": 2, "table": 100}[view]
+    row = page.locator(f"[data-feature='{feature}'] a")
+    row.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#feature-title")).to_have_text(f"Feature {feature}")
+    page.keyboard.press("Escape")
+    expect(row).to_be_focused()
+    page.keyboard.press("Enter")
+    for _ in range(60):
+        page.keyboard.press("ArrowRight")
+    expect(page.locator("#feature-title")).to_have_text(f"Feature {feature + 60}")
+    page.keyboard.press("Escape")
+    later = page.locator(f"[data-feature='{feature + 60}'] a")
+    expect(later).to_be_focused()
+    expect(later).to_be_in_viewport()
 
 
 def test_a_feature_opens_by_keyboard_and_arrows_escape_and_back_move_on(visit: Open, small: Gallery):
@@ -373,7 +424,24 @@ def test_a_feature_shows_its_numbers_histogram_and_pictures(visit: Open, small: 
         slope, start = np.polyfit(expected, drawn, 1)
         assert slope > 0 and np.abs(slope * expected + start - drawn).max() < 0.01, name
     heights = page.locator("#histogram rect").evaluate_all("all => all.map((rect) => Number(rect.getAttribute('height')))")
-    assert np.corrcoef(heights, counts)[0, 1] > 0.999
+    areas = np.array(heights) * np.diff(np.log(coarse(view.edges_h, view.counts_h)[0]))  # as the eye sees them
+    assert np.corrcoef(areas, counts)[0, 1] > 0.999
+
+
+@pytest.mark.parametrize(
+    ("n", "shown"), [(150_000, "0 50K 100K 150K"), (1_300_000, "0 500K 1M"), (1.5e15, "0 500T 1e+15 1.5e+15")]
+)
+def test_numbers_beside_the_histogram_are_those_of_its_lines(visit: Open, small: Gallery, tmp_path: Path, n, shown):
+    shutil.copytree(small.dpath, tmp_path / "visuals")
+    counts_h = np.zeros_like(small.views[10].counts_h)
+    at = int(np.searchsorted(small.views[10].edges_h, 1.0))
+    counts_h[at] = n * (np.log2(small.views[10].edges_h[at + 1]) - np.log2(small.views[10].edges_h[at])) * 1.001
+    view = replace(small.views[10], counts_h=counts_h)
+    (tmp_path / "visuals/features/10/data.js").write_text(feature_js(view), encoding="utf-8")
+    page = visit(replace(small, dpath=tmp_path / "visuals"), "#feature=10")
+    expect(page.locator("#histogram")).to_be_visible()
+    texts = page.locator("#histogram text[text-anchor=end]").all_text_contents()
+    assert " ".join(texts) == shown
 
 
 def check_value(text: str, values_p: np.ndarray, patch_i: int) -> None:
@@ -437,7 +505,7 @@ def test_the_slider_fades_the_heatmap_and_the_box_hides_it(visit: Open, small: G
     page = visit(small, "#feature=10")
     heatmap = page.locator("#images .heatmap").first
     expect(heatmap).to_have_css("opacity", "1")
-    page.get_by_label("Strength").fill("40")
+    page.get_by_label("Opacity").fill("40")
     expect(heatmap).to_have_css("opacity", "0.4")
     page.get_by_label("Heatmap").uncheck()
     expect(heatmap).to_have_css("visibility", "hidden")
@@ -458,6 +526,8 @@ def test_a_dead_feature_is_shown_as_such_without_pictures(visit: Open, small: Ga
     expect(page.locator("#f-note")).to_contain_text("never fired")
     assert page.locator("#images img").count() == 0
     expect(page.locator("#histogram")).to_be_hidden()
+    page.keyboard.press("h")  # there is nothing that it could hide
+    assert page.locator("#heat").is_checked()
 
 
 def test_a_feature_without_pictures_has_its_numbers_and_the_command_that_renders_it(visit: Open, small: Gallery):
@@ -634,7 +704,7 @@ def test_the_page_follows_the_readers_colour_scheme(visit: Open, small: Gallery,
     before = dots(page)
     page.emulate_media(color_scheme="light" if scheme == "dark" else "dark")
     assert len(before)
-    page.wait_for_function(f"n => ({ACCENTED})().length === n", arg=len(before))  # drawn anew in the other accent
+    page.wait_for_function(f"n => ({ACCENTED})().length > n / 2", arg=len(before))  # drawn anew in the other accent
 
 
 @pytest.mark.parametrize("address", ["", "#view=table&show=all", "#feature=10", "#feature=33", "#feature=21"])

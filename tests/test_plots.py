@@ -71,6 +71,10 @@ def test_few_or_no_firing_features_are_drawn_without_a_warning(n: int):
     assert picture(density_png(np.zeros(n), np.zeros(n))).std() > 0
 
 
+def test_scores_next_to_nothing_are_drawn():
+    assert picture(distributions_png(np.full((2, 3), 1e-44, np.float32))).std() > 0
+
+
 def test_bars_count_the_scores_above_zero_and_nothing_else(figures: list[Figure]):
     values_st = np.maximum(RNG.normal(-1, 1, (3, 5000)), 0).astype(np.float32)
     values_st[1] = 0

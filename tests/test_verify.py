@@ -1,5 +1,6 @@
 """`verify`: passes on sound runs, and says why it fails on every kind of swap."""
 
+import json
 import re
 import shutil
 import time
@@ -167,6 +168,50 @@ def test_a_score_altered_by_more_than_the_tolerance_is_found_and_named(tmp_path,
     line = fails(capsys, "verify", "--run", out, "--features", feature, "--n-features", 0)
     assert f"feature {feature}, slot 2 (image {img_i}, patch {patch_i}) is stored as {values[feature, 2]:.7g}" in line
     assert f"encoded again it is {stored:.7g}" in line
+
+
+ORDER = "scores are in descending order, ties in that of images and patches"
+COUNT = "a feature has as many slots as it fired, up to top_k"
+EXIST = "names an image or a patch that the shards do not have"
+
+
+def emptied(row):
+    return [(-np.inf, -1, -1)] * len(row)
+
+
+@pytest.mark.parametrize("rank_by", ["patch", "image"])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (emptied, COUNT),
+        (lambda row: [row[1], row[0], *row[2:]], ORDER),
+        (lambda row: [*row[1:], (-np.inf, -1, -1)], COUNT),
+        (lambda row: [row[0], row[0], *row[2:]], ORDER),
+        (lambda row: [(row[0][0], row[0][1], row[0][2] - 100), *row[1:]], EXIST),
+        (lambda row: [(row[0][0], 10**9, row[0][2]), *row[1:]], EXIST),
+        (lambda row: [(row[0][0], -1, row[0][2]), *row[1:]], "filled slots come first"),
+        (lambda row: [(np.inf, *row[0][1:]), *row[1:]], "filled slots have finite scores above zero"),
+    ],
+    ids=["emptied", "swapped", "one lost", "one twice", "patch below zero", "no such image", "a gap", "infinite"],
+)
+def test_slots_that_no_extract_writes_are_refused(tmp_path, capsys, rank_by, damage, said):
+    out = make_run(tmp_path, rank_by=rank_by)
+    stored = {name: torch.load(out / f"top_{name}.pt", weights_only=True) for name in ("values", "img_i", "patch_i")}
+    n_fired = (torch.load(out / "sparsity.pt", weights_only=True) * make_acts()[..., 0].size).round()
+    feature, other = (n_fired > 9).nonzero()[:2, 0].tolist()
+    row = list(zip(*(stored[name][feature].tolist() for name in stored), strict=True))
+    for name, column in zip(stored, zip(*damage(row), strict=True), strict=True):
+        stored[name][feature] = torch.tensor(column).to(stored[name].dtype)
+        torch.save(stored[name], out / f"top_{name}.pt")
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["artifacts"]  # their sizes, which say it too where one of them has changed
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    lone = ["--features", other, "--n-features", 0, "--no-progress"]
+    if (rank_by, said) == ("image", COUNT) and damage is not emptied:  # of images nobody has counted how many there were
+        return verify.run(Verify(run=out, features=(other,), n_features=0, progress=False))
+    for command in (["verify", "--run", out, *lone], ["replay", "--run", out, *lone]):
+        assert said in fails(capsys, *command)
+    assert ("images and patches exist" if said == EXIST else said) in fails(capsys, "inspect", out)
 
 
 def test_artifacts_of_another_type_or_size_are_refused(tmp_path, capsys):

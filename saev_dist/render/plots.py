@@ -83,7 +83,9 @@ def distributions_png(values_st: NDArray[np.float32]) -> bytes:
     """
     rows = values_st[:MAX_ROWS]
     n_rows, n_samples = max(len(rows), 1), values_st.shape[1]
-    high = float(rows.max(initial=0.0)) or 1.0
+    high = float(rows.max(initial=0.0))
+    if high < np.finfo(np.float32).tiny:  # NumPy makes no bins of it
+        high = 1.0
     figure = _figure(6.4, 1.1 + 0.42 * n_rows)
     shown = f"features 0 to {len(rows) - 1}" if len(rows) > 1 else "feature 0" if len(rows) else "no features"
     figure.suptitle(

@@ -40,6 +40,12 @@ function score(x) {
   const digits = Math.abs(x.toPrecision(3)) >= 1000 ? 5 : 3, size = Math.abs(x.toPrecision(digits)); // as it will be read
   return size >= 1e5 || size < 1e-3 ? x.toExponential(2) : x.toPrecision(digits);
 }
+const COMPACT = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
+/** A round number, in the few characters that there is room for beside an axis. */
+function tick(x) {
+  if (x !== 0 && (x < 1e-3 || x >= 1e15)) return x.toExponential();
+  return x >= 1e4 ? COMPACT.format(x) : String(x);
+}
 function percent(x) {
   const p = 100 * x;
   if (p === 0 || p >= 10) return `${p.toFixed(p ? 1 : 0)}%`;
@@ -83,7 +89,7 @@ function go(change, { push = false } = {}) {
   render(); // not only when the browser gets round to its event: the next key press may come first
 }
 
-let state, rendered = null, chosen = [], overviewScroll = 0, opened = null;
+let state, rendered = null, chosen = [], overviewScroll = 0, opened = null, openedFirst = null;
 
 // ---------------------------------------------------------------- which features
 
@@ -91,7 +97,7 @@ let state, rendered = null, chosen = [], overviewScroll = 0, opened = null;
 function searched(text) {
   if (!text.trim()) return null;
   const found = new Set(), wrong = [];
-  for (const word of text.replace(/\s*[-–]\s*/g, "-").split(/[\s,;]+/).filter(Boolean)) {
+  for (const word of text.replace(/#/g, "").replace(/\s*(?:[-–]|\.\.|\bto\b)\s*/g, "-").split(/[\s,;]+/).filter(Boolean)) {
     const match = /^(\d+)(?:-(\d+))?$/.exec(word);
     const from = match && Number(match[1]), to = match && Number(match[2] ?? match[1]);
     if (!match || from >= N || to < from) wrong.push(word);
@@ -130,7 +136,7 @@ function renderControls() {
     input.value = text;
     input.removeAttribute("aria-invalid");
   };
-  put($("ids"), state.ids);
+  if ($("ids").value.trim() !== state.ids) $("ids").value = state.ids;
   for (const key of ["show", "sort"]) $(key).value = state[key];
   for (const key of RANGES) inputs[key].forEach((input, i) => put(input, state[key][i] === null ? "" : String(Number((state[key][i] * UNIT[key]).toPrecision(6)))));
   const upward = state.order === "asc";
@@ -185,9 +191,9 @@ function ticks({ low, high }) {
 const scatter = (() => {
   const canvas = $("scatter"), context = canvas.getContext("2d");
   const firing = Array.from({ length: N }, (_, s) => s).filter(fires);
-  const MARGIN = { left: 44, right: 10, top: 8, bottom: 38 };
+  const MARGIN = { left: 52, right: 10, top: 8, bottom: 38 };
   const x = axis(firing, log10Freq), y = axis(firing, log10Mean);
-  let width = 0, height = 0, drag = null;
+  let width = 0, height = 0, drag = null, tapped = null;
 
   function axis(ids, log10) {
     let low = Infinity, high = -Infinity;
@@ -221,14 +227,14 @@ const scatter = (() => {
     for (const { at, value } of ticks(y)) {
       context.moveTo(MARGIN.left, Math.round(toY(at)) + 0.5);
       context.lineTo(width - MARGIN.right, Math.round(toY(at)) + 0.5);
-      context.fillText(value >= 1e4 || value < 1e-3 ? value.toExponential(0) : String(value), MARGIN.left - 7, toY(at));
+      context.fillText(tick(value), MARGIN.left - 7, toY(at));
     }
     context.textAlign = "center";
     let free = -Infinity;
     for (const { at, value } of ticks(x)) {
       context.moveTo(Math.round(toX(at)) + 0.5, MARGIN.top);
       context.lineTo(Math.round(toX(at)) + 0.5, height - MARGIN.bottom);
-      const text = value >= 1e-6 ? `${Number((100 * value).toPrecision(3))}%` : `${(100 * value).toExponential(0)}%`;
+      const text = `${tick(Number((100 * value).toPrecision(3)))}%`;
       const half = context.measureText(text).width / 2;
       if (toX(at) - half < free) continue;
       context.fillText(text, Math.min(toX(at), width - half), height - MARGIN.bottom + 12);
@@ -257,17 +263,17 @@ const scatter = (() => {
     drawBrush();
   }
 
+  const clamp = (px, from, to) => Math.max(from, Math.min(to, px));
+  const inPlot = (px, py) => [clamp(px, MARGIN.left, width - MARGIN.right), clamp(py, MARGIN.top, height - MARGIN.bottom)];
   const log = (v, fallback) => (v === null ? fallback : v > 0 ? Math.log10(v) : -Infinity);
 
   function drawBrush() {
     const box = $("brush"), free = [...state.freq, ...state.mean].every((v) => v === null);
     box.hidden = (!drag && free) || Boolean(state.ids && !drag);
     if (box.hidden) return;
-    const clamp = (px, from, to) => Math.max(from, Math.min(to, px));
     const [x0, x1, y0, y1] = drag?.moved ? [Math.min(drag.x, drag.toX), Math.max(drag.x, drag.toX), Math.min(drag.y, drag.toY), Math.max(drag.y, drag.toY)]
       : [toX(log(state.freq[0], x.low)), toX(log(state.freq[1], x.high)), toY(log(state.mean[1], y.high)), toY(log(state.mean[0], y.low))];
-    const [left, right] = [x0, x1].map((px) => clamp(px, MARGIN.left, width - MARGIN.right));
-    const [top, bottom] = [y0, y1].map((px) => clamp(px, MARGIN.top, height - MARGIN.bottom));
+    const [[left, top], [right, bottom]] = [inPlot(x0, y0), inPlot(x1, y1)];
     Object.assign(box.style, { left: `${left}px`, width: `${right - left}px`, top: `${top}px`, height: `${bottom - top}px` });
   }
 
@@ -287,14 +293,15 @@ const scatter = (() => {
 
   canvas.addEventListener("pointerdown", (event) => {
     if (event.button !== 0) return;
-    const [px, py] = place(event);
+    const [px, py] = inPlot(...place(event));
     drag = { x: px, y: py, toX: px, toY: py, moved: false };
     canvas.setPointerCapture(event.pointerId);
   });
   canvas.addEventListener("pointermove", (event) => {
     const [px, py] = place(event), tip = $("tip");
     if (drag) {
-      Object.assign(drag, { toX: px, toY: py, moved: drag.moved || Math.hypot(px - drag.x, py - drag.y) > 4 });
+      const [toX, toY] = inPlot(px, py);
+      Object.assign(drag, { toX, toY, moved: drag.moved || Math.hypot(toX - drag.x, toY - drag.y) > 4 });
       tip.hidden = true;
       return drawBrush();
     }
@@ -312,8 +319,7 @@ const scatter = (() => {
     const { x: x0, y: y0, toX: x1, toY: y1, moved } = drag;
     drag = null;
     if (!moved) {
-      const s = nearest(...place(event), event.pointerType === "touch" ? 22 : 8);
-      if (s !== null) return go({ feature: s }, { push: true });
+      tapped = nearest(...place(event), event.pointerType === "touch" ? 22 : 8);
       return drawBrush();
     }
     const value = (v) => Number((10 ** v).toPrecision(3));
@@ -324,6 +330,11 @@ const scatter = (() => {
       freq: [value(fromX(Math.min(x0, x1))), value(fromX(Math.max(x0, x1)))],
       mean: [value(fromY(Math.max(y0, y1))), value(fromY(Math.min(y0, y1)))],
     });
+  });
+  canvas.addEventListener("click", () => { // not at the pointerup: the click would then go to what the view shows there
+    const s = tapped;
+    tapped = null;
+    if (s !== null) go({ feature: s }, { push: true });
   });
   new ResizeObserver(() => draw()).observe(canvas);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
@@ -412,6 +423,7 @@ const table = (() => {
 
   /** Keep the rows in sight that are there already: a row that has the focus must not be made anew. */
   function draw() {
+    if (!box.clientHeight) return; // behind the view of a feature
     const n = Math.min(chosen.length, MOST), shown = Math.ceil(box.clientHeight / ROW_PX);
     const from = Math.max(0, Math.min(n, Math.floor(box.scrollTop / ROW_PX)) - MARGIN_ROWS), to = Math.min(n, from + shown + 2 * MARGIN_ROWS);
     for (const [i, item] of rows) if (i < from || i >= to) { item.remove(); rows.delete(i); }
@@ -441,6 +453,12 @@ const table = (() => {
         else th.removeAttribute("aria-sort");
       }
       box.scrollTop = 0;
+      draw();
+    },
+    /** Bring a feature's row into sight. */
+    show(s) {
+      const top = Math.min(chosen.indexOf(s), MOST) * ROW_PX, above = top < box.scrollTop, below = top + 3 * ROW_PX > box.scrollTop + box.clientHeight;
+      if (above || below) box.scrollTop = top - box.clientHeight / 2;
       draw();
     },
   };
@@ -519,19 +537,21 @@ function drawHistogram({ edges, counts }) {
     svg.append(element);
     return element;
   };
-  const LEFT = 48, RIGHT = 552, TOP = 8, BOTTOM = 122, most = Math.max(...counts);
+  const LEFT = 48, RIGHT = 552, TOP = 8, BOTTOM = 122;
   // The first bin of all starts at 0 and the last ends nowhere: on a logarithmic scale they get an octave.
   const log2 = edges.map((edge, i) => Math.log2(edge === null ? 2 * edges[i - 1] : edge || edges[i + 1] / 2)), low = log2[0], high = log2.at(-1);
+  // Bars are equally wide in scores, not in their logarithms: their areas say how many patches they hold.
+  const heights = counts.map((n, i) => n / (log2[i + 1] - log2[i])), most = Math.max(...heights), highest = heights.indexOf(most);
   const toX = (v) => LEFT + ((v - low) / (high - low)) * (RIGHT - LEFT), toY = (n) => BOTTOM - (n / most) * (BOTTOM - TOP);
   const rough = most / 2.5, unit = 10 ** Math.floor(Math.log10(rough)); // two to five round numbers up the side
   const every = Math.max(1, [10, 5, 2, 1].map((m) => m * unit).find((m) => m <= rough) ?? unit);
   for (let n = 0; n <= most; n += every) {
     add("line", { x1: LEFT, x2: RIGHT, y1: toY(n), y2: toY(n), class: "grid-line" });
-    add("text", { x: LEFT - 7, y: toY(n) + 4, "text-anchor": "end" }, n >= 1e5 ? n.toExponential(0) : count(n));
+    add("text", { x: LEFT - 7, y: toY(n) + 4, "text-anchor": "end" }, tick(n));
   }
   const name = (edge, i) => (edge === null ? "more" : edge === 0 && i === 0 ? "0" : score(edge));
   counts.forEach((n, i) => {
-    const from = toX(log2[i]), y = n ? Math.min(toY(n), BOTTOM - 1) : BOTTOM; // a single patch is seen too
+    const from = toX(log2[i]), y = n ? Math.min(toY(heights[i]), BOTTOM - 1) : BOTTOM; // a single patch is seen too
     const bar = add("rect", { x: from, y, width: Math.max(0.5, toX(log2[i + 1]) - from - 1), height: BOTTOM - y, class: "bar-rect" });
     const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
     title.textContent = `${name(edges[i], i)} to ${name(edges[i + 1], i + 1)}: ${count(n)} patches`;
@@ -540,10 +560,10 @@ function drawHistogram({ edges, counts }) {
   const perTen = Math.log2(10);
   for (const { at, value } of ticks({ low: low / perTen, high: high / perTen })) {
     add("line", { x1: toX(at * perTen), x2: toX(at * perTen), y1: BOTTOM, y2: BOTTOM + 4, class: "tick" });
-    add("text", { x: toX(at * perTen), y: BOTTOM + 18, "text-anchor": "middle" }, String(value));
+    add("text", { x: toX(at * perTen), y: BOTTOM + 18, "text-anchor": "middle" }, tick(value));
   }
   const total = counts.reduce((a, b) => a + b, 0);
-  svg.setAttribute("aria-label", `Histogram of ${count(total)} scores above zero, from ${name(edges[0], 0)} to ${name(edges.at(-1), 1)}; most of them, ${count(most)}, between ${name(edges[counts.indexOf(most)], 1)} and ${name(edges[counts.indexOf(most) + 1], 1)}.`);
+  svg.setAttribute("aria-label", `Histogram of ${count(total)} scores above zero, from ${name(edges[0], 0)} to ${name(edges.at(-1), 1)}; they lie densest between ${name(edges[highest], highest)} and ${name(edges[highest + 1], highest + 1)}.`);
 }
 
 function drawImages({ feature, upper, images }) {
@@ -645,7 +665,7 @@ document.addEventListener("keydown", (event) => {
   else if (typing) return;
   else if (event.key === "ArrowLeft") step(-1);
   else if (event.key === "ArrowRight") step(1);
-  else if (event.key === "h" || event.key === "H") $("heat").click();
+  else if ((event.key === "h" || event.key === "H") && !$("f-pictures").hidden) $("heat").click();
 });
 
 // ---------------------------------------------------------------- drawing what the address says
@@ -658,7 +678,7 @@ function render() {
   state = parse(location.hash);
   const list = address({ ...state, feature: null }), before = opened, first = drawn === null;
   opened = state.feature;
-  if (before === null && opened !== null) overviewScroll = scrollY;
+  if (before === null && opened !== null) [overviewScroll, openedFirst] = [scrollY, opened];
   const overview = opened === null;
   $("overview").hidden = !overview;
   document.querySelector("header.top").hidden = !overview;
@@ -681,7 +701,9 @@ function render() {
   } else if (before !== null) {
     document.title = title;
     scrollTo(0, overviewScroll);
-    document.querySelector(`${state.view === "grid" ? "#grid" : "#rows"} [data-feature="${before}"] a`)?.focus({ preventScroll: true });
+    if (state.view === "table") table.show(before);
+    const anchor = document.querySelector(`${state.view === "grid" ? "#grid" : "#rows"} [data-feature="${before}"] a`);
+    anchor?.focus({ preventScroll: before === openedFirst }); // the list stands where it was, unless the reader went on from there
   }
 }
 
