@@ -37,6 +37,14 @@ def test_every_example_runs_from_top_to_bottom(tmp_path):
     assert (shards.n_examples, shards.n_patches, shards.d_model) == (24, 196, 768)
 
 
+def test_what_it_links_to_is_there():
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    files = [link for link in links if not link.startswith(("http", "#"))]
+    assert files and all((ROOT / link).exists() for link in files)
+    headings = {re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in re.findall(r"^#+ (.*)", README, re.M)}
+    assert {link[1:] for link in links if link.startswith("#")} <= headings
+
+
 @pytest.mark.parametrize("pattern", ARTIFACT_PATTERNS)
 def test_every_artifact_is_explained(pattern):
     assert f"`{pattern.replace('*', '99')}`" in README
