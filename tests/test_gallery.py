@@ -358,6 +358,8 @@ def test_who_comes_back_to_the_list_has_the_focus_on_the_feature_left(visit: Ope
     page.keyboard.press("Escape")
     expect(row).to_be_focused()
     page.keyboard.press("Enter")
+    expect(page.locator("#feature-title")).to_have_text(f"Feature {feature}")
+    expect(page.locator("#overview")).to_be_hidden()  # an arrow that comes before is the list's
     for _ in range(60):
         page.keyboard.press("ArrowRight")
     expect(page.locator("#feature-title")).to_have_text(f"Feature {feature + 60}")
