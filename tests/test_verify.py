@@ -191,8 +191,9 @@ def emptied(row):
         (lambda row: [(row[0][0], 10**9, row[0][2]), *row[1:]], EXIST),
         (lambda row: [(row[0][0], -1, row[0][2]), *row[1:]], "filled slots come first"),
         (lambda row: [(np.inf, *row[0][1:]), *row[1:]], "filled slots have finite scores above zero"),
+        (lambda row: [*row[:-1], (row[-1][0], -1, -1)], "empty slots hold -inf and -1"),
     ],
-    ids=["emptied", "swapped", "one lost", "one twice", "patch below zero", "no such image", "a gap", "infinite"],
+    ids=["emptied", "swapped", "one lost", "one twice", "patch below zero", "no such image", "a gap", "infinite", "half empty"],
 )
 def test_slots_that_no_extract_writes_are_refused(tmp_path, capsys, rank_by, damage, said):
     out = make_run(tmp_path, rank_by=rank_by)
