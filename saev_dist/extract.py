@@ -12,7 +12,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
@@ -56,7 +56,8 @@ def run(cfg: Extract) -> None:
     Raises:
         SaevDistError: anything a user can mend; on every rank of the world.
     """
-    with World(cfg.timeout_s) as world, world.obeying_signals(cfg.out / "partials"):
+    # The lock is held until the others have left too: a rank that is still at work may write.
+    with ExitStack() as held, World(cfg.timeout_s) as world, world.obeying_signals(cfg.out / "partials"):
         job = open_job(cfg, world)
         agree(
             world,
@@ -102,13 +103,14 @@ def run(cfg: Extract) -> None:
                 look=world.check,
             )
             job = replace(job, self_check=found or known)
-        with store.lock(patience_s=world.patience_s, check=world.check) if world.rank == 0 else nullcontext():
-            begun = store.begin(job.identity, _note(job), afresh=force) if world.rank == 0 else None
-            if world.tell(begun is None):  # finished by another process, while this one checked its inputs or waited
-                if world.rank == 0:
-                    print(already_done(store))
-                return
-            work(replace(job, identity=begun or job.identity), store, world)
+        if world.rank == 0:
+            held.enter_context(store.lock(patience_s=world.patience_s, check=world.check))
+        begun = store.begin(job.identity, _note(job), afresh=force) if world.rank == 0 else None
+        if world.tell(begun is None):  # finished by another process, while this one checked its inputs or waited
+            if world.rank == 0:
+                print(already_done(store))
+            return
+        work(replace(job, identity=begun or job.identity), store, world)
 
 
 def _warn_of(cfg: Extract, job: Job, store: Run) -> None:

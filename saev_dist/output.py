@@ -20,6 +20,9 @@ def printing() -> Iterator[None]:
     Raises:
         RunError: it takes no more for another reason.
     """
+    if sys.stderr is None:  # closed, and its number would be that of the next file that is opened
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.stderr = open(2, "w")
     escape_what_cannot_be_encoded()
     stream = sys.stdout
     if stream is None:  # as under a daemon that closes it

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,12 @@ def run(cfg: Replay) -> None:
     Raises:
         SaevDistError: anything a user can mend; on every rank of the world.
     """
-    with World(cfg.timeout_s) as world, world.obeying_signals(cfg.run / "visuals.partial", last="this image"):
+    # The lock is held until the others have left too: a rank that is still at work may write.
+    with (
+        ExitStack() as held,
+        World(cfg.timeout_s) as world,
+        world.obeying_signals(cfg.run / "visuals.partial", last="this image"),
+    ):
         job = open_job(cfg)
         device = world.device(cfg.device)
         mend = "All ranks must see the same run and pictures; name a folder that they share."
@@ -105,42 +110,43 @@ def run(cfg: Replay) -> None:
                 print(describe_plan(job))
             return
         # Two replays in one directory would mix their pictures, and an `extract --force` would change what is drawn.
-        with Run(cfg.run).lock(patience_s=world.patience_s, check=world.check) if world.rank == 0 else nullcontext():
-            if world.rank == 0 and Run(cfg.run).manifest_sha256() != job.identity["manifest_sha256"]:
-                raise RunError(f"{cfg.run} has changed: another process computed it again. Run again.")
+        if world.rank == 0:
+            held.enter_context(Run(cfg.run).lock(patience_s=world.patience_s, check=world.check))
+        if world.rank == 0 and Run(cfg.run).manifest_sha256() != job.identity["manifest_sha256"]:
+            raise RunError(f"{cfg.run} has changed: another process computed it again. Run again.")
+        if world.rank == 0:
+            job.visuals.bring_back()
+        if world.tell(world.rank == 0 and _is_done(job)):  # since, by another process
             if world.rank == 0:
-                job.visuals.bring_back()
-            if world.tell(world.rank == 0 and _is_done(job)):  # since, by another process
-                if world.rank == 0:
-                    print(_already_done(job))
-                return
-            if world.rank == 0:
-                job.visuals.begin(afresh=cfg.force and not world.restarted)
-                _announce(job)
-            world.wait()
-            for fpath in job.records.fpaths()[world.rank :: world.size]:
-                job.records.keep_sound(fpath)
-            world.wait()
-            todo = job.records.missing(job.slots)
-            if world.rank == 0:
-                print(_describe_task(job, todo), flush=True)
-            world.wait()  # nobody appends before all have read
-            report = _draw(job, world, device, deal(todo, world.size)[world.rank])
-            reports = world.collect(report)
-            _write_features(job, job.features[world.rank :: world.size], world.check)
-            world.wait()
-            if world.local_rank == 0 and world.rank:  # rank 0 has the page to add
-                job.visuals.sync()
-            world.wait()
-            if world.rank == 0:
-                with writing(job.visuals.partial_dpath):
-                    _write_page(job)
-                job.visuals.sync()
-                world.check()
-                job.visuals.publish()
-            world.finish()
-            if world.rank == 0:
-                print(_summary(job, reports))
+                print(_already_done(job))
+            return
+        if world.rank == 0:
+            job.visuals.begin(afresh=cfg.force and not world.restarted)
+            _announce(job)
+        world.wait()
+        for fpath in job.records.fpaths()[world.rank :: world.size]:
+            job.records.keep_sound(fpath)
+        world.wait()
+        todo = job.records.missing(job.slots)
+        if world.rank == 0:
+            print(_describe_task(job, todo), flush=True)
+        world.wait()  # nobody appends before all have read
+        report = _draw(job, world, device, deal(todo, world.size)[world.rank])
+        reports = world.collect(report)
+        _write_features(job, job.features[world.rank :: world.size], world.check)
+        world.wait()
+        if world.local_rank == 0 and world.rank:  # rank 0 has the page to add
+            job.visuals.sync()
+        world.wait()
+        if world.rank == 0:
+            with writing(job.visuals.partial_dpath):
+                _write_page(job)
+            job.visuals.sync()
+            world.check()
+            job.visuals.publish()
+        world.finish()
+        if world.rank == 0:
+            print(_summary(job, reports))
 
 
 def open_job(cfg: Replay) -> Job:

@@ -8,7 +8,7 @@ from typing import Any
 from saev_dist import partials
 from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
-from saev_dist.errors import RunError, printable
+from saev_dist.errors import DamagedError, RunError, printable
 from saev_dist.estimate import Estimate, free_disk, gb
 from saev_dist.fields import Fields
 from saev_dist.plan import Plan, complement
@@ -83,7 +83,10 @@ def describe_kept(store: Run) -> str:
     """How much of the run that is under way is done and on the disk; "" where none is."""
     if (under_way := store.under_way()) is None:
         return ""
-    kept = partials.newest(store.partials_dpath)
+    try:
+        kept = partials.newest(store.partials_dpath)
+    except DamagedError as err:  # the next attempt sets it aside
+        return f"unknown: {str(err).split(';')[0]}. The same extract goes on without that one"
     n_kept = sum(segment.stop - segment.first for partial in kept for segment in partial.segments)
     n_batches = under_way.positive("n_batches")
     if not kept:

@@ -289,6 +289,15 @@ def test_where_nothing_can_be_printed_a_run_is_finished_all_the_same(tmp_path, o
     assert run_ranks("extract", *flags, "--dry-run", "--force", before=lost).returncode == 1
 
 
+def test_a_closed_standard_error_is_one_that_nobody_reads(tmp_path):
+    shards, sae, out = make_shards(tmp_path / "shards", make_acts(3)), make_sae(tmp_path / "sae.pt"), tmp_path / "run"
+    closed = "import os, sys; os.close(2); sys.stderr = None"
+    done = run_ranks("extract", "--shards", shards, "--sae", sae, "--out", out, before=closed)  # with a warning of the SAE
+    assert done.returncode == 0 and (out / "manifest.json").exists() and done.stdout.startswith("tokens "), done.stdout
+    done = run_ranks("inspect", tmp_path / "nowhere", before=closed)
+    assert (done.returncode, done.stdout) == (1, "")
+
+
 @pytest.mark.parametrize(("word", "meant"), [("extrct", "extract"), ("reply", "replay")])
 def test_a_misspelt_command_is_answered_with_the_nearest(capsys, word, meant):
     with pytest.raises(SystemExit, match=r"^2$"):

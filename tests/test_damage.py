@@ -215,6 +215,16 @@ def test_an_artifact_cut_off_anywhere_is_one_line(tmp_path):
             Run(tmp_path).load_tensor("top_values.pt", (2, 3))
 
 
+def test_a_look_at_a_run_bears_with_a_damaged_partial_as_the_run_itself_does(tmp_path, server, whole):
+    args, expected, _ = whole
+    out = tmp_path / "run"
+    unfinished(server, args, out).write_bytes(b"no partial")
+    for look in (["inspect", out], [*args, out, "--dry-run"]):
+        codes, output = server.run(*look)
+        assert codes == [0] and re.search(r"^kept +unknown: .*its header is not one of a partial", output, re.M), output
+    assert server.run(*args, out)[0] == [0] and artifact_hashes(out) == expected
+
+
 # ---- the disk
 
 

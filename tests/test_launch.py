@@ -19,7 +19,7 @@ from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, RunError
 from slurm.config import Launcher
 from slurm.launch import main, run, split
-from slurm.submit import run_here
+from slurm.submit import _brief, run_here
 from slurm.sweep import configs, is_finished
 from tests.ranks import ENV, launch, run_ranks
 from tests.replays import make_run
@@ -346,3 +346,8 @@ def test_logs_that_cannot_be_made_are_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="file/logs: cannot write: Not a directory"):
         run_here(Extract(shards=tmp_path, sae=tmp_path, out=tmp_path / "run"), tmp_path / "file/logs")
+
+
+@pytest.mark.parametrize(("complaint", "said"), [("", "sbatch failed, and said nothing."), ("\n \n", "sbatch failed, and said nothing."), ("sbatch: error: no\n", "no.")])  # fmt: skip
+def test_whatever_sbatch_complains_of_is_one_line(complaint, said):
+    assert _brief(complaint) == said

@@ -18,6 +18,7 @@ from saev_dist.store import Run
 from saev_dist.world import World
 from tests.crash import SLOW, wait_for
 from tests.ranks import ENV, artifact_hashes
+from tests.ranks import server as forks
 
 
 def test_a_look_at_the_lock_keeps_nobody_out(tmp_path, monkeypatch):
@@ -168,3 +169,32 @@ def test_a_job_that_waits_for_the_lock_obeys_signals(tmp_path, server, whole, jo
         wait_for(lambda: "Waiting for it, 120 s at most." in waiting.output())
         server.kill(waiting, signal.SIGTERM)
         assert server.wait(waiting) == [75], waiting.output()
+
+
+LAGGING = """
+import os, time, saev_dist.extract as e
+rows, n = e._rows, [0]
+def lag(*args):
+    n[0] += 1
+    time.sleep(0.05)
+    while os.environ["RANK"] == "1" and n[0] > 1 and not os.path.exists({go_on!r}):
+        time.sleep(0.05)
+    return rows(*args)
+e._rows = lag
+"""
+
+
+def test_a_run_is_in_use_until_its_last_rank_has_left(tmp_path, long_run):
+    """Rank 0 leaves for a signal while another is still within a batch, whose snapshot is to come."""
+    out, go_on = tmp_path / "run", tmp_path / "go on"
+    server = forks()  # whose ranks are as patient as a user's
+    attempt = server.start(*long_run, out, n_ranks=2, before=LAGGING.format(go_on=str(go_on)))
+    wait_for(lambda: list(out.glob("partials/img_acts_counts.00001-*")) and list(out.glob("partials/img_acts_counts.00000-*")))
+    server.kill(attempt, signal.SIGTERM)
+    wait_for(lambda: list(out.glob("partials/00000-*.partial")))
+    codes, said = server.run(*long_run, out)
+    assert codes == [1] and f"{out} is in use by process {attempt.pids[0]} on " in said
+    go_on.touch()
+    assert server.wait(attempt) == [75, 75], attempt.output()
+    assert "what is done is kept" in attempt.output()
+    assert {name.name[:5] for name in out.glob("partials/*.partial")} == {"00000", "00001"}
