@@ -210,7 +210,8 @@ def _other_readings(sae: Sae, x_bd: Tensor, l0: float) -> list[tuple[str, str, S
 
     match sae.input_norm:
         case None:
-            add("layer norm", "--input-norm layer_norm", input_norm=LayerNorm())
+            if sae.d_model > 1:  # one number has no deviation
+                add("layer norm", "--input-norm layer_norm", input_norm=LayerNorm())
             add("constant norm", "--input-norm constant_norm_rescale", input_norm=ConstantNorm())
             zero_d, mean_d = torch.zeros(sae.d_model), x_bd.mean(dim=0, dtype=torch.float64).float()
             for name, mean, flags in (("scaled", zero_d, ""), ("mean subtracted, scaled", mean_d, "--input-mean FILE ")):

@@ -103,6 +103,18 @@ def test_an_sae_is_not_converted_into_itself(tmp_path, capsys):
     assert sae.read_bytes() == before
 
 
+def test_an_sae_is_not_converted_among_its_own_files(copy_sae, capsys):
+    for name in ("sparsify/topk", "sae_lens/standard_none_pre"):
+        sae = copy_sae(name)
+        before = {fpath.name: fpath.read_bytes() for fpath in sae.iterdir()}
+        assert f"such as {sae / 'converted.safetensors'}." in fails(capsys, "convert", sae, sae)
+        for target in ("sae.safetensors", "cfg.json", "sae_weights.safetensors"):
+            assert "would be one of the SAE's own files" in fails(capsys, "convert", sae, sae / target, "--force")
+        assert {fpath.name: fpath.read_bytes() for fpath in sae.iterdir()} == before
+        main(["convert", str(sae), str(sae / "converted.safetensors")])
+        main(["inspect", str(sae)])
+
+
 @pytest.mark.parametrize("command", ["extract", "inspect", "convert"])
 def test_help_begins_with_what_must_be_given(command, capsys):
     with pytest.raises(SystemExit, match=r"^0$"):

@@ -340,6 +340,21 @@ def test_artifacts_of_unknown_origin_are_not_overwritten(tmp_path, capsys):
     assert (tmp_path / "run/top_values.pt").read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("key", ["n_examples", "n_imgs"])
+def test_a_shard_of_no_images_is_passed_over(tmp_path, key):
+    """saev's writer opens another one where the last has just become full, and lists it."""
+    shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
+    run(Extract(shards=shards, sae=sae, out=tmp_path / "before", progress=False))
+    entries = json.loads((shards / "shards.json").read_text())
+    (shards / "shards.json").write_text(json.dumps([*entries, {"name": "acts000099.bin", key: 0}]))
+    run(Extract(shards=shards, sae=sae, out=tmp_path / "after", progress=False))
+    assert artifact_hashes(tmp_path / "before") == artifact_hashes(tmp_path / "after")
+    for lone, said in (([{"name": "a.bin", key: 0}], "only shards of no images"), ([{"name": "a.bin", key: False}], "false")):
+        (shards / "shards.json").write_text(json.dumps(lone))
+        with pytest.raises(DataError, match=said):
+            Shards.open(shards)
+
+
 def test_no_percentile_exceeds_the_largest_score(tmp_path):
     shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
     run(Extract(shards=shards, sae=sae, out=tmp_path / "run", percentile=100, progress=False))

@@ -350,3 +350,22 @@ def test_inspect_shows_the_figures_alone(tmp_path, trained, capsys):
     assert "ReLU, not top-k" in text and "none: the SAE gives the activations back best as it is read" in text
     main(["inspect", str(sae), "--shards", str(shards), "--layer", "4", "--activation", "relu"])
     assert "use --activation topk:K" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("error")
+def test_activations_of_width_one_are_looked_at_without_a_word_of_torch(tmp_path, capfd):
+    random = torch.Generator().manual_seed(0)
+    shards = make_shards(tmp_path / "shards", torch.randn(6, 3, 1, generator=random).numpy())
+    w_ds = torch.ones(1, 4)
+    sae = Sae(
+        w_enc_ds=w_ds,
+        b_enc_s=torch.zeros(4),
+        w_dec_sd=w_ds.T.contiguous(),
+        b_dec_d=torch.zeros(1),
+        activation=Relu(),
+        pre_bias=False,
+        source="t",
+    )
+    report = examine(sae, Shards.open(shards), torch.device("cpu"))
+    assert "layer norm" not in {figures.reading for figures in report.figures} and "constant norm" in str(report)
+    assert capfd.readouterr().err == ""

@@ -220,8 +220,13 @@ def _read_shard_list(fpath: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
         name = fields.get("name", str)
         if name in ("", ".", "..") or any(char in name for char in "/\\") or not name.isprintable():
             raise DataError(f"{fpath}, entry {i}: name is {name!r}; it should be a plain file name in this directory.")
+        n_examples = fields.obj.get("n_examples", fields.obj.get("n_imgs"))
+        if type(n_examples) is int and n_examples == 0:  # saev's writer ends with one where its shards have come out even
+            continue
         names.append(name)
         examples.append(fields.positive("n_examples", "n_imgs"))
+    if not names:
+        raise DataError(f"{fpath} lists only shards of no images.")
     if len(set(names)) != len(names):
         ((twice, _),) = Counter(names).most_common(1)
         raise DataError(f"{fpath} lists {twice} more than once.")

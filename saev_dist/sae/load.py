@@ -184,7 +184,7 @@ def load_sae(name: Path, overrides: Overrides) -> Loaded:
         ConfigError: the overrides do not fit it, or the Hub cannot be asked.
     """
     hub.refuse_link(name)
-    path = hub.fetch(name, _names()) if hub.is_hub_name(name) else name
+    path = hub.fetch(name, file_names()) if hub.is_hub_name(name) else name
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # a pipe would be waited for
         raise CheckpointError(f"{path} is neither a file nor a directory; name the file or directory that the SAE is in.")
     sae_format = overrides.sae_format or recognise(path)
@@ -203,14 +203,14 @@ def recognise(path: Path) -> str:
             return _recognise_directory(path)
         with open(path, "rb") as file:
             first = file.read(1)
-        if first == b"{" and path.name not in _names():
+        if first == b"{" and path.name not in file_names():
             return "saev"
         if (found := read_header(path)) is not None and plain.recognises(found[0]):
             return "plain"
     except OSError as err:
         elsewhere = "; hf://owner/repo is one on the Hub" if isinstance(err, FileNotFoundError) else ""
         raise CheckpointError(f"{path}: {err.strerror}; an SAE should be there, a file or a directory{elsewhere}.") from None
-    hint = "; name the directory that it is in" if path.name in _names() else ""
+    hint = "; name the directory that it is in" if path.name in file_names() else ""
     raise CheckpointError(f"{path} is no SAE by itself{hint}. An SAE is one of {_known()}.")
 
 
@@ -256,7 +256,8 @@ def _known() -> str:
     return "; ".join(f"{name} ({' + '.join(kind.files) or 'one file'})" for name, kind in FORMATS.items())
 
 
-def _names() -> set[str]:
+def file_names() -> set[str]:
+    """Of all files by which a directory is known for an SAE, or which complete one."""
     return {file for kind in FORMATS.values() for file in (*kind.files, *kind.besides)}
 
 
