@@ -226,7 +226,7 @@ def _read_shard_list(fpath: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
         names.append(name)
         examples.append(fields.positive("n_examples", "n_imgs"))
     if not names:
-        raise DataError(f"{fpath} lists only shards of no images.")
+        raise DataError(f"{fpath} lists only shards of no images; expected at least one with some. Write the shards again.")
     if len(set(names)) != len(names):
         ((twice, _),) = Counter(names).most_common(1)
         raise DataError(f"{fpath} lists {twice} more than once.")
