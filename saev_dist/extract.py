@@ -26,14 +26,14 @@ from saev_dist.accumulators.base import Codes, DeviceCodes, to_cpu
 from saev_dist.accumulators.bundle import Bundle
 from saev_dist.accumulators.saev_percentile import SaevPercentile
 from saev_dist.config import Extract
-from saev_dist.data.reader import Reader, find_bad_value
+from saev_dist.data.reader import Reader, find_bad_value, find_largest_value
 from saev_dist.data.shards import Shards
-from saev_dist.errors import ConfigError, DataError, RunError, SaevDistError, warn
+from saev_dist.errors import ConfigError, DataError, MergeError, RunError, SaevDistError, warn
 from saev_dist.estimate import fit
 from saev_dist.job import Job, as_json, make_bundle, open_job
 from saev_dist.machine import allocating, arithmetic
 from saev_dist.partials import Keeper, Partial
-from saev_dist.plan import Batch, Intervals, complement, subtract
+from saev_dist.plan import Batch, Intervals, Plan, complement, subtract
 from saev_dist.progress import Progress
 from saev_dist.report import already_done, describe_plan, summary
 from saev_dist.sae import screen
@@ -309,7 +309,11 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
                 break
             with clock("accumulate"):
                 for codes in pieces:
-                    bundle.add(codes)
+                    try:
+                        bundle.add(codes)
+                    except MergeError as err:
+                        first = Plan(shards.examples, 1)[codes.img_i]
+                        raise find_largest_value(codes.acts_bd, first, shards, str(err)) from None
                     if saev_percentile is not None:
                         saev_percentile.update(codes.cpu() if isinstance(codes, DeviceCodes) else codes)
             with clock("rows"):

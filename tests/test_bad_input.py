@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -80,6 +81,11 @@ def _add_number(case: Case) -> None:
         torch.save(torch.load(io.BytesIO(body), weights_only=True) | {7: torch.ones(1)}, file)
 
 
+def _nest(case: Case) -> None:
+    with warnings.catch_warnings(action="ignore"):  # that they are a prototype
+        case.state(b_enc=torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+
+
 W = make_weights()
 CASES = {
     "shards missing": (lambda c: shutil.rmtree(c.shards), "is not a directory"),
@@ -123,10 +129,12 @@ CASES = {
     "SAE tensor missing": (lambda c: c.state(W_enc=None), "no tensor W_enc"),
     "SAE tensor unknown": (lambda c: c.state(scale=torch.ones(1)), "unknown tensors (scale)"),
     "SAE tensor of wrong shape": (lambda c: c.state(b_enc=torch.ones(3)), "b_enc is torch.float32 (3,)"),
+    "SAE tensor nested": (_nest, "b_enc is a nested tensor"),
     "SAE weights NaN": (lambda c: c.state(W_dec=W["w_dec_sd"] * float("nan")), "144 of 144 values of W_dec are NaN"),
     "activation NaN": (lambda c: c.poison(float("nan")), "acts000001.bin: image 9 (example 2 of the shard), patch 3, dimension 5 is nan"),
     "activation infinite": (lambda c: c.poison(-float("inf")), "image 9 (example 2 of the shard), patch 3, dimension 5 is -inf"),
     "activation too large": (lambda c: c.poison(3e38), "image 9"),
+    "activation beyond all sums": (lambda c: c.poison(1e30), "acts000001.bin: image 9 (example 2 of the shard), patch 3, dimension 5 is 1e+30, the largest of"),
     "counts absurd": (lambda c: c.edit("metadata.json", n_examples=10**30), "field 'n_examples or n_imgs' is 1e+30"),
     "shard name unprintable": (lambda c: c.edit("shards.json", name="\ud800"), "plain file name"),
     "path too long": (set_flag(shards="x" * 300), "is not a directory"),

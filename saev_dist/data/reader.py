@@ -315,9 +315,25 @@ def find_bad_value(acts_bd: Tensor, batch: Batch, shards: Shards, limit: float) 
     bad_bd = ~(acts_bd.abs() < limit)
     n_bad = int(bad_bd.any(dim=1).sum())
     token, column = (int(i) for i in bad_bd.nonzero()[0])
-    img, patch_i = divmod(token, shards.n_patches)
     return DataError(
-        f"{shards.dpath / shards.names[batch.shard_i]}: image {batch.img_i + img} (example {batch.example_i + img} "
-        f"of the shard), patch {patch_i}, dimension {column} is {acts_bd[token, column].item()}; activations should be "
+        f"{_place(batch, shards, token, column)} is {acts_bd[token, column].item()}; activations should be "
         f"finite and below {limit:.2g} ({n_bad} of the batch's {len(acts_bd)} tokens are not). Compute this shard again."
+    )
+
+
+def find_largest_value(acts_bd: Tensor, batch: Batch, shards: Shards, why: str) -> DataError:
+    """The error for some of a batch's first tokens whose sums leave a number range: the largest activation's place."""
+    token, column = divmod(int(acts_bd.abs().argmax()), shards.d_model)
+    return DataError(
+        f"{_place(batch, shards, token, column)} is {acts_bd[token, column].item():.3g}, the largest of these {len(acts_bd)} "
+        f"tokens: {why} If it is not meant, compute this shard again."
+    )
+
+
+def _place(batch: Batch, shards: Shards, token: int, column: int) -> str:
+    """Where one of a batch's activations is."""
+    img, patch_i = divmod(token, shards.n_patches)
+    return (
+        f"{shards.dpath / shards.names[batch.shard_i]}: image {batch.img_i + img} (example {batch.example_i + img} "
+        f"of the shard), patch {patch_i}, dimension {column}"
     )

@@ -97,6 +97,8 @@ def load_state(fpath: Path, body: bytes) -> dict[str, Any]:
     state = load_torch(fpath, body)
     if not isinstance(state, dict):
         raise CheckpointError(f"{fpath} holds a {type(state).__name__}; expected a state dict: save the SAE's own.")
+    if nested := [str(name) for name, tensor in state.items() if isinstance(tensor, Tensor) and tensor.is_nested]:
+        raise CheckpointError(f"{fpath}: {nested[0]} is a nested tensor, which has no shape; an SAE's are plain.")
     return state
 
 
