@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -102,12 +102,16 @@ class Launcher:
 
     @property
     def of_no_effect(self) -> list[str]:
-        """Flags that were given and mean nothing without Slurm."""
+        """Flags that were given and mean nothing without Slurm; to one rank in this process most do."""
         if self.cluster == "slurm":
             return []
         names = ["partition", "account", "qos", "mem_gb", "constraint", "exclude", "slurm_args"]
-        names += ["setup"] if self.cluster == "debug" else []
-        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name)]
+        if self.cluster == "local":
+            names += ["array_parallelism"]
+        else:
+            names += [field.name for field in fields(self) if field.name not in (*names, "cluster", "logs", "wait", "dry_run")]
+        usual = {field.name: field.default for field in fields(self)}
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != usual[name]]
 
     @property
     def n_threads(self) -> int:

@@ -101,15 +101,16 @@ def _refuse_misplaced(command: str, rest: Sequence[str]) -> None:
     if command not in ("extract", "replay", "pipeline"):
         return
     extract, replay, launcher = ({field.name for field in fields(kind)} for kind in (Extract, Replay, Launcher))
-    extracts = rest[: rest.index("--")] if "--" in rest else rest
-    for words, names, told in (
-        (rest, launcher - extract - replay, f"a flag of the launcher: write it before {command!r}"),
-        (
-            extracts if command == "pipeline" else [],
-            replay - extract - {"run"},
-            "a flag of replay: write it at the end, behind a --",
-        ),
-    ):
+    at = rest.index("--") if "--" in rest else len(rest)
+    of_replay = "a flag of replay: write it at the end, behind a --"
+    of_none = "not for a pipeline, whose replay draws what its extract writes: leave it out"
+    refused = [(rest, launcher - extract - replay, f"a flag of the launcher: write it before {command!r}")]
+    if command == "pipeline":
+        refused += [
+            (rest[:at], replay - extract - {"run"}, of_replay),
+            (rest[at:], {"run", "run_dir"}, of_none),
+        ]
+    for words, names, told in refused:
         known = "|".join(name.replace("_", "[-_]") for name in names)
         if found := [word for word in words if re.fullmatch(f"--(no[-_])?({known})(=.*)?", word, re.S)]:
             print(f"{PROG}: {found[0]} is {told}.", file=sys.stderr)
@@ -131,14 +132,14 @@ def launch(launcher: Launcher, extracts: Sequence[Extract], replays: Sequence[Re
             f"OMP_NUM_THREADS={launcher.n_threads}, of this shell or of --setup, will hold in the job, and --cpus-per-gpu "
             f"{launcher.cpus_per_gpu} only reserve cores. Unset it unless you mean that."
         )
+    if launcher.of_no_effect:
+        warn(f"--cluster {launcher.cluster} takes no notice of {', '.join(launcher.of_no_effect)}.")
     # A flag of extract or replay cannot mean a job that only plans.
     if launcher.dry_run or any(cfg.dry_run for cfg in extracts) or any(cfg.dry_run for cfg in replays):
         return show_plan(launcher, todo, at_once, later)
     _check_inputs([*todo, *at_once], later)
     for batch in (todo, at_once):
         _check_free(batch)
-    if launcher.of_no_effect:
-        warn(f"--cluster {launcher.cluster} takes no notice of {', '.join(launcher.of_no_effect)}.")
     if launcher.cluster != "slurm":
         return _run_one_by_one(launcher, [*at_once, *todo], later)
     jobs: list[Job] = []
@@ -260,7 +261,8 @@ def show_plan(launcher: Launcher, todo: Sequence[Extract], at_once: Sequence[Rep
         if not cfgs:
             continue
         kind = type(cfgs[0]).__name__.lower()
-        print(f"{kind}: {len(cfgs)} job(s) of {launcher.nodes} node(s) × {launcher.ranks_per_node} rank(s)")
+        ranks = f"{launcher.nodes} node(s) × {launcher.ranks_per_node} rank(s)"
+        print(f"{kind}: {len(cfgs)} job(s) of {ranks if launcher.cluster != 'debug' else 'one rank, in this process'}")
         for cfg in cfgs:
             print(f"  {run_dpath(cfg)}")
         if launcher.cluster == "slurm":

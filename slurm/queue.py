@@ -5,6 +5,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from slurm.jobs import Job
 
@@ -107,7 +108,9 @@ def _process(job: Job) -> State:
         if not command:  # it has ended, or the shell is just turning into what follows it
             time.sleep(0.1)
             command = fpath.read_bytes()
-        is_there = b"submitit" in command
+        # Its number may be another process's by now, and that one another job's. A shell has the folder in its own spelling.
+        folder = str(job.folder)
+        is_there = b"submitit" in command and any(os.fsencode(name) in command for name in (folder, quote(folder)))
     except OSError:
         is_there = False
     return State(name="RUNNING" if is_there else "ENDED", nodes=os.uname().nodename)

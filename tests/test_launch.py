@@ -68,6 +68,13 @@ def test_a_flag_of_replay_in_a_pipelines_extract_is_sent_to_the_end(capsys, flag
     assert f"{flag} is a flag of replay: write it at the end, behind a --." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--run", "--run-dir=r", "--run_dir"])
+def test_the_run_of_a_pipelines_replay_is_not_to_be_said(capsys, flag):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["pipeline", "--out", "o", "--", "--n-features", "3", flag, "r"])
+    assert f"{flag} is not for a pipeline, whose replay draws what its extract writes: leave it out." in capsys.readouterr().err
+
+
 def test_what_a_flag_of_the_launcher_is_called_may_be_a_value(tmp_path, inputs, capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["--dry-run", "extract", *inputs, "--out", "nodes", "--no-progress"])

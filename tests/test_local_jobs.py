@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,6 +161,7 @@ def test_a_local_job_comes_back_as_often_as_it_may_and_is_known_by_its_number(tm
     cfg = Extract(shards=tmp_path, sae=tmp_path, out=tmp_path)
     (job,) = submit(Launcher(cluster="local", gpus_per_node=0, setup=setup, max_requeues=7), [cfg], tmp_path / "my logs")
     assert ask([job])[job.job_id].is_at_work
+    assert not ask([replace(job, folder=tmp_path / "another's")])[job.job_id].is_under_way  # whose number this one has now
     (tmp_path / "asked").touch()
     started[0].wait(100)
     assert (tmp_path / "attempts").read_text() == f"{job.job_id}\n" * 8
@@ -241,4 +243,5 @@ def test_debug_runs_here(tmp_path, inputs):
         "--cluster", "debug", "--gpus-per-node", 2, "pipeline", *inputs, "--out", tmp_path / "run", "--", "--no-pictures"
     )
     assert done.returncode == 0 and "1 rank(s)" in done.stdout
+    assert "warning: --cluster debug takes no notice of --gpus-per-node.\n" in done.stderr
     assert (tmp_path / "run" / "visuals" / "index.html").exists()
