@@ -251,7 +251,8 @@ def show_plan(launcher: Launcher, todo: Sequence[Extract], at_once: Sequence[Rep
     for extract in todo:
         print(f"{extract.out}\n{plan_text(extract, launcher)}", end="\n\n")
     if at_once:
-        from saev_dist.replay import describe_plan, open_job
+        from saev_dist.replay_job import open_job
+        from saev_dist.replay_report import describe_plan
 
         for replay in at_once:
             print(f"{replay.run}\n{describe_plan(open_job(replay))}", end="\n\n")

@@ -12,6 +12,7 @@ LEVELS = [
     {"extract", "replay", "verify", "inspect", "convert"},
     {
         "job",
+        "replay_job",
         "artifacts",
         "finished",
         "reencode",
@@ -33,6 +34,8 @@ LEVELS = [
         "selfcheck",
         "progress",
         "report",
+        "replay_report",
+        "pages",
     },
     {"accumulators", "plan", "choose", "render", "fields"},
     {"config", "errors", "output", "fused", "kernels"},

@@ -132,7 +132,7 @@ def test_the_page_knows_the_command_that_draws_it(tmp_path):
 def test_a_picture_that_is_not_on_record_once_stops_the_replay(tmp_path, monkeypatch, fault):
     """A file system that not all ranks share, or another replay in the same directory."""
     run = make_run(tmp_path)
-    write = replay._write_features
+    write = replay.write_features
 
     def spoiled(job, *rest):
         fpath = job.records.fpaths()[0]
@@ -140,7 +140,7 @@ def test_a_picture_that_is_not_on_record_once_stops_the_replay(tmp_path, monkeyp
         (rows[1:] if fault == "lost" else np.append(rows, rows[:1])).tofile(fpath)
         write(job, *rest)
 
-    monkeypatch.setattr(replay, "_write_features", spoiled)
+    monkeypatch.setattr(replay, "write_features", spoiled)
     with pytest.raises(RunError, match=r"records \d+ pictures of feature \d+; it has \d+. Do all ranks see this directory"):
         replay.run(make_replay(run))
     assert not (run / "visuals").exists()
@@ -211,7 +211,7 @@ def test_a_dry_run_says_what_would_be_drawn_and_writes_nothing(tmp_path, capsys,
     stated, n_files = re.search(r"^disk +about ([\d.]+ .B) in (\d+) files; ", text, re.M).groups()
     if "img_scale" in settings:  # takes too long to draw: 900 times as many pixels, in fewer than a million bytes
         assert stated.endswith(" MB")
-        monkeypatch.setattr("saev_dist.replay.free_disk", lambda dpath: 10**6)
+        monkeypatch.setattr("saev_dist.replay_report.free_disk", lambda dpath: 10**6)
         replay.run(replace(cfg, dry_run=True))
         said = capsys.readouterr().err
         assert f"the pictures may take about {stated} of disk; 1.0 MB are free" in said and "--img-scale" in said

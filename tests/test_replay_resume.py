@@ -47,8 +47,8 @@ def test_a_replay_that_died_draws_only_what_is_missing(tmp_path, monkeypatch):
 
     monkeypatch.undo()
     said: list[dict] = []
-    summary = replay._summary
-    monkeypatch.setattr(replay, "_summary", lambda job, reports: said.extend(reports) or summary(job, reports))
+    summary = replay.summary
+    monkeypatch.setattr(replay, "summary", lambda job, reports: said.extend(reports) or summary(job, reports))
     (run / "visuals/replay.json").write_text("{}")
     replay.run(cfg)
     assert tree(run / "visuals") == whole
@@ -104,9 +104,9 @@ def test_a_kill_at_any_step_of_the_swap_loses_nothing(tmp_path, monkeypatch, for
     replay.run(cfg)
     whole = tree(run / "visuals")
     n_drawn: list[int] = []
-    summary = replay._summary
+    summary = replay.summary
     monkeypatch.setattr(
-        replay, "_summary", lambda job, reports: n_drawn.append(reports[0]["n_pictures"]) or summary(job, reports)
+        replay, "summary", lambda job, reports: n_drawn.append(reports[0]["n_pictures"]) or summary(job, reports)
     )
     for step in range(20):
         shutil.rmtree(run / "visuals")
@@ -393,7 +393,7 @@ def test_a_signal_is_obeyed_between_features(tmp_path, monkeypatch):
 
 
 def test_a_signal_before_the_swap_leaves_the_former_gallery(tmp_path, monkeypatch):
-    run, write_page = make_run(tmp_path), replay._write_page
+    run, write_page = make_run(tmp_path), replay.write_page
     replay.run(make_replay(run, all=False, n_features=2))
     before = tree(run / "visuals")
 
@@ -405,7 +405,7 @@ def test_a_signal_before_the_swap_leaves_the_former_gallery(tmp_path, monkeypatc
         monkeypatch.setattr(replay.World, "check", leave)
 
     with monkeypatch.context() as patch:
-        patch.setattr(replay, "_write_page", write_and_strike)
+        patch.setattr(replay, "write_page", write_and_strike)
         with pytest.raises(Preempted):
             replay.run(make_replay(run, all=False, n_features=3))
     assert tree(run / "visuals") == before

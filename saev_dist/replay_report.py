@@ -1,0 +1,114 @@
+"""What a replay tells people: what it is about to draw, and what it drew."""
+
+import json
+import math
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from saev_dist.choose import Slots
+from saev_dist.errors import warn
+from saev_dist.estimate import free_disk, gb
+from saev_dist.reencode import describe_encoded
+from saev_dist.replay_job import Job
+from saev_dist.report import table
+
+BYTES_PER_PX = {"webp": 0.2, "png": 1.8}
+"""Of photographs, about. WebP at quality 80: 0.09 where the demo's are drawn twice as large, up to 0.3; PNG: 1.07 there, more
+of sharper ones, which nobody has measured."""
+BLOCK_BYTES = 4096
+"""What a file takes at least."""
+
+
+def already_done(job: Job) -> str:
+    """What a replay prints whose gallery is there."""
+    return f"{job.visuals.dpath / 'index.html'} is this gallery, finished: open it. (--force draws it again.)"
+
+
+def announce(job: Job) -> None:
+    """Say what the user may not have meant, while there is time to stop."""
+    dataset = job.finished.shards.dataset
+    if job.cfg.pictures and job.pictures is None and dataset:
+        warn(
+            f"{job.finished.shards.dpath} names {dataset} for its pictures, which is no folder here: heatmaps will be on a "
+            "plain ground. --images names another, --no-pictures asks for none."
+        )
+    if job.pictures and (found := job.pictures.out_of_number()):
+        img_i, name = found
+        warn(
+            f"{job.pictures.root}: pictures go by the order of their names, so image {img_i} is {job.pictures.name(img_i)}, "
+            f"and not {name}. If the shards were written in the order of the numbers, pad these with zeros."
+        )
+    if (need := _disk(job)) > (free := free_disk(job.cfg.run)):
+        warn(
+            f"the pictures may take about {gb(need)} of disk; {gb(free)} are free at {job.cfg.run}. Lower --n-features, "
+            "--n-images or --img-scale, or free some."
+        )
+    with suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or no one can tell
+        n_features = len(json.loads((job.visuals.dpath / "replay.json").read_bytes())["features"])
+        print(
+            f"{job.visuals.dpath} has a gallery of {n_features:,} features; this one of {len(job.features):,} will replace it."
+        )
+
+
+def describe_plan(job: Job) -> str:
+    """What --dry-run prints."""
+    n_pictures = _count_pictures(job, job.slots)
+    lines = {
+        "features": f"{len(job.features):,} of {job.finished.sae.d_sae:,}",
+        "images": f"{len(np.unique(job.slots['img_i'])):,} to encode again, of {job.finished.shards.n_examples:,}",
+        "to draw": f"{n_pictures:,} pictures, each with and without heatmap",
+        "pictures": _ground(job),
+        "fit": job.geometry.describe(with_pictures=job.pictures is not None),
+        "disk": f"about {gb(_disk(job))} in {2 * n_pictures + len(job.features):,} files; {gb(free_disk(job.cfg.run))} free",
+        "gallery": str(job.visuals.dpath / "index.html"),
+    }
+    return table(lines) + "\ndry run: nothing was encoded or written."
+
+
+def describe_task(job: Job, todo: Slots) -> str:
+    """What is to be drawn, and what an earlier attempt has drawn."""
+    n_all, n_left = _count_pictures(job, job.slots), _count_pictures(job, todo)
+    task = f"{len(job.features):,} features: {n_all:,} pictures, each with and without heatmap, of "
+    task += f"{len(np.unique(job.slots['img_i'])):,} images; about {gb(_disk(job))}"
+    if n_left < n_all:
+        task += f"; {n_all - n_left:,} are drawn already: going on"
+    return f"{task}."
+
+
+def summary(job: Job, reports: list[dict[str, Any]]) -> str:
+    """What a finished replay prints, of the reports of all ranks."""
+    total = {key: sum(report[key] for report in reports) for key in ("n_images", "n_pictures", "n_slots", "n_on_edge")}
+    seconds = max(report["seconds"] for report in reports)
+    n_fired = sum(math.isfinite(job.statistics.log10_freq_s[feature]) for feature in job.features)
+    lines = {
+        "features": f"{len(job.features):,} shown, {n_fired:,} of them fired, of {job.finished.sae.d_sae:,}",
+        "images": f"{describe_encoded(job.slots, total['n_images'])} in {seconds:,.1f} s",
+        "verified": f"{total['n_slots']:,} scores equal the stored ones, {total['n_on_edge']} on the edge of their token",
+        "drawn": f"{total['n_pictures']:,} heatmaps, {total['n_pictures'] / max(seconds, 1e-9):,.0f} per second",
+        "pictures": _ground(job),
+        "fit": job.geometry.describe(with_pictures=job.pictures is not None),
+        "gallery": f"{job.visuals.dpath / 'index.html'}: open it in a browser",
+    }
+    if job.finished.n_left_out:
+        lines["left out"] = f"{job.finished.n_left_out:,} images of bad shards"
+    return table(lines)
+
+
+def _disk(job: Job) -> int:
+    """About what the features take on the disk."""
+    per_px = BYTES_PER_PX[job.cfg.image_format] if job.pictures else 0.0  # a plain ground is next to nothing
+    picture = max(BLOCK_BYTES, round(per_px * job.geometry.shown_px))
+    return 2 * _count_pictures(job, job.slots) * picture + len(job.features) * BLOCK_BYTES
+
+
+def _count_pictures(job: Job, slots: Slots) -> int:
+    return len(np.unique(slots["img_i"] * job.finished.sae.d_sae + slots["feature"]))
+
+
+def _ground(job: Job) -> str:
+    """What heatmaps are drawn on."""
+    if job.pictures:
+        return f"{job.pictures.root} ({job.pictures.kind}), matched by order"
+    return f"none{' found (name them with --images)' if job.cfg.pictures else ''}: heatmaps on a plain ground"
