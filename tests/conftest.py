@@ -103,3 +103,29 @@ def small(tmp_path_factory):
     from tests.pages import DEAD, SHOWN, write_gallery  # after torch's settings above
 
     return write_gallery(tmp_path_factory.mktemp("small") / "a folder" / "visuals", d_sae=60, shown=SHOWN, dead=DEAD)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A gallery of 16,000 features, 400 of them with pictures."""
+    from tests.pages import write_gallery  # after torch's settings above
+
+    dpath = tmp_path_factory.mktemp("large") / "visuals"
+    return write_gallery(dpath, d_sae=16_000, shown=tuple(range(0, 16_000, 40)), dead=(5,))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from tests.browsing import started  # after torch's settings above
+
+    with started() as chrome:
+        yield chrome
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens a gallery; in the end nothing may be on the console, and nothing requested from outside of its folder."""
+    from tests.browsing import visiting  # after torch's settings above
+
+    with visiting(browser) as open_page:
+        yield open_page

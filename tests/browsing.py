@@ -1,0 +1,97 @@
+"""The browser that opens galleries, and what tests read off their list."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests.pages import FLAGS, N_TOKENS, SHOWN, Gallery, chromium
+
+WAIT_MS = 60_000  # only a test that fails waits so long; on a loaded machine a browser may need seconds
+expect.set_options(timeout=WAIT_MS)
+
+Open = Callable[..., Page]
+
+
+@contextmanager
+def started() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        chrome = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        yield chrome
+        chrome.close()
+
+
+@contextmanager
+def visiting(browser: Browser) -> Iterator[Open]:
+    """Opens a gallery; in the end nothing may be on the console, and nothing requested from outside of its folder."""
+    contexts, said, requested = [], [], []
+
+    def open_page(gallery: Gallery, address: str = "", **options: Any) -> Page:
+        contexts.append(browser.new_context(**({"viewport": {"width": 1300, "height": 850}} | options)))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(WAIT_MS)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: requested.append((request.url, gallery.dpath.as_uri() + "/")))
+        page.goto(gallery.url + address)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not said
+    assert requested and all(url.startswith(folder) or url == "data:," for url, folder in requested), requested
+
+
+def cards(page: Page) -> list[int]:
+    return [int(s) for s in page.locator("#grid > li").evaluate_all("items => items.map((item) => item.dataset.feature)")]
+
+
+def wait_for_cards(page: Page, expected: list[int]) -> None:
+    page.wait_for_function("n => document.querySelectorAll('#grid > li').length === n", arg=len(expected))
+    assert cards(page) == expected
+
+
+def in_order(gallery: Gallery, features: list[int], key: str, descending: bool) -> list[int]:
+    """Plain sort: dead ones last, ties by id."""
+    table = gallery.table
+    value = {"id": np.arange(60), "freq": table.n_active_s, "mean": table.log10_mean_s, "max": table.max_s}[key]
+    alive = sorted(
+        (s for s in features if key == "id" or gallery.fires(s)), key=lambda s: (-value[s] if descending else value[s], s)
+    )
+    return alive + [s for s in features if s not in alive]
+
+
+def expected_within(gallery: Gallery, **ranges: tuple[float, float]) -> list[int]:
+    table = gallery.table
+    values = {
+        "freq": table.n_active_s / N_TOKENS,
+        "mean": 10 ** table.log10_mean_s.astype(np.float32).astype(float),
+        "max": table.max_s,
+    }
+    chosen = []
+    for s in SHOWN:
+        if gallery.fires(s) and all(low <= values[key][s] <= high for key, (low, high) in ranges.items()):
+            chosen.append(s)
+    return chosen
+
+
+ACCENTED = """() => {
+  const canvas = document.getElementById("scatter"), ratio = canvas.width / canvas.clientWidth;
+  const style = document.createElement("i"); document.body.append(style); style.style.color = "var(--accent)";
+  const [r, g, b] = getComputedStyle(style).color.match(/[0-9]+/g).map(Number); style.remove();
+  const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", { willReadFrequently: true });
+  copy.drawImage(canvas, 0, 0);
+  const { data, width } = copy.getImageData(0, 0, canvas.width, canvas.height), found = [];
+  for (let i = 0; i < data.length; i += 4) if (data[i + 3] > 100 && Math.hypot(data[i] - r, data[i + 1] - g, data[i + 2] - b) < 12) {
+    found.push([((i / 4) % width) / ratio, Math.floor(i / 4 / width) / ratio]);
+  }
+  return found;
+}"""
+
+
+def dots(page: Page) -> np.ndarray:
+    """Places of the chosen features' pixels on the canvas."""
+    return np.array(page.evaluate(ACCENTED)).reshape(-1, 2)
