@@ -49,7 +49,7 @@ bench: install
 
 soak: install
 	$(BIN)/python -m tests.soak 200
-	SOAK=1 $(BIN)/pytest tests/test_damage.py tests/test_replay_faults.py -k every_file_operation
+	SOAK=1 $(BIN)/pytest tests/test_disk.py tests/test_replay_faults.py -k every_file_operation
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,6 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = (
         "resume",
         "lock",
+        "disk",
         "damage",
         "replay_resume",
         "replay",
@@ -48,9 +49,9 @@ def pytest_configure() -> None:
         raise pytest.UsageError(f"CI is set, and {', '.join(absent)} is not installed: install the extra `test`.")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """Starts ranks that die, or to which the disk refuses something; skips where there is no compiler."""
+    """Starts ranks that die, or to which the disk refuses something; skips where there is no compiler. One for each worker."""
     from tests.crash import FaultyServer, compile_faults  # after torch's settings above
 
     dpath = tmp_path_factory.mktemp("server")
@@ -58,7 +59,7 @@ def server(tmp_path_factory):
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory, server):
     """Shards, an SAE, the command for them, and the hashes of an uninterrupted run."""
     from tests.ranks import artifact_hashes  # after torch's settings above
@@ -97,7 +98,7 @@ def copy_sae(tmp_path):
     return lambda name: shutil.copytree(DATA / name, tmp_path / name)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """A gallery of 60 features."""
     from tests.pages import DEAD, SHOWN, write_gallery  # after torch's settings above
@@ -105,7 +106,7 @@ def small(tmp_path_factory):
     return write_gallery(tmp_path_factory.mktemp("small") / "a folder" / "visuals", d_sae=60, shown=SHOWN, dead=DEAD)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def large(tmp_path_factory):
     """A gallery of 16,000 features, 400 of them with pictures."""
     from tests.pages import write_gallery  # after torch's settings above
