@@ -42,6 +42,25 @@ def test_a_close_up_shows_the_winning_patch_with_its_surroundings(visit: Open, s
             assert at == pytest.approx(patch / 2, abs=0.1)
 
 
+def test_pointing_at_an_image_outlines_its_close_up_and_the_other_way_round(visit: Open, small: Gallery):
+    page = visit(small, "#ids=10,11")
+    wait_for_cards(page, [11, 10] if small.table.max_s[11] > small.table.max_s[10] else [10, 11])
+    card = page.locator("#grid > li[data-feature='10']")
+    close_ups, tiles = card.locator(".close-ups span"), card.locator(".tiles img")
+    for pointed, i in ((tiles, 2), (close_ups, 1), (tiles, 0)):
+        box = pointed.nth(i).bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        expect(close_ups.nth(i)).to_have_class("twin")
+        expect(tiles.nth(i)).to_have_class("twin")
+        assert page.locator(".twin").count() == 2
+    card.get_by_role("link").hover(position={"x": 3, "y": 3})
+    expect(page.locator(".twin")).to_have_count(0)
+    page.mouse.move(box["x"] + 5, box["y"] + 5)
+    expect(page.locator(".twin")).to_have_count(2)
+    page.mouse.move(2, 2)
+    expect(page.locator(".twin")).to_have_count(0)
+
+
 def test_a_card_without_pictures_has_no_close_ups_and_says_nothing_of_them(small: Gallery):
     assert card(10, small.views[10].images, close_ups=False).close_ups == ()
     assert "close-ups of the patches" in index_html(small.facts)

@@ -385,6 +385,18 @@ const grid = (() => {
     $("grid").append(...items);
   }
 
+  // Pointed at, a close-up and the image that it is from are outlined together. The card's link lies over both.
+  let twins = [];
+  function outline(event) {
+    const under = event.type === "pointermove" && event.pointerType !== "touch" ? document.elementsFromPoint(event.clientX, event.clientY) : [];
+    const part = under.find((element) => element.matches(".close-ups > span, .close-ups:not(:empty) + .tiles > img"));
+    const i = part && [...part.parentElement.children].indexOf(part);
+    for (const twin of twins) twin.classList.remove("twin");
+    twins = part ? [...part.closest(".card").querySelectorAll(".close-ups, .tiles")].map((row) => row.children[i]) : [];
+    for (const twin of twins) twin.classList.add("twin");
+  }
+  for (const kind of ["pointermove", "pointerleave"]) $("grid").addEventListener(kind, outline);
+
   new IntersectionObserver((entries) => { if (state.view === "grid" && entries.some((entry) => entry.isIntersecting)) more(); }, { rootMargin: "1200px" }).observe($("more"));
 
   return {
