@@ -42,8 +42,11 @@ def test_hexagons_and_both_margins_count_each_firing_feature_once(figures: list[
     density_png(*with_dead(FREQ, MEAN, 100))
     main, above, right, _ = figures[0].axes
     assert main.collections[0].get_array().sum() == 900
-    assert sum(bar.get_height() for bar in above.patches) == 900
-    assert sum(bar.get_width() for bar in right.patches) == 900
+    for margin, values, orientation in ((above, FREQ, "vertical"), (right, MEAN, "horizontal")):
+        (outline,) = margin.patches
+        counts, edges, _ = outline.get_data()
+        np.testing.assert_array_equal(counts, np.histogram(values, edges)[0])
+        assert counts.sum() == 900 and outline.orientation == orientation
     assert figures[0].get_suptitle() == "900 features; 100 (10.0%) more never fire"
 
 
