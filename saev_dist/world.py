@@ -10,6 +10,7 @@ Names: `r` rows of a state tensor.
 
 import json
 import os
+import platform
 import resource
 import threading
 import time
@@ -118,7 +119,14 @@ class World:
     def job_id(self) -> str | None:
         """What Slurm or torchrun call this job, in all its attempts; None where neither knows."""
         found = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
-        return None if found == "none" else found  # torchrun's default
+        if found != "none":
+            return found
+        # Torchrun's default, of all jobs. Its own process starts each attempt; the number alone may be another's later.
+        agent = os.getppid()
+        with suppress(OSError):
+            since = Path(f"/proc/{agent}/stat").read_text().rsplit(")", 1)[1].split()[19]  # proc(5): starttime
+            return f"{platform.node()} {agent} {since}"
+        return None
 
     def __enter__(self) -> Self:
         if self.rank and "WORLD_SIZE" not in os.environ:

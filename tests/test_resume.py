@@ -104,10 +104,15 @@ def test_force_computes_nothing_again_when_the_job_is_restarted_after_its_end(tm
     args, expected, _ = whole
     out = tmp_path / "run"
     assert server.run(*args, out)[0] == [0]
-    before = "import os; os.environ |= {{'SLURM_JOB_ID': '{}', 'SLURM_RESTART_COUNT': '{}'}}"
-    for job_id, n_restarts, is_done in (("7", 0, False), ("7", 1, True), ("7", 0, False), ("8", 1, False)):
+    slurm = "import os; os.environ |= {{'SLURM_JOB_ID': '{}', 'SLURM_RESTART_COUNT': '{}'}}"
+    torchrun = "import os; os.environ |= {{'TORCHELASTIC_RUN_ID': 'none', 'TORCHELASTIC_RESTART_COUNT': '{1}'}}; {0}"
+    other_agent = "os.getppid = lambda: 1"
+    for before, job_id, n_restarts, is_done in (
+        (slurm, "7", 0, False), (slurm, "7", 1, True), (slurm, "7", 0, False), (slurm, "8", 1, False),
+        (torchrun, "", 0, False), (torchrun, "", 1, True), (torchrun, other_agent, 1, False),
+    ):  # fmt: skip
         codes, output = server.run(*args, out, "--force", before=before.format(job_id, n_restarts))
-        assert codes == [0] and ("nothing to do" in output) == is_done, (job_id, n_restarts, output)
+        assert codes == [0] and ("nothing to do" in output) == is_done, (before, job_id, n_restarts, output)
         assert artifact_hashes(out) == expected
 
 
