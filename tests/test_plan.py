@@ -20,6 +20,11 @@ def test_batches_cover_every_example_once_in_order(per_shard, per_batch):
     assert [b.img_i + i for b in plan for i in range(b.n_examples)] == list(range(sum(per_shard)))
     assert all(1 <= b.n_examples <= per_batch for b in plan)
     assert plan.sizes() == Counter(b.n_examples for b in plan)
+    for shard_i in range(len(per_shard)):
+        assert list(range(*plan.shard_batches(shard_i))) == [b.index for b in plan if b.shard_i == shard_i]
+    for index in (-1, plan.n_batches):
+        with pytest.raises(IndexError):
+            plan[index]
 
 
 @st.composite
@@ -38,6 +43,10 @@ def test_a_deal_shares_out_what_is_left_evenly_and_in_order(data, per_shard, per
     assert batches == [i for first, stop in todo for i in range(first, stop)]
     sizes = [plan.n_examples_in(share) for share in shares]
     assert max(sizes) <= plan.n_examples_in(todo) / n_ranks + per_batch
+
+
+def test_ranks_get_the_same_where_batches_can_be_shared_out_evenly():
+    assert Plan([6, 6, 6, 6], 3).deal(((0, 8),), 4) == [((0, 2),), ((2, 4),), ((4, 6),), ((6, 8),)]
 
 
 @given(st.integers(0, 30).flatmap(lambda n: st.tuples(st.just(n), interval_sets(n))))
@@ -71,6 +80,7 @@ def test_subtract_is_the_difference_of_sets(a, b):
     left = subtract(a, b)
     assert numbers(left) == sorted(set(numbers(a)) - set(numbers(b)))
     assert all(stop < first for (_, stop), (first, _) in pairwise(left)), "not in normal form"
+    assert all(first < stop for first, stop in left)
 
 
 @given(
