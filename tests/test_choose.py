@@ -53,11 +53,17 @@ def test_nothing_to_show_and_unknown_features_are_errors():
         ConfigError, match=r"none of the 6 features that fired has log10 frequency in 2 to 3 .* lie in -7.00 to 0.00"
     ):
         choose(log_freq_range=(2, 3))
-    with pytest.raises(ConfigError, match="--features 7: there is no such feature; the SAE has 0 to 6"):
-        choose(always=(3, 7))
+    for feature in (-1, 7):
+        with pytest.raises(ConfigError, match=f"--features {feature}: there is no such feature; the SAE has 0 to 6"):
+            choose(always=(3, feature))
     with pytest.raises(ConfigError, match="nothing to do"):
         choose(n_features=0)
     assert choose(log_freq_range=(2, 3), always=(6,)) == [6]
+    assert choose(n_features=0, always=(6, 0)) == [0, 6]
+    dead = {"log10_freq_s": FREQ[6:], "log10_mean_s": MEAN[6:], "max_s": MAX[6:]}
+    with pytest.raises(ConfigError, match="no feature of this run ever fired"):
+        choose_features(**dead, **DEFAULTS)
+    assert choose_features(**dead, **DEFAULTS | {"always": (0,)}) == [0]
 
 
 @st.composite
