@@ -32,6 +32,7 @@ def test_features_outside_the_ranges_and_dead_ones_are_left_out_unless_named():
     assert choose(always=(6, 1)) == [0, 1, 3, 4, 5, 6]
     assert choose(every=True) == [0, 1, 2, 3, 4, 5]
     assert choose(log_freq_range=(-8, -6.5)) == [1]
+    assert choose(log_value_range=(0, 1)) == [0, 3]
 
 
 def test_sorting_takes_the_first_by_the_figure_and_the_lower_feature_of_equals():
