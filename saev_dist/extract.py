@@ -26,7 +26,7 @@ from saev_dist.accumulators.base import Codes, DeviceCodes, to_cpu
 from saev_dist.accumulators.bundle import Bundle
 from saev_dist.accumulators.saev_percentile import SaevPercentile
 from saev_dist.config import Extract
-from saev_dist.data.reader import Reader, find_bad_value, find_largest_value
+from saev_dist.data.reader import Reader, explain_overflow, find_bad_value
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, DataError, MergeError, RunError, SaevDistError, warn
 from saev_dist.estimate import fit
@@ -313,7 +313,7 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
                         bundle.add(codes)
                     except MergeError as err:
                         first = Plan(shards.examples, 1)[codes.img_i]
-                        raise find_largest_value(codes.acts_bd, first, shards, str(err)) from None
+                        raise explain_overflow(codes.acts_bd, first, shards, err) from None
                     if saev_percentile is not None:
                         saev_percentile.update(codes.cpu() if isinstance(codes, DeviceCodes) else codes)
             with clock("rows"):

@@ -43,6 +43,7 @@ class Signals:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._former = {number: signal.signal(number, self._note) for number in ASKING}
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)  # a launcher may have held them until there are handlers
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:

@@ -52,7 +52,7 @@ class Visuals:
 
     def bring_back(self) -> None:
         """Give a gallery its name back that a replay which died between its last two renames took from it."""
-        if os.path.lexists(self.former_dpath) and not os.path.lexists(self.dpath):
+        if self.former_dpath.is_dir() and not os.path.lexists(self.dpath):
             with writing(self.dpath):
                 os.replace(self.former_dpath, self.dpath)
 

@@ -109,7 +109,11 @@ class Launcher:
         if self.cluster == "local":
             names += ["array_parallelism"]
         else:
-            names += [field.name for field in fields(self) if field.name not in (*names, "cluster", "logs", "wait", "dry_run")]
+            names += [
+                field.name
+                for field in fields(self)
+                if field.name not in (*names, "config", "cluster", "logs", "wait", "dry_run")
+            ]
         usual = {field.name: field.default for field in fields(self)}
         return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != usual[name]]
 

@@ -3,7 +3,7 @@
     <run>/slurm/jobs.jsonl             one line per job launched for the run, the latest last
     <logs>/<job id>_<rank>_log.out     a rank's output, of all attempts; srun's own messages are in rank 0's
     <logs>/<job id>_<rank>_end.json    how the rank's latest attempt ended
-    <logs>/<job id>_cancelled          a local job was told to leave for good
+    <logs>/<job id>_cancelled          `cancel` was asked to end the job; a local one's ranks look at it
 
 A rank removes its own end.json when it starts, and writes the number of its attempt into the new one: the end of an
 attempt before a requeue is never taken for that of the one under way.
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from saev_dist.errors import RunError
+from saev_dist.errors import RunError, warn
 from saev_dist.files import writing
 
 TAIL_BYTES = 16_384
@@ -46,8 +46,8 @@ class Job:
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether it is a job on this machine that was told to leave for good."""
-        return self.cluster == "local" and cancelled_fpath(self.folder, self.job_id).exists()
+        """Whether the launcher was asked to end it for good."""
+        return cancelled_fpath(self.folder, self.job_id).exists()
 
     def ends(self) -> list["End"]:
         """The ends that ranks have written, by rank."""
@@ -93,6 +93,12 @@ def end_fpath(folder: Path, job_id: str, rank: int) -> Path:
     return folder / f"{job_id}_{rank}_end.json"
 
 
+def forget(folder: Path, job_id: str, n_ranks: int) -> None:
+    """Remove what an earlier job of this number left: a local job's is its process's, which may have been another's."""
+    for fpath in (cancelled_fpath(folder, job_id), *(end_fpath(folder, job_id, rank) for rank in range(n_ranks))):
+        fpath.unlink(missing_ok=True)
+
+
 def remember(job: Job) -> None:
     """Append the job to its run's list.
 
@@ -102,27 +108,39 @@ def remember(job: Job) -> None:
     fpath = job.run / "slurm" / "jobs.jsonl"
     with writing(fpath):
         fpath.parent.mkdir(parents=True, exist_ok=True)
+        is_torn = fpath.exists() and fpath.read_bytes()[-1:] not in (b"", b"\n")
         with open(fpath, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(job), default=str) + "\n")
+            file.write("\n" * is_torn + json.dumps(asdict(job), default=str) + "\n")
 
 
 def launched(run: Path) -> list[Job]:
-    """The jobs launched for a run, the latest last.
+    """The jobs launched for a run, the latest last; at their new places if it has moved, without those of one it is a copy of.
 
     Raises:
-        RunError: the list is damaged.
+        RunError: the list cannot be read.
     """
     fpath = run / "slurm" / "jobs.jsonl"
     try:
-        lines = fpath.read_text(encoding="utf-8").splitlines()
+        lines = fpath.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
     except OSError as err:
         raise RunError(f"{fpath}: {err.strerror}; make it readable, it lists the run's jobs.") from None
-    try:
-        return [_job(json.loads(line)) for line in lines]
-    except (ValueError, TypeError, KeyError):
-        raise RunError(f"{fpath} is damaged: each line should be a job. Remove it; the run itself does not need it.") from None
+    jobs = []
+    for number, line in enumerate(lines, 1):
+        try:
+            jobs.append(_job(json.loads(line)))
+        except (ValueError, TypeError, KeyError):  # the disk was full, or the launcher died
+            warn(f"{fpath}: line {number} is no job; if one was launched then, only squeue knows of it.")
+    return [here for job in jobs if (here := _here(job, run.absolute()))]
+
+
+def _here(job: Job, run: Path) -> Job | None:
+    """A job out of the list in `run`; None: it is another directory's, of which this one is a copy."""
+    if os.path.exists(job.run):
+        return job if os.path.samefile(job.run, run) else None
+    moved_with_it = Path(os.path.normpath(run / os.path.relpath(job.folder, job.run)))
+    return replace(job, run=run, folder=job.folder if job.folder.exists() else moved_with_it)
 
 
 def latest(run: Path) -> list[Job]:

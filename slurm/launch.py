@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,12 +20,12 @@ from saev_dist.cli import with_toml
 from saev_dist.config import Extract, Replay
 from saev_dist.data.images import open_pictures
 from saev_dist.data.shards import Shards
-from saev_dist.errors import ConfigError, RunError, SaevDistError, warn
+from saev_dist.errors import ConfigError, Preempted, RunError, SaevDistError, tell, warn
 from saev_dist.files import writing
 from saev_dist.output import printing
 from saev_dist.sae.hub import is_hub_name
 from slurm.config import Cancel, Launcher, Status
-from slurm.jobs import Job, latest, remember, tail, warnings
+from slurm.jobs import Job, cancelled_fpath, latest, remember, tail, warnings
 from slurm.progress import describe
 from slurm.queue import ask, call, is_elsewhere
 from slurm.submit import run_here, sbatch_text, submit, tell_to_leave
@@ -179,12 +180,20 @@ def _run_one_by_one(launcher: Launcher, first: Sequence[Extract | Replay], later
         for part in (cfg, after.get(run_dpath(cfg))):
             if part is None or not well:
                 continue
-            if launcher.cluster == "debug":
-                run_here(part, _logs_dpath(launcher, [part]))
-            else:
-                well = _launch_here(launcher, part)
+            well = (_run_here if launcher.cluster == "debug" else _launch_here)(launcher, part)
         all_well &= well
     return all_well
+
+
+def _run_here(launcher: Launcher, cfg: Extract | Replay) -> bool:
+    try:
+        run_here(cfg, _logs_dpath(launcher, [cfg]))
+    except Preempted:
+        raise
+    except SaevDistError as err:  # of this run of a sweep
+        tell(f"slurm.launch: error: {err}")
+        return False
+    return True
 
 
 def _launch_here(launcher: Launcher, cfg: Extract | Replay) -> bool:
@@ -346,7 +355,11 @@ def _cancel(job: Job) -> str:
             return str(err).rstrip(".")
         return ""
     done = call("scancel", job.job_id)
-    return "" if done.returncode == 0 else (done.stderr.strip().rstrip(".").splitlines() or ["scancel fails"])[-1]
+    if done.returncode != 0:
+        return (done.stderr.strip().rstrip(".").splitlines() or ["scancel fails"])[-1]
+    with suppress(OSError):  # Slurm forgets a job that has not started, and `status` would not know how it ended
+        cancelled_fpath(job.folder, job.job_id).touch()
+    return ""
 
 
 def _latest(runs: Sequence[Path]) -> list[Job]:
@@ -354,7 +367,7 @@ def _latest(runs: Sequence[Path]) -> list[Job]:
     for run_path in runs:
         below = sorted(fpath.parent.parent for fpath in run_path.absolute().glob("*/slurm/jobs.jsonl"))  # of a sweep
         if not (found := latest(run_path.absolute()) or [job for dpath in below for job in latest(dpath)]):
-            raise ConfigError(f"{run_path}: no job was launched for it ({run_path}/slurm/jobs.jsonl is missing).")
+            raise ConfigError(f"{run_path}: no job was launched for it ({run_path}/slurm/jobs.jsonl lists none).")
         jobs += found
     return jobs
 

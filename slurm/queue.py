@@ -124,3 +124,5 @@ def call(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(
             command, 127, "", f"{command[0]} is not on PATH: this is no machine of a Slurm cluster."
         )
+    except OSError as err:
+        return subprocess.CompletedProcess(command, 126, "", f"{command[0]}: {err.strerror}")

@@ -12,7 +12,7 @@ from io import StringIO
 from itertools import takewhile
 from math import ceil
 from pathlib import Path
-from shlex import join
+from shlex import join, quote
 from typing import Any
 
 import submitit
@@ -22,7 +22,7 @@ from saev_dist.config import Extract, Replay
 from saev_dist.errors import ConfigError
 from saev_dist.files import writing
 from slurm.config import Launcher
-from slurm.jobs import Job, cancelled_fpath
+from slurm.jobs import Job, cancelled_fpath, forget
 from slurm.sweep import run_dpath
 from slurm.task import Task
 
@@ -34,6 +34,8 @@ CONTROLLER = (
     "import pathlib, sys; from submitit.local.local import Controller; "
     "Controller(pathlib.Path(sys.argv[1])).run(max_retry=int(sys.argv[2]))"
 )
+RANK = f"{quote(sys.executable)} -m slurm.hold {quote(sys.executable)}"
+"""How Slurm starts a rank's Python."""
 # Of the shell that submits; in the job they would be taken for its own. Slurm's own settings must stay.
 KEPT = ("SLURM_CONF", "SBATCH_", "SLURM_CLUSTERS")
 
@@ -53,7 +55,7 @@ class SbatchText(submitit.SlurmExecutor):
 
 def sbatch_text(launcher: Launcher, kind: str, n_jobs: int, logs: Path, dependency: str = "") -> str:
     """The file that `submit` would give to sbatch."""
-    executor = SbatchText(logs, max_num_timeout=NO_LIMIT)
+    executor = SbatchText(logs, max_num_timeout=NO_LIMIT, python=RANK)
     executor.update_parameters(**_parameters(launcher, kind, dependency))
     return executor.text(n_jobs)
 
@@ -86,10 +88,10 @@ def submit(launcher: Launcher, cfgs: Sequence[Extract | Replay], logs: Path, dep
             with writing(logs), _beyond_ctrl_c():
                 submitted = local.submit_array(tasks)
             for job in submitted:  # its number is a process's, and may have been an earlier job's
-                cancelled_fpath(job.paths.folder, job.job_id).unlink(missing_ok=True)
+                forget(job.paths.folder, job.job_id, launcher.n_ranks)
         else:
             try:
-                executor = submitit.SlurmExecutor(logs, max_num_timeout=NO_LIMIT)
+                executor = submitit.SlurmExecutor(logs, max_num_timeout=NO_LIMIT, python=RANK)
                 executor.update_parameters(**_parameters(launcher, kind, dependency))
                 with writing(logs), redirect_stderr(StringIO()):  # submitit prints what it raises
                     submitted = _submit(executor, tasks)
@@ -174,8 +176,10 @@ def run_here(cfg: Extract | Replay, logs: Path) -> None:
     """Do the job in this process, as one rank; what it raises is raised."""
     with writing(logs):
         logs.mkdir(parents=True, exist_ok=True)
-    job = submitit.DebugExecutor(logs).submit(partial(_run, cfg))
-    if (err := job.exception()) is not None:  # results() would open a debugger
+    with _clean_environment("USR2"):  # it is one rank, whatever others this shell is of
+        job = submitit.DebugExecutor(logs).submit(partial(_run, cfg))
+        err = job.exception()
+    if err is not None:  # results() would open a debugger
         raise err
 
 
@@ -206,7 +210,8 @@ def _parameters(launcher: Launcher, kind: str, dependency: str) -> dict[str, Any
         "constraint": launcher.constraint,
         "exclude": launcher.exclude,
         "dependency": dependency or None,
-        "setup": list(launcher.setup) or None,
+        # A user's SBATCH_EXPORT or --slurm-args export=NONE would reach srun too, and ranks would not know where they are.
+        "setup": ["export SLURM_EXPORT_ENV=ALL", *launcher.setup],
         "array_parallelism": launcher.array_parallelism,
         "stderr_to_stdout": True,
         # Since Slurm 22.05 srun does not take this from sbatch, and each rank would have one core.

@@ -41,7 +41,7 @@ def configs(command: type[C], flags: list[str]) -> list[C]:
             inputs[name] = values
     given: list[str] = []
     for name, values in inputs.items():
-        given += [f"--{name}", values[0]]
+        given += [f"--{name}={values[0]}"]
     first: Any = parse_flags([command.__name__.lower(), *flags, *given], prog="python -m slurm.launch")
     combinations = [
         dict(zip(inputs, paths, strict=True)) for paths in product(*([Path(v) for v in vs] for vs in inputs.values()))
@@ -142,12 +142,12 @@ def _is_of(cfg: Extract, record: Any) -> bool:
 
 def _labels(values: list[str]) -> list[str]:
     """What tells paths apart: their parts without those that all begin or end with."""
-    parts = [list(Path(value.removesuffix(".pt")).absolute().parts) for value in values]
+    parts = [list(Path(os.path.normpath(Path(value.removesuffix(".pt")).absolute())).parts) for value in values]
     for end in (0, -1):
         while min(map(len, parts)) > 1 and len({path[end] for path in parts}) == 1:
             for path in parts:
                 del path[end]
-    return ["-".join(path) for path in parts]
+    return ["-".join(path).replace(os.sep, "") or "root" for path in parts]
 
 
 def _absolute(cfg: Any) -> Any:

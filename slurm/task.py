@@ -26,9 +26,9 @@ from submitit.core.job_environment import JobEnvironment
 from saev_dist.config import Extract, Replay
 from saev_dist.errors import PeerError, Preempted, SaevDistError
 from saev_dist.output import escape_what_cannot_be_encoded, printing, spare_output
+from slurm.hold import HELD
 from slurm.jobs import End, cancelled_fpath, end_fpath
 
-TELLING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STUCK_S = 10.0
 """So long after a local job was cancelled a rank leaves that cannot even take notice: it waits for one that is gone."""
 PORTS = range(20_000, 32_768)
@@ -94,8 +94,9 @@ class Task:
                 _be_deaf()
                 raise Told
 
-        for number in TELLING:
+        for number in HELD:
             signal.signal(number, leave)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)  # one may have come before
         try:
             job = import_module(f"saev_dist.{type(self.cfg).__name__.lower()}")
             is_ready = True
@@ -162,7 +163,7 @@ def _leave_if_stuck(cancelled: Path, leave: Handler) -> None:
 
 def _be_deaf() -> None:
     """On the way out nothing is to interrupt."""
-    for number in TELLING:
+    for number in HELD:
         signal.signal(number, signal.SIG_IGN)
 
 

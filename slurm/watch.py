@@ -100,6 +100,12 @@ def verdict(job: Job, state: State) -> tuple[bool, str]:
         why = left[0].error.split(":")[0]  # "SIGUSR2 on rank 1: stopped, and what is done is kept in …"
         so_often = f", after {times} of at most {job.max_requeues} requeues" if times or job.cluster == "slurm" else ""
         return False, f"stopped: {why}{so_often}. {go_on}{log}"
+    if silent and not found and not job.log_fpath(0).exists():
+        finished = " The run is finished." if (job.run / "manifest.json").exists() and job.kind == "extract" else ""
+        return False, (
+            f"failed: no rank left a word or a log: the job ended before they started (a line of --setup?), or its logs are "
+            f"gone from {job.folder}.{finished}"
+        )
     if silent:
         last = tail(job.log_fpath(silent[0]), 1) or ["nothing"]
         return (

@@ -135,6 +135,7 @@ CASES = {
     "activation infinite": (lambda c: c.poison(-float("inf")), "image 9 (example 2 of the shard), patch 3, dimension 5 is -inf"),
     "activation too large": (lambda c: c.poison(3e38), "image 9"),
     "activation beyond all sums": (lambda c: c.poison(1e30), "acts000001.bin: image 9 (example 2 of the shard), patch 3, dimension 5 is 1e+30, the largest of"),
+    "scores beyond all sums": (lambda c: c.state(W_enc=W["w_enc_ds"] * 1e25), "The activations reach 2 there, so it is what the SAE makes of them"),
     "counts absurd": (lambda c: c.edit("metadata.json", n_examples=10**30), "field 'n_examples or n_imgs' is 1e+30"),
     "shard name unprintable": (lambda c: c.edit("shards.json", name="\ud800"), "plain file name"),
     "path too long": (set_flag(shards="x" * 300), "is not a directory"),

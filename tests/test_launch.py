@@ -18,6 +18,7 @@ from saev_dist.config import Extract, Replay
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, RunError
 from slurm.config import Launcher
+from slurm.hold import HELD
 from slurm.launch import main, run, split
 from slurm.submit import _brief, run_here
 from slurm.sweep import configs, is_finished
@@ -90,6 +91,21 @@ def test_a_preset_of_the_jobs_is_sent_to_the_job(tmp_path, capsys):
     )
 
 
+BY_HAND = "from saev_dist.signals import Signals\nwith Signals(1) as caught: print(caught.received)"
+LAUNCHED = """
+from pathlib import Path; from saev_dist.config import Replay; from slurm.jobs import End; from slurm.task import Task
+end = Task(cfg=Replay(run=Path("r")), n_threads=1, max_requeues=0)._run(End(rank=0, attempt=0, outcome="done"), None)
+print(end.error if end.outcome == "left" else end)"""
+
+
+@pytest.mark.parametrize(("code", "number"), [*((BY_HAND, number) for number in HELD), (LAUNCHED, HELD[-1])])
+def test_a_signal_that_comes_before_a_rank_can_obey_it_waits(code, number):
+    early = f"import os; os.kill(os.getpid(), {int(number)}); "
+    command = [sys.executable, "-m", "slurm.hold", sys.executable, "-c", early + code.lstrip()]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{number.name}\n", "")
+
+
 @pytest.mark.parametrize("command", [[], ["extract"], ["status"]])
 def test_help_is_the_jobs_own(command):
     done = launch(*command, "--help")
@@ -107,6 +123,15 @@ def test_help_may_follow_a_list_of_inputs(capsys, flag):
 def test_one_input_is_one_run_with_paths_that_hold_anywhere():
     (cfg,) = configs(Extract, [*INPUTS, "--top-k", "7"])
     assert cfg == Extract(shards=Path("s").absolute(), sae=Path("a.pt").absolute(), out=Path("o").absolute(), top_k=7)
+
+
+def test_inputs_may_begin_with_a_dash_and_no_name_leads_out_of_the_sweeps_directory():
+    (cfg,) = configs(Extract, ["--shards=-s", "--sae=-a.pt", "--out", "o"])
+    assert (cfg.shards, cfg.sae) == (Path("-s").absolute(), Path("-a.pt").absolute())
+    out = Path("o").absolute()
+    for saes in (["..", "../x"], ["/", "/x"], ["a/..", "b/../c"]):
+        runs = [cfg.out for cfg in configs(Extract, ["--shards", "s", "--sae", *saes, "--out", "o"])]
+        assert len(set(runs)) == 2 and all(path.parent == out and path.name not in ("", "..") for path in runs), runs
 
 
 def test_several_inputs_are_runs_named_by_what_tells_them_apart():

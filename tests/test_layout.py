@@ -89,7 +89,7 @@ def test_pure_modules_touch_nothing_outside(fpath):
 
 
 LAUNCHER = PACKAGE.parent / "slurm"
-LAUNCHER_LEVELS = [{"launch"}, {"submit", "watch"}, {"task", "sweep", "queue", "progress"}, {"jobs", "config"}]
+LAUNCHER_LEVELS = [{"launch"}, {"submit", "watch"}, {"task", "sweep", "queue", "progress"}, {"jobs", "config", "hold"}]
 
 
 @pytest.mark.parametrize("fpath", sorted(LAUNCHER.glob("*.py")), ids=lambda fpath: fpath.name)

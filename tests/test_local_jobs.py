@@ -21,14 +21,14 @@ import submitit
 from saev_dist.config import Extract
 from saev_dist.errors import ConfigError, SaevDistError
 from slurm.config import Launcher
-from slurm.jobs import cancelled_fpath, launched
+from slurm.jobs import End, cancelled_fpath, end_fpath, launched
 from slurm.launch import run
 from slurm.progress import describe
 from slurm.queue import ask
 from slurm.submit import submit
 from tests.crash import wait_for
 from tests.ranks import ENV, STAYING, artifact_hashes, launch, leading_a_group, run_ranks
-from tests.synthetic import make_acts, make_sae, make_shards
+from tests.synthetic import SETTINGS, make_acts, make_sae, make_shards
 
 TO_STAY = ["env", *(f"{name}={value}" for name, value in STAYING.items())]
 IN_THE_BACKGROUND = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
@@ -168,13 +168,14 @@ def test_a_local_job_comes_back_as_often_as_it_may_and_is_known_by_its_number(tm
     assert not ask([job])[job.job_id].is_under_way
 
 
-def test_the_mark_of_an_earlier_job_of_that_number_is_forgotten(tmp_path, monkeypatch):
+def test_what_an_earlier_job_of_that_number_left_is_forgotten(tmp_path, monkeypatch):
     cfg = Extract(shards=tmp_path, sae=tmp_path, out=tmp_path)
     job = SimpleNamespace(job_id="123", paths=SimpleNamespace(folder=tmp_path))
     monkeypatch.setattr(submitit.LocalExecutor, "submit_array", lambda *_: [job])
     cancelled_fpath(tmp_path, "123").touch()
+    End(rank=0, attempt=0, outcome="done").write(end_fpath(tmp_path, "123", 0))
     (submitted,) = submit(Launcher(cluster="local", gpus_per_node=0), [cfg], tmp_path)
-    assert not submitted.is_cancelled
+    assert not submitted.is_cancelled and not submitted.ends()
 
 
 def test_more_gpus_than_the_shell_leaves_are_refused(tmp_path, inputs, monkeypatch):
@@ -236,6 +237,19 @@ def test_bad_input_is_one_line_and_no_gallery_follows(tmp_path, inputs, cluster)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line]
     assert "takes activations of width 8" in line and "Traceback" not in done.stdout and "replay" not in done.stdout
+
+
+def test_debug_is_one_process_whatever_the_shell_is_and_a_bad_run_of_a_sweep_ends_no_other(
+    tmp_path, inputs, monkeypatch, capsys
+):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "23456")):
+        monkeypatch.setenv(name, value)  # of torchrun's, whose other rank is not there
+    shards, sae = inputs[1], Path(inputs[3])
+    other = make_sae(tmp_path / "narrow.pt", d_model=8)
+    flags = ["--shards", shards, "--sae", str(other), str(sae), *SETTINGS, "--out", str(tmp_path / "runs")]
+    assert not run(["--cluster", "debug", "extract", *flags])
+    assert "slurm.launch: error: " in (err := capsys.readouterr().err) and "takes activations of width 8" in err
+    assert [path.parent.name for path in (tmp_path / "runs").glob("*/manifest.json")] == ["sae"]
 
 
 def test_debug_runs_here(tmp_path, inputs):

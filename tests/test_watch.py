@@ -15,7 +15,7 @@ import slurm.launch
 import slurm.progress
 import slurm.watch
 from saev_dist.config import Extract
-from saev_dist.errors import ConfigError, SaevDistError
+from saev_dist.errors import ConfigError
 from slurm.config import Launcher
 from slurm.jobs import End, Job, end_fpath, latest, launched, remember, tail
 from slurm.launch import main, run
@@ -121,6 +121,7 @@ def test_slurm_may_know_of_a_success_before_the_ranks_words_are_seen(job):
 
 @pytest.mark.parametrize("outcome", ["done", "left", "failed"])
 def test_words_of_an_earlier_attempt_are_not_taken_for_the_outcome(job, outcome):
+    job.log_fpath(0).touch()
     ended(job, *(End(rank=rank, attempt=0, outcome=outcome) for rank in (0, 1)))
     assert verdict(job, State(name="FAILED", n_requeues=1))[1].startswith("failed: ranks 0, 1 left no word")
     ended(job, replace(BAD, attempt=1))
@@ -205,7 +206,7 @@ def test_a_job_that_nobody_remembers_is_not_waited_for_without_end(tmp_path, mon
     monkeypatch.setattr(slurm.watch, "POLL_S", (0.01, 0.01))
     monkeypatch.setattr(slurm.watch, "FORGOTTEN_S", 0.05)
     assert follow([job]) is False
-    assert "left no word" in capsys.readouterr().err
+    assert "failed: no rank left a word or a log" in capsys.readouterr().err
 
 
 def test_a_requeue_that_looks_like_an_end_for_a_moment_is_none(monkeypatch, job, capsys):
@@ -296,8 +297,40 @@ def test_away_from_the_cluster_status_and_cancel_say_so(job, monkeypatch, capsys
         run(["cancel", "--run", str(job.run)])
 
 
-def test_a_damaged_list_of_jobs_is_named(tmp_path):
-    (tmp_path / "slurm").mkdir()
-    (tmp_path / "slurm" / "jobs.jsonl").write_text("{}\n")
-    with pytest.raises(SaevDistError, match=r"jobs\.jsonl is damaged"):
-        launched(tmp_path)
+def test_a_line_that_is_no_job_hides_no_other_one(tmp_path, job, capsys):
+    for content in (b"", b"{}\n", b'{"cluster": "slu', b"\xff\n"):
+        fpath = job.run / "slurm/jobs.jsonl"
+        fpath.parent.mkdir(parents=True, exist_ok=True)
+        fpath.write_bytes(content)
+        remember(job)
+        assert launched(job.run) == [job]
+        assert (f"{fpath}: line 1 is no job; if one was launched" in capsys.readouterr().err) == bool(content)
+
+
+def test_a_run_that_was_moved_keeps_its_jobs_and_a_copy_has_none(tmp_path, job):
+    job = replace(job, run=tmp_path / "runs/a", folder=tmp_path / "runs/slurm")
+    remember(job)
+    job.folder.mkdir()
+    ended(job, LEFT[0])
+    shutil.copytree(job.run, tmp_path / "runs/b")
+    assert launched(tmp_path / "runs/b") == [] and launched(job.run) == [job]
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    (moved,) = launched(tmp_path / "moved/a")
+    assert (moved.run, moved.folder) == (tmp_path / "moved/a", tmp_path / "moved/slurm")
+    assert [end.rank for end in moved.ends()] == [0]
+
+
+def test_a_job_without_a_word_or_a_log_is_not_said_to_want_memory(job):
+    said = verdict(job, State(name="FORGOTTEN"))[1]
+    assert "no rank left a word or a log" in said and str(job.folder) in said and "finished" not in said
+    job.run.mkdir()
+    (job.run / "manifest.json").touch()
+    assert verdict(job, State(name="FORGOTTEN"))[1].endswith("The run is finished.")
+
+
+def test_an_array_s_job_that_was_cancelled_while_it_waited_is_told_as_cancelled(job, tmp_path, monkeypatch):
+    remember(job)
+    monkeypatch.setattr(slurm.launch, "ask", lambda jobs: {job.job_id: State(name="PENDING") for job in jobs})
+    commands(tmp_path, monkeypatch, scancel="exit 0")
+    assert run(["cancel", "--run", str(job.run)])
+    assert verdict(job, State(name="FORGOTTEN"))[1].startswith("cancelled. ")

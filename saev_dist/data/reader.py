@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from saev_dist.accumulators.fixed_point import LIMIT
 from saev_dist.data.shards import Shards
-from saev_dist.errors import DataError
+from saev_dist.errors import DataError, MergeError, SaevDistError
 from saev_dist.files import retrying
 from saev_dist.plan import Batch, Intervals, Plan
 
@@ -321,12 +322,19 @@ def find_bad_value(acts_bd: Tensor, batch: Batch, shards: Shards, limit: float) 
     )
 
 
-def find_largest_value(acts_bd: Tensor, batch: Batch, shards: Shards, why: str) -> DataError:
-    """The error for some of a batch's first tokens whose sums leave a number range: the largest activation's place."""
+def explain_overflow(acts_bd: Tensor, batch: Batch, shards: Shards, err: MergeError) -> SaevDistError:
+    """The error for some of a batch's first tokens whose sums leave the range in which they are kept: the place of the largest
+    activation, if sums of such ones and of their squares do."""
     token, column = divmod(int(acts_bd.abs().argmax()), shards.d_model)
+    largest = acts_bd[token, column].item()
+    if largest**2 * acts_bd.numel() < LIMIT:
+        return MergeError(
+            f"image {batch.img_i} and the next ones: {err} The activations reach {abs(largest):.3g} there, so it is what the "
+            "SAE makes of them that is so large: look at its weights and at --input-scale."
+        )
     return DataError(
-        f"{_place(batch, shards, token, column)} is {acts_bd[token, column].item():.3g}, the largest of these {len(acts_bd)} "
-        f"tokens: {why} If it is not meant, compute this shard again."
+        f"{_place(batch, shards, token, column)} is {largest:.3g}, the largest of these {len(acts_bd)} tokens: {err} If it is "
+        "not meant, compute this shard again."
     )
 
 
