@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from saev_dist.accumulators.histogram import N_BINS
 from saev_dist.accumulators.rows import GROUPS_ON_DEVICE, n_samples
 from saev_dist.config import Extract
 from saev_dist.data.reader import buffer_examples, most_buffers
@@ -20,6 +19,7 @@ from saev_dist.plan import Plan
 from saev_dist.sae.model import ConstantNorm, GroupMax, LayerNorm, Sae, TopK
 from saev_dist.sae.pieces import batches_ahead, block_shape, count_pieces, piece_images
 from saev_dist.spill import MAX_WAITING
+from saev_dist.statistics import brings_codes_to_the_cpu, state_bytes
 from saev_dist.world import World
 
 CODE_BYTES = 120
@@ -83,8 +83,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
         dense += 3 * 8 * sae.d_model * block
     row = 8 * min(sae.d_sae, shards.n_patches * per_token) + 8 if cfg.img_acts else 0
     n_sampled = n_samples(shards.n_tokens, cfg.max_distribution_samples)
-    slots = sae.d_sae * cfg.top_k * 12
-    state = slots + sae.d_sae * (8 * N_BINS + 24)
+    state = state_bytes(cfg, sae, shards.n_patches)
     samples = 4 * min(cfg.n_distributions, sae.d_sae) * n_sampled
     buffer = buffer_examples(plan, shards) * shards.content_bytes
     if device.type == "cuda":  # torch rounds page-locked memory up to powers of two
@@ -116,11 +115,11 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
             "batches": (n_threads + (6 if cfg.metrics else 1)) * batch,
             "dense codes": dense,
             "codes": batch_tokens * per_token * DEVICE_CODE_BYTES,
-            "statistics": sae.d_sae * (8 * N_BINS + 44) + slots + merging,
+            "statistics": state + 20 * sae.d_sae + merging,  # the moments' sums are in more parts there
         }
         on_device["allocator"] = round(ALLOCATOR_SHARE * sum(on_device.values()))
         on_device["libraries"] = LIBRARY_BYTES
-        if cfg.percentile_estimator == "saev":
+        if cfg.percentile_estimator == "saev" or brings_codes_to_the_cpu(cfg, sae, shards.n_patches):
             host["codes"] = codes
     if cfg.screen == "bf16":
         host["weights to screen by"] = (4 + 2) * sae.d_model * sae.d_sae
@@ -130,7 +129,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
         host=host,
         device=on_device,
         partial=state,
-        artifacts=sae.d_sae * (cfg.top_k * 20 + 8 * N_BINS + 12) + samples,
+        artifacts=state + sae.d_sae * cfg.top_k * 8 + samples,  # images and patches, of one place; the other files are smaller
         img_acts=shards.n_examples * row,
     )
 

@@ -30,7 +30,7 @@ from saev_dist.data.reader import Reader, explain_overflow, find_bad_value
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, DataError, MergeError, RunError, SaevDistError, warn
 from saev_dist.estimate import fit
-from saev_dist.job import Job, as_json, make_bundle, open_job
+from saev_dist.job import Job, as_json, open_job
 from saev_dist.machine import allocating, arithmetic
 from saev_dist.partials import Keeper, Partial
 from saev_dist.plan import Batch, Intervals, Plan, complement, subtract
@@ -41,6 +41,7 @@ from saev_dist.sae.encoder import ActivationOverflow, Encoder
 from saev_dist.sae.pieces import batches_ahead
 from saev_dist.selfcheck import Report, check
 from saev_dist.spill import Segment, Spill, covered
+from saev_dist.statistics import make_bundle
 from saev_dist.store import Run, agree
 from saev_dist.world import World
 
@@ -214,7 +215,7 @@ def _take_share(job: Job, store: Run, world: World, *, goes_on: bool) -> Share:
         }
     )
 
-    bundle = make_bundle(job)
+    bundle = make_bundle(cfg, job.sae, job.shards.n_patches)
     absorbed: list[Partial] = []
     saev_percentile = None
     if cfg.percentile_estimator == "saev":

@@ -6,11 +6,6 @@ from typing import Any
 
 import torch
 
-from saev_dist.accumulators.bundle import Bundle
-from saev_dist.accumulators.histogram import Histogram
-from saev_dist.accumulators.moments import Moments
-from saev_dist.accumulators.reconstruction import Reconstruction
-from saev_dist.accumulators.topk import TopK
 from saev_dist.config import Extract, SaeRules
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError
@@ -20,6 +15,7 @@ from saev_dist.sae.hub import absolute
 from saev_dist.sae.load import Loaded, Overrides, load_sae
 from saev_dist.sae.model import Sae
 from saev_dist.selfcheck import Report
+from saev_dist.statistics import state_names
 from saev_dist.world import World
 
 # Fields of the config that change no byte of any artifact, or that stand in the identity in another form.
@@ -86,6 +82,7 @@ def open_job(cfg: Extract, world: World) -> Job:
         "device": device.type,
         "shards_sha256": shards.fingerprint(),
         "shards_probes": shards.probes(skip_bad=cfg.skip_bad_shards),
+        "statistics": state_names(cfg, sae, shards.n_patches),
     }
     plan = Plan(shards.examples, max(1, cfg.batch_tokens // shards.n_patches))
     return Job(
@@ -98,21 +95,6 @@ def open_job(cfg: Extract, world: World) -> Job:
         n_threads=batch_threads(device),
         identity=identity,
     )
-
-
-def make_bundle(job: Job) -> Bundle:
-    """The empty state of all of a run's accumulators."""
-    cfg, d_sae = job.cfg, job.sae.d_sae
-    bundle = Bundle(
-        {
-            "topk": TopK(d_sae, cfg.top_k, job.shards.n_patches, cfg.rank_by),
-            "moments": Moments(d_sae),
-            "histogram": Histogram(d_sae, cfg.percentile),
-        }
-    )
-    if cfg.metrics:
-        bundle.parts["reconstruction"] = Reconstruction(*job.sae.decoder(), job.sae.undo_norm())
-    return bundle
 
 
 def as_json(cfg: Extract) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from io import StringIO
 from itertools import takewhile
 from math import ceil
 from pathlib import Path
-from shlex import join, quote
+from shlex import join
 from typing import Any
 
 import submitit
@@ -21,6 +21,7 @@ from submitit.core.utils import FailedJobError
 from saev_dist.config import Extract, Replay
 from saev_dist.errors import ConfigError
 from saev_dist.files import writing
+from slurm import hold
 from slurm.config import Launcher
 from slurm.jobs import Job, cancelled_fpath, forget
 from slurm.sweep import run_dpath
@@ -34,7 +35,7 @@ CONTROLLER = (
     "import pathlib, sys; from submitit.local.local import Controller; "
     "Controller(pathlib.Path(sys.argv[1])).run(max_retry=int(sys.argv[2]))"
 )
-RANK = f"{quote(sys.executable)} -m slurm.hold {quote(sys.executable)}"
+RANK = join([sys.executable, "-I", "-S", hold.__file__, sys.executable])
 """How Slurm starts a rank's Python."""
 # Of the shell that submits; in the job they would be taken for its own. Slurm's own settings must stay.
 KEPT = ("SLURM_CONF", "SBATCH_", "SLURM_CLUSTERS")

@@ -1,4 +1,4 @@
-"""The battery that every accumulator must pass. Add yours to `KINDS`; nothing else is needed.
+"""The battery that every accumulator must pass. Add yours to `KINDS`. What it counts, no law knows: that is yours to test.
 
 Batches favour zeros, ties, empty features, single images and negative codes.
 """

@@ -19,6 +19,7 @@ from saev_dist.errors import DataError
 from saev_dist.extract import run
 from saev_dist.sae.encoder import Encoder
 from saev_dist.sae.saev import load_saev
+from saev_dist.statistics import make_bundle, state_bytes, state_names
 from saev_dist.store import Run
 from tests.ranks import artifact_hashes, run_cli, run_ranks
 from tests.synthetic import (
@@ -125,8 +126,17 @@ def test_any_number_of_ranks_writes_the_same_bytes(tmp_path, activation, rank_by
         assert manifest["world_size"] == n_ranks
         assert sum(rank["n_tokens"] for rank in manifest["ranks"]) == 41 * 9
         hashes.append(artifact_hashes(out))
-    assert len(hashes[0]) == 10
+    assert set(hashes[0]) == {path.name for path in Run(out).artifacts()}
     assert hashes[1:] == hashes[:1] * 3
+
+
+@pytest.mark.parametrize("metrics", [False, True])
+def test_the_size_of_a_state_is_told_without_making_it(tmp_path, metrics):
+    sae = load_saev(make_sae(tmp_path / "sae.pt"))
+    cfg = Extract(shards=tmp_path, sae=tmp_path, out=tmp_path, top_k=7, metrics=metrics)
+    state = make_bundle(cfg, sae, 5).state_dict()
+    assert state_bytes(cfg, sae, 5) == sum(tensor.nbytes for tensor in state.values())
+    assert state_names(cfg, sae, 5) == sorted(state)
 
 
 def test_any_number_of_threads_writes_the_same_bytes(tmp_path):

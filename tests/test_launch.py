@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from saev_dist.errors import ConfigError, RunError
 from slurm.config import Launcher
 from slurm.hold import HELD
 from slurm.launch import main, run, split
-from slurm.submit import _brief, run_here
+from slurm.submit import RANK, _brief, run_here
 from slurm.sweep import configs, is_finished
 from tests.ranks import ENV, launch, run_ranks
 from tests.replays import make_run
@@ -101,7 +102,7 @@ print(end.error if end.outcome == "left" else end)"""
 @pytest.mark.parametrize(("code", "number"), [*((BY_HAND, number) for number in HELD), (LAUNCHED, HELD[-1])])
 def test_a_signal_that_comes_before_a_rank_can_obey_it_waits(code, number):
     early = f"import os; os.kill(os.getpid(), {int(number)}); "
-    command = [sys.executable, "-m", "slurm.hold", sys.executable, "-c", early + code.lstrip()]
+    command = [*shlex.split(RANK), "-c", early + code.lstrip()]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{number.name}\n", "")
 

@@ -12,6 +12,7 @@ LEVELS = [
     {"extract", "replay", "verify", "inspect", "convert"},
     {
         "job",
+        "statistics",
         "replay_job",
         "artifacts",
         "finished",

@@ -153,6 +153,17 @@ def test_other_settings_are_refused_by_name(tmp_path, server, whole, flags, diff
     assert artifact_hashes(tmp_path / "run") == expected
 
 
+def test_what_a_version_with_other_statistics_kept_is_told_by_their_names(tmp_path, server, whole):
+    args, expected, _ = whole
+    out, other = tmp_path / "run", "import saev_dist.job as j; j.state_names = lambda *_: ['moments.count_s']"
+    killed(server, args, out, at=4)
+    codes, output = server.run(*args, out, before=other)
+    assert codes == [1] and output.count("\n") == 1 and 'here ["moments.count_s"]' in output, output
+    assert server.run(*args, out)[0] == [0] and artifact_hashes(out) == expected
+    codes, output = server.run(*args, out, before=other)
+    assert codes == [1] and "statistics: there [" in output, output
+
+
 ELSEWHERE = """
 import os
 from pathlib import Path

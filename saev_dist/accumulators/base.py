@@ -1,6 +1,6 @@
 """PURE. The contract of an accumulator, and the sparse codes that it is fed.
 
-To add a statistic: one file with a class that derives from `Accumulator`, one line in `job.make_bundle`, one line in
+To add a statistic: one file with a class that derives from `Accumulator`, one line in `statistics.make_bundle`, one line in
 `tests/laws.py`, whose battery then tests it; CONTRIBUTING.md has the rest. It works on a GPU too; `update_on_device` makes it
 fast there.
 

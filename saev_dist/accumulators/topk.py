@@ -110,6 +110,8 @@ class TopK(Accumulator):
 
     def _raise_bar(self) -> None:
         """Note the least score that may still take a slot, and the place of the slot that it would take."""
+        if self.values_sk.is_meta:  # only the state's shape is wanted
+            return
         values_sk, places_sk = self.values_sk.numpy(), self.places_sk.numpy()
         least_s = values_sk.min(axis=1)
         self._bar_s = np.maximum(least_s, TINY)

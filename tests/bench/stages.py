@@ -21,9 +21,10 @@ import torch
 from saev_dist.accumulators.base import Codes
 from saev_dist.config import Extract
 from saev_dist.extract import _rows
-from saev_dist.job import make_bundle, open_job
+from saev_dist.job import open_job
 from saev_dist.sae.encoder import Encoder
 from saev_dist.sae.model import Sae, TopK
+from saev_dist.statistics import make_bundle
 from saev_dist.world import World
 from tests.bench.extract import CASES, PRODUCT, Case, make_inputs, read_all
 from tests.bench.record import emit
@@ -65,7 +66,7 @@ def measure(case: Case, rounds: int, **settings: object) -> None:
     def product() -> None:
         torch.addmm(job.sae.b_enc_s, batches[-1], job.sae.w_enc_ds, out=h_bs)
 
-    bundle, encode_s, update_s = make_bundle(job), [], []
+    bundle, encode_s, update_s = make_bundle(job.cfg, job.sae, job.shards.n_patches), [], []
     with Encoder(job.sae, job.device, cfg.precision, 1) as encoder:
         product_s = [cpu_s(product)]
         for _ in range(rounds):

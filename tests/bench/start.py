@@ -19,9 +19,10 @@ import torch
 
 from saev_dist import extract, partials
 from saev_dist.config import Extract
-from saev_dist.job import make_bundle, open_job
+from saev_dist.job import open_job
 from saev_dist.plan import Intervals, Plan, complement, union
 from saev_dist.spill import Segment
+from saev_dist.statistics import make_bundle
 from saev_dist.store import Run
 from saev_dist.world import World
 from tests.bench.extract import Case, make_inputs
@@ -103,7 +104,7 @@ def write_partials(cfg: Extract) -> Intervals:
     job, store = open_job(cfg, World(timeout_s=10)), Run(cfg.out)
     fields = store.under_way()
     assert fields is not None
-    state = make_bundle(job).state_dict()
+    state = make_bundle(job.cfg, job.sae, job.shards.n_patches).state_dict()
     tensors = {name: (str(tensor.numpy().dtype), tuple(tensor.shape)) for name, tensor in state.items()}
     done = []
     for rank, ((first, stop),) in enumerate(job.plan.deal(complement((), job.plan.n_batches), MANY)):

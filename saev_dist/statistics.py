@@ -1,0 +1,48 @@
+"""Which statistics a run keeps. To add one see CONTRIBUTING.md."""
+
+import torch
+
+from saev_dist.accumulators.base import Accumulator
+from saev_dist.accumulators.bundle import Bundle
+from saev_dist.accumulators.histogram import Histogram
+from saev_dist.accumulators.moments import Moments
+from saev_dist.accumulators.reconstruction import Reconstruction
+from saev_dist.accumulators.topk import TopK
+from saev_dist.config import Extract
+from saev_dist.sae.model import Sae
+
+
+def make_bundle(cfg: Extract, sae: Sae, n_patches: int) -> Bundle:
+    """The empty state of all of a run's accumulators."""
+    bundle = Bundle(
+        {
+            "topk": TopK(sae.d_sae, cfg.top_k, n_patches, cfg.rank_by),
+            "moments": Moments(sae.d_sae),
+            "histogram": Histogram(sae.d_sae, cfg.percentile),
+        }
+    )
+    if cfg.metrics:
+        bundle.parts["reconstruction"] = Reconstruction(*sae.decoder(), sae.undo_norm())
+    return bundle
+
+
+def shape_of_state(cfg: Extract, sae: Sae, n_patches: int) -> Bundle:
+    """The same on torch's meta device: names, shapes and types, and no memory, which may be too little for it."""
+    with torch.device("meta"):
+        return make_bundle(cfg, sae, n_patches)
+
+
+def state_names(cfg: Extract, sae: Sae, n_patches: int) -> list[str]:
+    """Of the state's tensors: what a partial of this version holds."""
+    return sorted(shape_of_state(cfg, sae, n_patches).state_dict())
+
+
+def state_bytes(cfg: Extract, sae: Sae, n_patches: int) -> int:
+    """That the state takes, in memory and in a partial."""
+    return sum(tensor.nbytes for tensor in shape_of_state(cfg, sae, n_patches).state_dict().values())
+
+
+def brings_codes_to_the_cpu(cfg: Extract, sae: Sae, n_patches: int) -> bool:
+    """Whether some statistic looks at a GPU's codes on the CPU."""
+    parts = shape_of_state(cfg, sae, n_patches).parts.values()
+    return any(type(part).update_on_device is Accumulator.update_on_device for part in parts)
