@@ -5,9 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+import pytest
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
-from tests.pages import FLAGS, N_TOKENS, SHOWN, Gallery, chromium
+from saev_dist.render.gallery import TopImage
+from tests.pages import FLAGS, N_COLS, N_TOKENS, PATCH, SHOWN, Gallery, chromium
 
 WAIT_MS = 60_000  # only a test that fails waits so long; on a loaded machine a browser may need seconds
 expect.set_options(timeout=WAIT_MS)
@@ -52,6 +54,19 @@ def cards(page: Page) -> list[int]:
 def wait_for_cards(page: Page, expected: list[int]) -> None:
     page.wait_for_function("n => document.querySelectorAll('#grid > li').length === n", arg=len(expected))
     assert cards(page) == expected
+
+
+def check_close_up(frame: Locator, feature: int, image: TopImage) -> None:
+    """It shows the winning patch in the middle of as much again of the picture."""
+    picture = frame.locator("img")
+    assert picture.get_attribute("src") == f"features/{feature}/{image.picture}"
+    box, whole = frame.bounding_box(), picture.bounding_box()
+    row, column = divmod(image.patch_i, N_COLS)
+    for start, size, patch_i, n_px in (("x", "width", column, image.width), ("y", "height", row, image.height)):
+        patch = PATCH * whole[size] / n_px
+        at = whole[start] + patch_i * patch - box[start]  # where the patch starts in the frame
+        assert box[size] == pytest.approx(2 * patch, abs=0.1)
+        assert at == pytest.approx(patch / 2, abs=0.1)
 
 
 def in_order(gallery: Gallery, features: list[int], key: str, descending: bool) -> list[int]:

@@ -1,5 +1,6 @@
 """The gallery's list of features, as cards and as a table, and its page in a real Chromium, opened from the disk."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from saev_dist.render.gallery import card, data_js, index_html
-from tests.browsing import ACCENTED, Open, cards, dots, expected_within, in_order, wait_for_cards
-from tests.pages import N_COLS, N_TOKENS, PATCH, SHOWN, Gallery
+from tests.browsing import ACCENTED, Open, cards, check_close_up, dots, expected_within, in_order, wait_for_cards
+from tests.pages import N_TOKENS, SHOWN, Gallery
 
 
 @pytest.mark.parametrize("key", ["id", "freq", "mean", "max"])
@@ -28,30 +29,22 @@ def test_cards_are_sorted_as_asked(visit: Open, small: Gallery, key: str):
 def test_a_close_up_shows_the_winning_patch_with_its_surroundings(visit: Open, small: Gallery):
     page = visit(small, "#ids=10")
     wait_for_cards(page, [10])
-    frames = page.locator("#grid .close-ups span")
+    frames = page.locator("#grid .close-up")
     expect(frames).to_have_count(4)
     for i, image in enumerate(small.views[10].images[:4]):
-        picture = frames.nth(i).locator("img")
-        assert picture.get_attribute("src") == f"features/10/{image.picture}"
-        frame, whole = frames.nth(i).bounding_box(), picture.bounding_box()
-        row, column = divmod(image.patch_i, N_COLS)
-        for start, size, patch_i, n_px in (("x", "width", column, image.width), ("y", "height", row, image.height)):
-            patch = PATCH * whole[size] / n_px
-            at = whole[start] + patch_i * patch - frame[start]  # where the patch starts in the frame
-            assert frame[size] == pytest.approx(2 * patch, abs=0.1)
-            assert at == pytest.approx(patch / 2, abs=0.1)
+        check_close_up(frames.nth(i), 10, image)
 
 
 def test_pointing_at_an_image_outlines_its_close_up_and_the_other_way_round(visit: Open, small: Gallery):
     page = visit(small, "#ids=10,11")
     wait_for_cards(page, [11, 10] if small.table.max_s[11] > small.table.max_s[10] else [10, 11])
     card = page.locator("#grid > li[data-feature='10']")
-    close_ups, tiles = card.locator(".close-ups span"), card.locator(".tiles img")
+    close_ups, tiles = card.locator(".close-up"), card.locator(".tiles img")
     for pointed, i in ((tiles, 2), (close_ups, 1), (tiles, 0)):
         box = pointed.nth(i).bounding_box()
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-        expect(close_ups.nth(i)).to_have_class("twin")
-        expect(tiles.nth(i)).to_have_class("twin")
+        expect(close_ups.nth(i)).to_have_class(re.compile("twin"))
+        expect(tiles.nth(i)).to_have_class(re.compile("twin"))
         assert page.locator(".twin").count() == 2
     card.get_by_role("link").hover(position={"x": 3, "y": 3})
     expect(page.locator(".twin")).to_have_count(0)

@@ -13,8 +13,8 @@ import torch
 from playwright.sync_api import expect
 
 from saev_dist import replay
-from saev_dist.render.gallery import coarse, feature_js
-from tests.browsing import Open, cards, wait_for_cards
+from saev_dist.render.gallery import card, coarse, data_js
+from tests.browsing import Open, cards, check_close_up, wait_for_cards
 from tests.pages import HOSTILE, HOSTILE_LABEL, N_COLS, N_PATCHES, N_TOKENS, PATCH, SHOWN, Gallery, write_gallery
 from tests.replays import make_pictures, make_replay, make_run
 
@@ -80,46 +80,19 @@ def test_a_feature_shows_its_numbers_histogram_and_pictures(visit: Open, small: 
     assert np.corrcoef(areas, counts)[0, 1] > 0.999
 
 
-@pytest.mark.parametrize(
-    ("n", "shown"), [(150_000, "0 50K 100K 150K"), (1_300_000, "0 500K 1M"), (1.5e15, "0 500T 1e+15 1.5e+15")]
-)
-def test_numbers_beside_the_histogram_are_those_of_its_lines(visit: Open, small: Gallery, tmp_path: Path, n, shown):
+def test_beside_each_image_is_a_close_up_of_its_patch_where_there_are_pictures(visit: Open, small: Gallery, tmp_path: Path):
+    page = visit(small, "#feature=10")
+    frames = page.locator("#images .close-up")
+    expect(frames).to_have_count(len(small.views[10].images))
+    for i, image in enumerate(small.views[10].images):
+        frames.nth(i).scroll_into_view_if_needed()
+        check_close_up(frames.nth(i), 10, image)
     shutil.copytree(small.dpath, tmp_path / "visuals")
-    counts_h = np.zeros_like(small.views[10].counts_h)
-    at = int(np.searchsorted(small.views[10].edges_h, 1.0))
-    counts_h[at] = n * (np.log2(small.views[10].edges_h[at + 1]) - np.log2(small.views[10].edges_h[at])) * 1.001
-    view = replace(small.views[10], counts_h=counts_h)
-    (tmp_path / "visuals/features/10/data.js").write_text(feature_js(view), encoding="utf-8")
+    plain = [card(s, view.images, close_ups=False) for s, view in small.views.items()]
+    (tmp_path / "visuals/data.js").write_text(data_js(small.facts, small.table, plain), encoding="utf-8")
     page = visit(replace(small, dpath=tmp_path / "visuals"), "#feature=10")
-    expect(page.locator("#histogram")).to_be_visible()
-    texts = page.locator("#histogram text[text-anchor=end]").all_text_contents()
-    assert " ".join(texts) == shown
-
-
-@pytest.mark.parametrize(
-    ("lacking", "labels", "said"),
-    [
-        ({}, ["class 0"], "class 0"),
-        ({"label": "", "path": ""}, [], ""),  # no pictures
-        ({"label": ""}, [], ""),  # a flat folder
-        ({"label": ""}, ["class 1"], "no label"),  # the others have one
-    ],
-)
-def test_labels_are_spoken_of_where_there_are_some(
-    visit: Open, small: Gallery, tmp_path: Path, lacking: dict[str, str], labels: list[str], said: str
-):
-    view = small.views[small.shown[0]]
-    first, *others = [replace(image, **lacking) for image in view.images]
-    images = [first, *(replace(image, label=labels[0]) if labels else image for image in others)]
-    shutil.copytree(small.dpath, tmp_path / "visuals")
-    (tmp_path / "visuals" / "features" / str(view.feature) / "data.js").write_text(feature_js(replace(view, images=images)))
-    page = visit(replace(small, dpath=tmp_path / "visuals"), f"#feature={view.feature}")
-    shown = page.locator("#images > li").first
-    expect(shown.locator(".label")).to_have_text(said)
-    text = shown.text_content()
-    assert f"image {first.img_i}" in text and (" · " in text) == bool(first.path)
-    spoken = shown.locator(".stage").get_attribute("aria-label")
-    assert (f", {said}, number 1" if said else f"image {first.img_i}, number 1") in spoken, spoken
+    expect(page.locator("#images .picture").first).to_be_visible()
+    assert page.locator(".close-up").count() == 0
 
 
 def check_value(text: str, values_p: np.ndarray, patch_i: int) -> None:

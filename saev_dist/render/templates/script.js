@@ -346,6 +346,19 @@ const scatter = (() => {
 const link = (s) => address({ ...state, feature: s });
 const pictureUrl = (s, name) => `features/${s}/${encodeURIComponent(name)}`;
 
+function picture(s, name, alt) {
+  const image = document.createElement("img");
+  return Object.assign(image, { loading: "lazy", decoding: "async", src: pictureUrl(s, name), alt, draggable: false });
+}
+
+function closeUp(s, [name, left, top, width, height]) {
+  const frame = document.createElement("span"), image = picture(s, name, ""), pct = (share) => `${100 * share}%`;
+  frame.className = "close-up";
+  Object.assign(image.style, { left: pct(-left / width), top: pct(-top / height), width: pct(1 / width), height: pct(1 / height) });
+  frame.append(image);
+  return frame;
+}
+
 const grid = (() => {
   const CHUNK = 400; // a screenful is 20; the rest follow when the reader comes near
   let made = 0;
@@ -367,18 +380,6 @@ const grid = (() => {
     return item;
   }
 
-  function picture(s, name, alt) {
-    const image = document.createElement("img");
-    return Object.assign(image, { loading: "lazy", decoding: "async", src: pictureUrl(s, name), alt, draggable: false });
-  }
-
-  function closeUp(s, [name, left, top, width, height]) {
-    const frame = document.createElement("span"), image = picture(s, name, ""), pct = (share) => `${100 * share}%`;
-    Object.assign(image.style, { left: pct(-left / width), top: pct(-top / height), width: pct(1 / width), height: pct(1 / height) });
-    frame.append(image);
-    return frame;
-  }
-
   function more() {
     const upTo = Math.min(made + CHUNK, chosen.length), items = [];
     for (; made < upTo; made++) items.push(card(chosen[made]));
@@ -389,7 +390,7 @@ const grid = (() => {
   let twins = [];
   function outline(event) {
     const under = event.type === "pointermove" && event.pointerType !== "touch" ? document.elementsFromPoint(event.clientX, event.clientY) : [];
-    const part = under.find((element) => element.matches(".close-ups > span, .close-ups:not(:empty) + .tiles > img"));
+    const part = under.find((element) => element.matches(".close-ups > .close-up, .close-ups:not(:empty) + .tiles > img"));
     const i = part && [...part.parentElement.children].indexOf(part);
     for (const twin of twins) twin.classList.remove("twin");
     twins = part ? [...part.closest(".card").querySelectorAll(".close-ups, .tiles")].map((row) => row.children[i]) : [];
@@ -549,18 +550,14 @@ function drawHistogram({ edges, counts }) {
     svg.append(element);
     return element;
   };
-  const LEFT = 48, RIGHT = 552, TOP = 8, BOTTOM = 122;
+  const LEFT = 8, RIGHT = 552, TOP = 8, BOTTOM = 122;
   // The first bin of all starts at 0 and the last ends nowhere: on a logarithmic scale they get an octave.
   const log2 = edges.map((edge, i) => Math.log2(edge === null ? 2 * edges[i - 1] : edge || edges[i + 1] / 2)), low = log2[0], high = log2.at(-1);
-  // Bars are equally wide in scores, not in their logarithms: their areas say how many patches they hold.
+  // Bars are equally wide in scores, not in their logarithms: their areas say how many patches they hold, so heights have
+  // no unit that a reader would take for patches.
   const heights = counts.map((n, i) => n / (log2[i + 1] - log2[i])), most = Math.max(...heights), highest = heights.indexOf(most);
   const toX = (v) => LEFT + ((v - low) / (high - low)) * (RIGHT - LEFT), toY = (n) => BOTTOM - (n / most) * (BOTTOM - TOP);
-  const rough = most / 2.5, unit = 10 ** Math.floor(Math.log10(rough)); // two to five round numbers up the side
-  const every = Math.max(1, [10, 5, 2, 1].map((m) => m * unit).find((m) => m <= rough) ?? unit);
-  for (let n = 0; n <= most; n += every) {
-    add("line", { x1: LEFT, x2: RIGHT, y1: toY(n), y2: toY(n), class: "grid-line" });
-    add("text", { x: LEFT - 7, y: toY(n) + 4, "text-anchor": "end" }, tick(n));
-  }
+  add("line", { x1: LEFT, x2: RIGHT, y1: BOTTOM, y2: BOTTOM, class: "grid-line" });
   const name = (edge, i) => (edge === null ? "more" : edge === 0 && i === 0 ? "0" : score(edge));
   counts.forEach((n, i) => {
     const from = toX(log2[i]), y = n ? Math.min(toY(heights[i]), BOTTOM - 1) : BOTTOM; // a single patch is seen too
@@ -600,6 +597,10 @@ function figureOf(feature, image, rank, labelled) {
   };
   const describe = (p) => `patch ${count(p)}: ${score(valueAt(p))}`;
   put(part(".won"), image.patch_i);
+  if (cards.get(feature).closeUps.length) { // there are pictures; the heatmap all but hides the patch
+    const column = image.patch_i % image.n_cols, row = Math.floor(image.patch_i / image.n_cols), [w, h] = [image.patch / image.width, image.patch / image.height];
+    part(".under").prepend(closeUp(feature, [image.picture, (column - 0.5) * w, (row - 0.5) * h, 2 * w, 2 * h]));
+  }
   part(".score").textContent = score(image.score);
   value.textContent = describe(image.patch_i);
   const label = image.label || (labelled ? "no label" : "");
