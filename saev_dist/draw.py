@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from saev_dist.data.images import load_picture
+from saev_dist.data.images import load_picture, version_of
 from saev_dist.files import writing
 from saev_dist.render.geometry import Geometry, Placement
 from saev_dist.render.heatmap import highlight, plain
@@ -62,6 +62,8 @@ class Drawn:
     place: Placement
     n_bytes: list[tuple[int, int]]
     """Of each feature's picture and heatmap."""
+    version: tuple[int, int] = (0, 0)
+    """Of the picture's file, as `Pictures.version` has it."""
 
 
 _drawing: Drawing | None = None
@@ -92,10 +94,13 @@ def draw(task: Task) -> Drawn:
         RunError: the files cannot be written.
     """
     assert _drawing is not None
+    version = (0, 0)
     if _drawing.root is None:
         place = _drawing.geometry.place(1, 1)
         picture_hwc = plain(place)
     else:
+        if not _drawing.in_data_set:
+            version = version_of(_drawing.root / task.name)
         picture = load_picture(_drawing.root, task.name, in_data_set=_drawing.in_data_set)
         place = _drawing.geometry.place(*picture.size)
         picture = picture.resize(place.resize, Image.Resampling.LANCZOS)
@@ -111,7 +116,7 @@ def draw(task: Task) -> Drawn:
             _write(dpath / picture_name, original)
             _write(dpath / heatmap_name, heatmap)
             n_bytes.append((len(original), len(heatmap)))
-    return Drawn(place=place, n_bytes=n_bytes)
+    return Drawn(place=place, n_bytes=n_bytes, version=version)
 
 
 def file_names(place: int, img_i: int, format: Format) -> tuple[str, str]:

@@ -39,7 +39,7 @@ def run(cfg: Inspect) -> None:
         _refuse_flags(cfg, "a run", without={"path"})
         print(table(dict(describe_run(cfg.path))))
         return
-    if os.path.exists(cfg.path / "slurm") and len(os.listdir(cfg.path)) == 1:
+    if os.path.exists(cfg.path / "slurm/jobs.jsonl") and len(os.listdir(cfg.path)) == 1:
         raise ConfigError(
             f"{cfg.path} holds no run yet, only what the launcher wrote. What became of its job says: "
             f"python -m slurm.launch status --run {shlex.quote(str(cfg.path))}"

@@ -1,7 +1,8 @@
 """What a replay knows of the pictures that it has drawn: fixed-size records, in a file for each rank.
 
 A record is appended once the picture's files are in place. It holds the scores of all patches, for the page, and is what tells
-after a kill that the picture need not be drawn again: where its CRC is right and the files have the recorded sizes.
+after a kill that the picture need not be drawn again: where its CRC is right, the files have the recorded sizes, and the
+picture that they were made of is the same file as before.
 
 Names: `m` features of one image, `p` patches, `n` records or slots.
 """
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from saev_dist import draw
 from saev_dist.choose import Slots
+from saev_dist.data.images import Pictures
 from saev_dist.errors import warn
 from saev_dist.files import reading, write_all, writing
 
@@ -31,18 +33,21 @@ class Records:
         dpath: the gallery's directory: `records.<rank>.bin`, and `features/<i>/` with the pictures.
         n_patches: tokens per image.
         image_format: of the pictures.
+        pictures: what they are made of; None: a plain ground.
     """
 
     dpath: Path
     n_patches: int
     image_format: draw.Format
+    pictures: Pictures | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """What is known of one drawn picture."""
         numbers = [(name, "<i8") for name in ("img_i", "feature", "place", "patch_i", "n_cols", "n_rows", "width", "height")]
         values = ("values", "<f4", (self.n_patches,))
-        return np.dtype([*numbers, ("n_bytes", "<i8", (2,)), ("patch", "<f8"), ("score", "<f8"), values, ("crc", "<u4")])
+        pairs = [(name, "<i8", (2,)) for name in ("n_bytes", "version")]
+        return np.dtype([*numbers, *pairs, ("patch", "<f8"), ("score", "<f8"), values, ("crc", "<u4")])
 
     def open_for(self, rank: int) -> BinaryIO:
         """A rank's file, to append to."""
@@ -64,7 +69,8 @@ class Records:
             rows[name] = best_m[name]
         rows["n_cols"], rows["n_rows"] = place.n_cols, place.n_rows
         rows["width"], rows["height"] = place.size
-        rows["n_bytes"], rows["patch"], rows["values"] = drawn.n_bytes, place.patch, values_mp
+        rows["n_bytes"], rows["version"] = drawn.n_bytes, drawn.version
+        rows["patch"], rows["values"] = place.patch, values_mp
         rows["crc"] = [_crc(row) for row in rows]
         with writing(self.dpath):
             write_all(file, memoryview(rows.tobytes()))
@@ -92,14 +98,15 @@ class Records:
         return rows, n_bytes
 
     def keep_sound(self, fpath: Path) -> None:
-        """Drop what an earlier attempt, or a crash of the machine, left torn: records, and those of torn pictures."""
+        """Drop what an earlier attempt, or a crash of the machine, left torn: records, and those of torn or former pictures."""
         with reading(fpath):
             rows, n_bytes = self._mapped(fpath)
             n_records = len(rows)
             whole_n = np.fromiter((self._is_whole(row) for row in rows), bool, n_records)
         if whole_n.all() and n_bytes == rows.nbytes:
             return
-        warn(f"{fpath}: {max(1, n_records - int(whole_n.sum())):,} pictures are not whole and will be drawn again.")
+        n_lost = max(1, n_records - int(whole_n.sum()))
+        warn(f"{fpath}: {n_lost:,} pictures are not whole, or made of other files, and will be drawn again.")
         with writing(fpath):
             sound_fpath = fpath.with_suffix(".tmp")
             with open(sound_fpath, "wb") as file:
@@ -112,9 +119,11 @@ class Records:
         names = draw.file_names(int(row["place"]), int(row["img_i"]), self.image_format)
         fpaths = [self.dpath / "features" / str(row["feature"]) / name for name in names]
         try:
-            return bool(row["crc"] == _crc(row)) and [fpath.stat().st_size for fpath in fpaths] == row["n_bytes"].tolist()
+            if row["crc"] != _crc(row) or [fpath.stat().st_size for fpath in fpaths] != row["n_bytes"].tolist():
+                return False
         except FileNotFoundError:
             return False
+        return self.pictures is None or self.pictures.version(int(row["img_i"])) == tuple(row["version"].tolist())
 
     def missing(self, slots_n: Slots) -> Slots:
         """The slots whose picture is not drawn yet."""

@@ -38,7 +38,7 @@ class Job:
 
     @property
     def records(self) -> Records:
-        return Records(self.visuals.partial_dpath, self.finished.shards.n_patches, self.cfg.image_format)
+        return Records(self.visuals.partial_dpath, self.finished.shards.n_patches, self.cfg.image_format, self.pictures)
 
 
 def open_job(cfg: Replay) -> Job:

@@ -7,8 +7,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -67,6 +67,8 @@ def run(argv: list[str]) -> bool:
         case "replay":
             return launch(launcher, [], configs(Replay, rest))
         case "pipeline":
+            if {"-h", "--help"} & set(rest):
+                print(f"{PROG} pipeline FLAGS [-- FLAGS]: extract with the first ones, then replay with those behind the --.")
             at = rest.index("--") if "--" in rest else len(rest)
             extracts = configs(Extract, rest[:at])
             (pattern,) = configs(Replay, [*rest[at + 1 :], "--run", str(extracts[0].out)])
@@ -158,10 +160,8 @@ def launch(launcher: Launcher, extracts: Sequence[Extract], replays: Sequence[Re
 
 def _submitted(launcher: Launcher, cfgs: Sequence[Extract | Replay], dependency: str = "") -> list[Job]:
     logs = _logs_dpath(launcher, cfgs)
-    for dpath in (logs, *(run_dpath(cfg) / "slurm" for cfg in cfgs)):  # before there is a job that nobody could note
-        with writing(dpath):
-            dpath.mkdir(parents=True, exist_ok=True)
-    jobs = submit(launcher, cfgs, logs, dependency)
+    with _undone_if_refused(logs, *(run_dpath(cfg) / "slurm" for cfg in cfgs)):
+        jobs = submit(launcher, cfgs, logs, dependency)
     for job in jobs:
         print(f"{job.kind} {job.job_id}  {job.run}  logs in {job.folder}", flush=True)
         try:
@@ -169,6 +169,26 @@ def _submitted(launcher: Launcher, cfgs: Sequence[Extract | Replay], dependency:
         except RunError as err:  # the job is there; `status` and `cancel` will not find it
             warn(f"{job.kind} {job.job_id} could not be noted: {err}")
     return jobs
+
+
+@contextmanager
+def _undone_if_refused(logs: Path, *others: Path) -> Iterator[None]:
+    """Make directories, before there is a job that nobody could note; where none comes to be, what was made goes."""
+    made: list[Path] = []
+    before = set(os.listdir(logs)) if logs.is_dir() else set()
+    for dpath in (logs, *others):
+        made += [path for path in (*reversed(dpath.parents), dpath) if not path.exists() and path not in made]
+        with writing(dpath):
+            dpath.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except ConfigError:
+        with suppress(OSError):
+            for name in set(os.listdir(logs)) - before:
+                (logs / name).unlink()
+            for dpath in sorted(made, reverse=True):
+                dpath.rmdir()
+        raise
 
 
 def _run_one_by_one(launcher: Launcher, first: Sequence[Extract | Replay], later: Sequence[Replay]) -> bool:
@@ -265,6 +285,8 @@ def show_plan(launcher: Launcher, todo: Sequence[Extract], at_once: Sequence[Rep
 
         for replay in at_once:
             print(f"{replay.run}\n{describe_plan(open_job(replay))}", end="\n\n")
+    for images in {replay.images for replay in later if replay.images and not replay.images.is_dir()}:
+        warn(f"--images {images} is no folder here, so without --dry-run nothing would be launched.")
     after = "aftercorr:EXTRACT" if len(later) > 1 else "afterok:EXTRACT"
     groups: list[tuple[Sequence[Extract | Replay], str]] = [(at_once, ""), (todo, ""), (later, after)]
     for cfgs, dependency in groups:

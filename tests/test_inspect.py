@@ -179,4 +179,5 @@ def test_anything_else_is_refused(inputs, capsys):
         )
         assert said in fails(capsys, "convert", link, inputs / "x")
     (inputs / "launched" / "slurm").mkdir(parents=True)
+    (inputs / "launched" / "slurm" / "jobs.jsonl").touch()
     assert "launched holds no run yet, only what the launcher wrote. What became of" in refused(capsys, inputs / "launched")

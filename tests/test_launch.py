@@ -25,6 +25,7 @@ from slurm.submit import RANK, _brief, run_here
 from slurm.sweep import configs, is_finished
 from tests.ranks import ENV, launch, run_ranks
 from tests.replays import make_run
+from tests.synthetic import make_sae
 
 ROOT = Path(__file__).parent.parent
 INPUTS = ["--shards", "s", "--sae", "a.pt", "--out", "o"]
@@ -90,6 +91,22 @@ def test_a_preset_of_the_jobs_is_sent_to_the_job(tmp_path, capsys):
     assert (
         "which launcher does not know; it is one of extract: write --config among the flags of that." in capsys.readouterr().err
     )
+
+
+def test_a_refused_job_leaves_nothing(tmp_path, inputs, monkeypatch):
+    for name, text in (("srun", "exit 0"), ("sbatch", "echo sbatch: error: invalid partition specified: gpu >&2; exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match="Slurm refuses the extract job: invalid partition specified: gpu"):
+        run(["extract", *inputs, "--out", str(tmp_path / "runs/a")])
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "runs/slurm").mkdir(parents=True)
+    (tmp_path / "runs/slurm/1_0_log.out").touch()
+    with pytest.raises(ConfigError):
+        run(["extract", *inputs[:2], "--sae", inputs[3], str(make_sae(tmp_path / "b.pt")), "--out", str(tmp_path / "runs")])
+    assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["slurm", "1_0_log.out"]
 
 
 BY_HAND = "from saev_dist.signals import Signals\nwith Signals(1) as caught: print(caught.received)"

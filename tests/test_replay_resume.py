@@ -5,13 +5,15 @@ import re
 import shutil
 import signal
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from saev_dist import extract, replay, visuals
+from saev_dist import extract, pages, replay, visuals
 from saev_dist.config import Extract, Replay
 from saev_dist.errors import Preempted, RunError
 from saev_dist.records import Records
@@ -64,7 +66,10 @@ def test_records_are_counted_in_the_open_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "stat", lambda path, **how: stale if str(path) == str(fpath) else stat(path, **how))
     assert [len(rows) for rows in records.load()] == [3]
     records.keep_sound(fpath)
-    assert "3 pictures are not whole and will be drawn again" in capsys.readouterr().err and not fpath.read_bytes()
+    assert (
+        "3 pictures are not whole, or made of other files, and will be drawn again" in capsys.readouterr().err
+        and not fpath.read_bytes()
+    )
 
 
 class Killed(BaseException):
@@ -206,6 +211,20 @@ def test_a_kill_while_a_former_attempt_is_removed_leaves_nothing_that_counts(tmp
     assert n_deaths == 5
 
 
+def test_what_was_drawn_of_pictures_that_were_replaced_is_drawn_again(tmp_path, capsys):
+    run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
+    cfg = make_replay(run, images=images, all=False, features=(3, 5), n_features=0)
+    draw_all_and_die(cfg)
+    for fpath in images.rglob("*.png"):
+        with Image.open(fpath) as picture:
+            picture.convert("L").save(fpath)
+    replay.run(cfg)
+    assert re.search(r"warning: .*: \d+ pictures are not whole, or made of other files", capsys.readouterr().err)
+    found = tree(run / "visuals")
+    replay.run(replace(cfg, force=True))
+    assert tree(run / "visuals") == found
+
+
 @pytest.mark.parametrize("lost", ["removed", "empty", "record"])
 def test_what_a_crash_of_the_machine_took_is_drawn_again(tmp_path, capsys, lost):
     run, images = make_run(tmp_path), make_pictures(tmp_path / "images")
@@ -227,9 +246,7 @@ def test_what_a_crash_of_the_machine_took_is_drawn_again(tmp_path, capsys, lost)
             records.write_bytes(content)
     replay.run(cfg)
     assert tree(run / "visuals") == whole
-    assert re.search(
-        r"warning: .*records\.00000\.bin: [12] pictures are not whole and will be drawn again", capsys.readouterr().err
-    )
+    assert re.search(r"warning: .*records\.00000\.bin: [12] pictures are not whole, or made of", capsys.readouterr().err)
 
 
 def test_a_run_that_was_computed_again_meanwhile_is_not_drawn(tmp_path, monkeypatch):
@@ -379,14 +396,14 @@ def test_a_gallery_is_on_the_disk_before_it_takes_the_place_of_another(tmp_path,
 
 
 def test_a_signal_is_obeyed_between_features(tmp_path, monkeypatch):
-    run, writes, feature_js = make_run(tmp_path), [], replay.gallery.feature_js
+    run, writes, feature_js = make_run(tmp_path), [], pages.gallery.feature_js
 
     def write_and_signal(view):
         writes.append(view.feature)
         os.kill(os.getpid(), signal.SIGUSR1)
         return feature_js(view)
 
-    monkeypatch.setattr(replay.gallery, "feature_js", write_and_signal)
+    monkeypatch.setattr(pages.gallery, "feature_js", write_and_signal)
     with pytest.raises(Preempted, match="SIGUSR1: stopped, and what is done is kept in"):
         replay.run(make_replay(run, all=False, n_features=3))
     assert len(writes) == 1

@@ -62,6 +62,10 @@ class Pictures:
         by_number = sorted(range(len(keys)), key=keys.__getitem__)
         return next(((at, self.names[other]) for at, other in enumerate(by_number) if at != other), None)
 
+    def version(self, img_i: int) -> tuple[int, int]:
+        """What tells a picture's file from an earlier one of that name: see `version_of`; (0, 0) in a data set."""
+        return (0, 0) if self.names is None else version_of(self.root / self.names[img_i])
+
     def fingerprint(self) -> str:
         """What tells these pictures from others: SHA-256 of all names in their order; of a data set its own fingerprint."""
         if self.names is None:
@@ -76,6 +80,15 @@ class Pictures:
         rows, features = _data_set(self.root)
         values = (value for batch in rows.iter(batch_size=10_000) for value in batch["label"].to_pylist())
         yield from ((self.name(img_i), _readable(features, value)) for img_i, value in enumerate(values))
+
+
+def version_of(fpath: Path) -> tuple[int, int]:
+    """A file's size and time of change, ns; (-1, -1) where it cannot be had."""
+    try:
+        found = os.stat(fpath)
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 def open_pictures(root: Path, n_examples: int) -> Pictures:
