@@ -109,7 +109,7 @@ def test_what_another_process_finishes_while_a_restarted_job_waits_is_not_done_a
         f'; [time.sleep(0.05) for _ in range(6000) if not p.Path("{tmp_path}/go {{0}}").exists()]; return f(*a)\nj.{{1}} = late'
     )
     gallery = ("replay", "--run", out, "--n-features", "2", "--no-pictures")
-    for command, where, is_done in (((*args, out), ("extract", "_merge"), 0), (gallery, ("replay", "_write_page"), 1)):
+    for command, where, is_done in (((*args, out), ("extract", "_merge"), 0), (gallery, ("replay", "write_page"), 1)):
         first = server.start(*command, before=held.format(*where))
         wait_for((tmp_path / where[0]).exists)
         second = server.start(*command, n_ranks=n_ranks, before=restarted)
