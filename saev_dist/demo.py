@@ -88,6 +88,8 @@ def _run(cfg: Demo, source_dpath: Path) -> None:
     sheet_fpath = cfg.out / "contact-sheet.png"
     settings = f"seed {cfg.seed}, {cfg.n_steps} steps\n"
     marker_fpath = cfg.out / "demo.txt"  # says that the directory is a demo's, and of which settings
+    if cfg.out.is_file():
+        raise RunError(f"{cfg.out} is a file; --out takes a directory to make.")
     if cfg.out.exists() and any(cfg.out.iterdir()):
         if not marker_fpath.exists():
             raise RunError(f"{cfg.out} holds files that are not a demo's; choose another --out.")

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -95,6 +95,15 @@ def writing(fpath: Path) -> Iterator[None]:
                 f"{fpath}: {err.strerror}; free some space there or use another directory, then run again."
             ) from None
         raise RunError(f"{fpath}: cannot write: {err.strerror or err}; make it writable, or use another directory.") from None
+
+
+def did_you_mean(dpath: Path, fname: str) -> str:
+    """What to add to the error for a directory without a file of that name, where one to three within it have one."""
+    with suppress(OSError):
+        found = sorted(str(fpath.parent) for fpath in dpath.glob(f"*/{fname}"))
+        if 0 < len(found) <= 3:
+            return f" Did you mean {' or '.join(found)}?"
+    return ""
 
 
 def write_all(file: BinaryIO, data: memoryview) -> None:

@@ -16,6 +16,7 @@ from saev_dist.choose import FeatureTable
 from saev_dist.data.shards import Shards
 from saev_dist.errors import RunError
 from saev_dist.fields import Fields
+from saev_dist.files import did_you_mean
 from saev_dist.sae.hub import is_hub_name
 from saev_dist.sae.load import Overrides, load_sae
 from saev_dist.sae.model import Precision, Sae
@@ -53,7 +54,10 @@ class FinishedRun:
         if manifest is None:
             if os.path.isdir(store.partials_dpath):
                 raise RunError(f"{dpath} is an unfinished run: it has no manifest.json yet. Finish `saev-dist extract` first.")
-            raise RunError(f"{dpath} is not a run: it holds no manifest.json. --run takes the --out of `saev-dist extract`.")
+            hint = did_you_mean(dpath, "manifest.json")
+            raise RunError(
+                f"{dpath} is not a run: it holds no manifest.json. --run takes the --out of `saev-dist extract`.{hint}"
+            )
         identity, made_from, made_with = (manifest.sub(name) for name in ("identity", "shards", "sae"))
         shards_dpath = shards or Path(made_from.get("path", str))
         sae_path = sae or Path(made_with.get("path", str))

@@ -352,6 +352,18 @@ def test_what_lies_one_step_away_is_named(tmp_path, capsys):
             main([*case.args, *flags])
         err = capsys.readouterr().err
         assert (words in err) if words else "Did you mean" not in err, err  # there are two
+    with pytest.raises(SystemExit, match=r"^1$"):
+        main([*case.args, "--shards", str(case.dpath)])
+    assert f"{case.dpath / 'metadata.json'}: No such file" in (err := capsys.readouterr().err)
+    assert err.endswith(f"Did you mean {case.shards}?\n")
+    main([*case.args, "--out", str(tmp_path / "runs/a")])
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match=r"^1$"):
+        main(["verify", "--run", str(tmp_path / "runs")])
+    assert capsys.readouterr().err.endswith(f"Did you mean {tmp_path / 'runs/a'}?\n")
+    with pytest.raises(SystemExit, match=r"^1$"):
+        main(["demo", "--out", str(case.sae)])
+    assert f"{case.sae} is a file; --out takes a directory to make." in capsys.readouterr().err
     case.sae.unlink()
     (case.sae.parent / "hparams.json").write_text('{"lr": 1}\n')  # begins as saev's own do
     with pytest.raises(SystemExit, match=r"^1$"):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from saev_dist.errors import ConfigError, DataError
 from saev_dist.fields import Fields, parse_json
-from saev_dist.files import retrying
+from saev_dist.files import did_you_mean, retrying
 
 if TYPE_CHECKING:  # only the writer needs NumPy; the launcher, which reads a description, should not wait for it
     from numpy.typing import ArrayLike
@@ -205,7 +205,8 @@ def _read(fpath: Path, n_bytes: int = -1, hint: str = DIRECTORY_HINT) -> bytes:
     try:
         return retrying(read)
     except OSError as err:
-        raise DataError(f"{fpath}: {err.strerror}; {hint}.") from None
+        nearby = did_you_mean(fpath.parent, fpath.name) if hint == DIRECTORY_HINT else ""
+        raise DataError(f"{fpath}: {err.strerror}; {hint}.{nearby}") from None
 
 
 def _read_shard_list(fpath: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
