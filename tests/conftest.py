@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 on_ci = "CI" in os.environ
-settings.register_profile("saev-dist", max_examples=20 if on_ci else 60, deadline=None, derandomize=on_ci, database=None)
+settings.register_profile("saev-dist", max_examples=15 if on_ci else 60, deadline=None, derandomize=on_ci, database=None)
 settings.load_profile("saev-dist")
 
 

@@ -25,7 +25,9 @@ N_STEPS = 60
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished demo; tests read it only."""
     dpath = tmp_path_factory.mktemp("demo") / "out"
-    demo.run(Demo(out=dpath, n_steps=N_STEPS, progress=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "N_IN_GALLERY", 6)  # beside the sheet's
+        demo.run(Demo(out=dpath, n_steps=N_STEPS, progress=False))
     return dpath
 
 
