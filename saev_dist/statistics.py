@@ -26,23 +26,23 @@ def make_bundle(cfg: Extract, sae: Sae, n_patches: int) -> Bundle:
     return bundle
 
 
-def shape_of_state(cfg: Extract, sae: Sae, n_patches: int) -> Bundle:
-    """The same on torch's meta device: names, shapes and types, and no memory, which may be too little for it."""
+def _without_memory(cfg: Extract, sae: Sae, n_patches: int) -> Bundle:
+    """The same on torch's meta device: tensors of the same names, shapes and types, for which there need be no room."""
     with torch.device("meta"):
         return make_bundle(cfg, sae, n_patches)
 
 
 def state_names(cfg: Extract, sae: Sae, n_patches: int) -> list[str]:
     """Of the state's tensors: what a partial of this version holds."""
-    return sorted(shape_of_state(cfg, sae, n_patches).state_dict())
+    return sorted(_without_memory(cfg, sae, n_patches).state_dict())
 
 
 def state_bytes(cfg: Extract, sae: Sae, n_patches: int) -> int:
     """That the state takes, in memory and in a partial."""
-    return sum(tensor.nbytes for tensor in shape_of_state(cfg, sae, n_patches).state_dict().values())
+    return sum(tensor.nbytes for tensor in _without_memory(cfg, sae, n_patches).state_dict().values())
 
 
 def brings_codes_to_the_cpu(cfg: Extract, sae: Sae, n_patches: int) -> bool:
     """Whether some statistic looks at a GPU's codes on the CPU."""
-    parts = shape_of_state(cfg, sae, n_patches).parts.values()
+    parts = _without_memory(cfg, sae, n_patches).parts.values()
     return any(type(part).update_on_device is Accumulator.update_on_device for part in parts)

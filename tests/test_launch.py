@@ -355,7 +355,9 @@ def test_a_dry_run_plans_for_the_gpu_that_the_job_will_find(tmp_path, inputs, ca
 def test_extracts_own_dry_run_submits_nothing_either(tmp_path, inputs, capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["extract", *inputs, "--out", str(tmp_path / "run"), "--dry-run"])
-    assert "nothing was submitted" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    text = capsys.readouterr().out
+    assert "nothing was submitted" in text and not (tmp_path / "run").exists()
+    assert "\nexport SLURM_EXPORT_ENV=ALL\n" in text and " -I -S " in text and "slurm/hold.py " in text
 
 
 def test_a_dry_run_of_a_replay_says_what_it_would_draw(tmp_path, capsys):
