@@ -258,7 +258,8 @@ def _hold(
     check.n_slots += len(slots_n)
     shares_n = distance_n[open_n[~is_off_n]] / allowed_n[~is_off_n]
     check.largest = max(check.largest, float(shares_n.max(initial=0)))
-    return open_n[is_off_n]
+    off_n: NDArray[np.int64] = open_n[is_off_n]
+    return off_n
 
 
 def _magnitudes(
