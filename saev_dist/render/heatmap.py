@@ -38,11 +38,10 @@ def highlight(
     alpha_rc1 = (OPACITY * share_rc * 255).astype(np.uint16)[:, :, None]
     # A cell more at the right and below, of alpha 0: for pixels behind the last patch, which belong to none.
     weighted_rc3 = np.pad(colour_rc3 * alpha_rc1, ((0, 1), (0, 1), (0, 0)))
-    left_rc1 = np.pad(255 - alpha_rc1, ((0, 1), (0, 1), (0, 0)), constant_values=255)
-    cells = np.ix_(_cells(height, place.patch, place.n_rows), _cells(width, place.patch, place.n_cols))
-    mixed_hwc: NDArray[np.uint16] = (
-        picture_hwc * left_rc1[cells] + weighted_rc3[cells] + np.uint16(127)
-    )  # at most 255 * 255 + 127: 16 bits
+    left_rc3 = np.pad(np.repeat(255 - alpha_rc1, 3, axis=2), ((0, 1), (0, 1), (0, 0)), constant_values=255)
+    row_h, col_w = _cells(height, place.patch, place.n_rows), _cells(width, place.patch, place.n_cols)
+    mixed_hwc: NDArray[np.uint16] = picture_hwc * left_rc3[:, col_w][row_h]  # at most 255 * 255 + 127: 16 bits
+    mixed_hwc += (weighted_rc3[:, col_w] + np.uint16(127))[row_h]
     return (mixed_hwc // 255).astype(np.uint8)
 
 
