@@ -64,6 +64,11 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def count(n: int, noun: str) -> str:
+    """Some of a thing whose plural ends in s: "1 rank", "1,024 ranks"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def warn(text: str) -> None:
     """A line that does not stop the run."""
     tell(f"saev-dist: warning: {rank_prefix()}{printable(text)}")

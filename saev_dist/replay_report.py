@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from saev_dist.choose import Slots
-from saev_dist.errors import warn
+from saev_dist.errors import count, warn
 from saev_dist.estimate import free_disk, gb
 from saev_dist.reencode import describe_encoded
 from saev_dist.replay_job import Job
@@ -47,9 +47,8 @@ def announce(job: Job) -> None:
         )
     with suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or no one can tell
         n_features = len(json.loads((job.visuals.dpath / "replay.json").read_bytes())["features"])
-        print(
-            f"{job.visuals.dpath} has a gallery of {n_features:,} features; this one of {len(job.features):,} will replace it."
-        )
+        there = f"{job.visuals.dpath} has a gallery of {count(n_features, 'feature')}"
+        print(f"{there}; this one of {len(job.features):,} will replace it.")
 
 
 def describe_plan(job: Job) -> str:
@@ -58,7 +57,7 @@ def describe_plan(job: Job) -> str:
     lines = {
         "features": f"{len(job.features):,} of {job.finished.sae.d_sae:,}",
         "images": f"{len(np.unique(job.slots['img_i'])):,} to encode again, of {job.finished.shards.n_examples:,}",
-        "to draw": f"{n_pictures:,} pictures, each with and without heatmap",
+        "to draw": f"{count(n_pictures, 'picture')}, each with and without heatmap",
         "pictures": _ground(job),
         "fit": job.geometry.describe(with_pictures=job.pictures is not None),
         "disk": f"about {gb(_disk(job))} in {2 * n_pictures + len(job.features):,} files; {gb(free_disk(job.cfg.run))} free",
@@ -70,8 +69,8 @@ def describe_plan(job: Job) -> str:
 def describe_task(job: Job, todo: Slots) -> str:
     """What is to be drawn, and what an earlier attempt has drawn."""
     n_all, n_left = _count_pictures(job, job.slots), _count_pictures(job, todo)
-    task = f"{len(job.features):,} features: {n_all:,} pictures, each with and without heatmap, of "
-    task += f"{len(np.unique(job.slots['img_i'])):,} images; about {gb(_disk(job))}"
+    task = f"{count(len(job.features), 'feature')}: {count(n_all, 'picture')}, each with and without heatmap, of "
+    task += f"{count(len(np.unique(job.slots['img_i'])), 'image')}; about {gb(_disk(job))}"
     if n_left < n_all:
         task += f"; {n_all - n_left:,} are drawn already: going on"
     return f"{task}."
@@ -81,9 +80,10 @@ def summary(job: Job, reports: list[dict[str, Any]]) -> str:
     """What a finished replay prints, of the reports of all ranks."""
     total = {key: sum(report[key] for report in reports) for key in ("n_images", "n_pictures", "n_slots", "n_on_edge")}
     seconds = max(report["seconds"] for report in reports)
-    n_fired = sum(math.isfinite(job.statistics.log10_freq_s[feature]) for feature in job.features)
+    silent = [feature for feature in job.features if not math.isfinite(job.statistics.log10_freq_s[feature])]
     lines = {
-        "features": f"{len(job.features):,} shown, {n_fired:,} of them fired, of {job.finished.sae.d_sae:,}",
+        "features": f"{len(job.features):,} of {job.finished.sae.d_sae:,}",
+        **({"never fired": ", ".join(map(str, silent)) + ": nothing to draw"} if silent else {}),
         "images": f"{describe_encoded(job.slots, total['n_images'])} in {seconds:,.1f} s",
         "verified": f"{total['n_slots']:,} scores equal the stored ones, {total['n_on_edge']} on the edge of their token",
         "drawn": f"{total['n_pictures']:,} heatmaps, {total['n_pictures'] / max(seconds, 1e-9):,.0f} per second",

@@ -8,7 +8,7 @@ from typing import Any
 from saev_dist import partials
 from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
-from saev_dist.errors import DamagedError, RunError, printable
+from saev_dist.errors import DamagedError, RunError, count, printable
 from saev_dist.estimate import Estimate, free_disk, gb
 from saev_dist.fields import Fields
 from saev_dist.plan import Plan, complement
@@ -44,12 +44,13 @@ def summary(out_dpath: Path, manifest: dict[str, Any]) -> str:
     n_dead, d_sae = metrics["n_dead"], metrics["d_sae"]
     n_tokens, n_before = (sum(rank[key] for rank in ranks) for key in ("n_tokens", "n_tokens_before"))
     rate = n_tokens / max(wall_s["stream"], 1e-9)
+    n_bytes = rate * manifest["shards"]["d_model"] * 4
     lines = {
         "tokens": f"{metrics['n_tokens']:,} of {metrics['n_tokens'] // manifest['shards']['n_patches']:,} images",
         "L0": f"{metrics['l0']:.1f} of {d_sae:,} features above zero per token",
         "dead features": f"{n_dead:,} ({n_dead / d_sae:.1%})",
         **({} if metrics.get("normalized_mse") is None else {"normalized MSE": f"{metrics['normalized_mse']:.4f}"}),
-        "throughput": f"{rate:,.0f} tokens/s, {gb(rate * manifest['shards']['d_model'] * 4)}/s read, {len(ranks)} rank(s)",
+        "throughput": f"{rate:,.0f} tokens/s, {gb(n_bytes)}/s read, {count(len(ranks), 'rank')}",
         "wall time": ", ".join(f"{stage} {value:,.1f} s" for stage, value in wall_s.items()),
         "artifacts": str(out_dpath),
     }
@@ -76,7 +77,7 @@ def describe_left_out(manifest: Fields) -> str:
     shards = sorted({part.get("shard", str) for part in parts})
     listed = ", ".join(shards[:10]) + (f" and {len(shards) - 10:,} more (see manifest.json)" if len(shards) > 10 else "")
     n_images = sum(part.get("n_images", int) for part in parts)
-    return f"{n_images:,} images of {len(shards):,} bad shards: {listed}" if parts else ""
+    return f"{count(n_images, 'image')} of {count(len(shards), 'bad shard')}: {listed}" if parts else ""
 
 
 def describe_kept(store: Run) -> str:
@@ -91,7 +92,7 @@ def describe_kept(store: Run) -> str:
     n_batches = under_way.positive("n_batches")
     if not kept:
         return f"nothing yet of {n_batches:,} batches"
-    return f"{n_kept:,} of {n_batches:,} batches ({n_kept / n_batches:.1%}), in {len(kept):,} partials"
+    return f"{n_kept:,} of {n_batches:,} batches ({n_kept / n_batches:.1%}), in {count(len(kept), 'partial')}"
 
 
 def describe_plan(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, need: Estimate, n_ranks: int) -> str:
@@ -100,11 +101,11 @@ def describe_plan(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, need: Esti
     batch_tokens = plan.largest_batch * shards.n_patches
     lines = {
         "tokens": f"{shards.n_tokens:,}: {shards.n_examples:,} images × {shards.n_patches:,} patches, layer {shards.layer}",
-        "to read": f"{gb(shards.n_examples * shards.content_bytes)} from {len(shards.names):,} shards",
+        "to read": f"{gb(shards.n_examples * shards.content_bytes)} from {count(len(shards.names), 'shard')}",
         "SAE": f"{sae.source}; {sae.d_model:,} -> {sae.d_sae:,}",
         "batches": f"{plan.n_batches:,} of up to {plan.largest_batch:,} images ({batch_tokens:,} tokens)",
-        "per rank": f"{_span(min(shares), max(shares))} batches on {n_ranks} rank(s)",
-        "host memory": f"{gb(need.host_total)} per rank, {need.n_threads} thread(s): "
+        "per rank": f"{_span(min(shares), max(shares))} batches on {count(n_ranks, 'rank')}",
+        "host memory": f"{gb(need.host_total)} per rank, {count(need.n_threads, 'thread')}: "
         + ", ".join(f"{k} {gb(v)}" for k, v in need.host.items()),
         "device": ", ".join(f"{k} {gb(v)}" for k, v in need.device.items()) or "none: the encoder runs on the CPU",
         "snapshots": f"{gb(need.partial)} per rank, every {cfg.snapshot_every:g} s; twice that while one replaces another",

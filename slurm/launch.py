@@ -20,7 +20,7 @@ from saev_dist.cli import with_toml
 from saev_dist.config import Extract, Replay
 from saev_dist.data.images import open_pictures
 from saev_dist.data.shards import Shards
-from saev_dist.errors import ConfigError, Preempted, RunError, SaevDistError, tell, warn
+from saev_dist.errors import ConfigError, Preempted, RunError, SaevDistError, count, tell, warn
 from saev_dist.files import writing
 from saev_dist.output import printing
 from saev_dist.sae.hub import is_hub_name
@@ -293,8 +293,8 @@ def show_plan(launcher: Launcher, todo: Sequence[Extract], at_once: Sequence[Rep
         if not cfgs:
             continue
         kind = type(cfgs[0]).__name__.lower()
-        ranks = f"{launcher.nodes} node(s) × {launcher.ranks_per_node} rank(s)"
-        print(f"{kind}: {len(cfgs)} job(s) of {ranks if launcher.cluster != 'debug' else 'one rank, in this process'}")
+        ranks = f"{count(launcher.nodes, 'node')} × {count(launcher.ranks_per_node, 'rank')}"
+        print(f"{kind}: {count(len(cfgs), 'job')} of {ranks if launcher.cluster != 'debug' else 'one rank, in this process'}")
         for cfg in cfgs:
             print(f"  {run_dpath(cfg)}")
         if launcher.cluster == "slurm":
@@ -325,7 +325,7 @@ def plan_text(cfg: Extract, launcher: Launcher) -> str:
     _, need = within(cfg, job.shards, job.sae, job.plan, device, n_threads, room)
     if need.host_total > room:
         warn(
-            f"--mem-gb {launcher.mem_gb:g} is less than the {launcher.ranks_per_node} rank(s) of a node need: about "
+            f"--mem-gb {launcher.mem_gb:g} is less than the {count(launcher.ranks_per_node, 'rank')} of a node need: about "
             f"{gb(need.host_total * launcher.ranks_per_node)}, so the job would be refused when it starts."
         )
     return describe_plan(cfg, job.shards, job.sae, job.plan, need, launcher.n_ranks)
@@ -389,7 +389,8 @@ def _latest(runs: Sequence[Path]) -> list[Job]:
     for run_path in runs:
         below = sorted(fpath.parent.parent for fpath in run_path.absolute().glob("*/slurm/jobs.jsonl"))  # of a sweep
         if not (found := latest(run_path.absolute()) or [job for dpath in below for job in latest(dpath)]):
-            raise ConfigError(f"{run_path}: no job was launched for it ({run_path}/slurm/jobs.jsonl lists none).")
+            hint = f" `saev-dist inspect {run_path}` tells what is there." if run_path.is_dir() else ""
+            raise ConfigError(f"{run_path}: no job was launched for it ({run_path}/slurm/jobs.jsonl lists none).{hint}")
         jobs += found
     return jobs
 

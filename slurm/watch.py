@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from saev_dist.errors import count
 from slurm.jobs import Job, tail, warnings
 from slurm.progress import describe
 from slurm.queue import State, ask
@@ -142,7 +143,7 @@ def describe_state(job: Job, state: State) -> str:
 
 
 def _requeues(state: State) -> str:
-    return f", requeued {state.n_requeues} time{'s' if state.n_requeues > 1 else ''}" if state.n_requeues else ""
+    return f", requeued {count(state.n_requeues, 'time')}" if state.n_requeues else ""
 
 
 def _ranks(ranks: list[int]) -> str:

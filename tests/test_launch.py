@@ -17,7 +17,7 @@ import pytest
 
 from saev_dist.config import Extract, Replay
 from saev_dist.data.shards import Shards
-from saev_dist.errors import ConfigError, RunError
+from saev_dist.errors import ConfigError, RunError, count
 from slurm.config import Launcher
 from slurm.hold import HELD
 from slurm.launch import main, run, split
@@ -308,7 +308,7 @@ def test_a_dry_run_prints_plan_and_sbatch_file_and_needs_no_slurm(tmp_path, inpu
     with pytest.raises(SystemExit, match=r"^0$"):
         main([*flags, "--dry-run", "pipeline", *inputs, "--sae", *map(str, saes), "--out", str(tmp_path / "it's")])
     out = capsys.readouterr().out
-    assert out.count("batches on 12 rank(s)") == 3 and out.count("#!/bin/bash") == 2
+    assert out.count("batches on 12 ranks") == 3 and out.count("#!/bin/bash") == 2
     for line in ("array=0-2%2", "nodes=3", "gpus-per-node=4", "ntasks-per-node=4", "mem=1536M", "time=30", "qos=low", "exclude='n[1-2]'",
                  "constraint='h200&ib'", "no-requeue", "signal=USR1@60", "exclusive", "comment='it'\"'\"'s mine'"):  # fmt: skip
         assert out.count(f"#SBATCH --{line}\n") == 2, line
@@ -323,17 +323,19 @@ def test_a_dry_run_states_the_jobs_threads_and_memory_not_this_machines(tmp_path
     job = ["extract", *inputs, "--batch-tokens", "5", "--out", str(tmp_path / "run")]
     for flags, n_threads, warning in (
         ([], 7, ""),
-        (["--mem-gb", "1e-4"], 1, "--mem-gb 0.0001 is less than the 2 rank(s) of a node"),
+        (["--mem-gb", "1e-4"], 1, "--mem-gb 0.0001 is less than the 2 ranks of a node"),
     ):
         with pytest.raises(SystemExit, match=r"^0$"):
             main([*cpus, *flags, *job])
         done = capsys.readouterr()
-        assert f"per rank, {n_threads} thread(s): " in done.out and warning in done.err and bool(done.err) == bool(warning)
+        assert (
+            f"per rank, {count(n_threads, 'thread')}: " in done.out and warning in done.err and bool(done.err) == bool(warning)
+        )
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     with pytest.raises(SystemExit, match=r"^0$"):
         main([*cpus, *job])
     done = capsys.readouterr()
-    assert "per rank, 3 thread(s): " in done.out and "OMP_NUM_THREADS=3, of this shell or of --setup, will hold" in done.err
+    assert "per rank, 3 threads: " in done.out and "OMP_NUM_THREADS=3, of this shell or of --setup, will hold" in done.err
     for setup, n_threads in (("export OMP_NUM_THREADS=2", 2), ("unset OMP_NUM_THREADS", 7), ("echo $OMP_NUM_THREADS", 3)):
         assert Launcher(cpus_per_gpu=7, setup=(setup,)).n_threads == n_threads
 

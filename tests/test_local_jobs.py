@@ -256,6 +256,6 @@ def test_debug_runs_here(tmp_path, inputs):
     done = launch(
         "--cluster", "debug", "--gpus-per-node", 2, "pipeline", *inputs, "--out", tmp_path / "run", "--", "--no-pictures"
     )
-    assert done.returncode == 0 and "1 rank(s)" in done.stdout
+    assert done.returncode == 0 and "1 rank\n" in done.stdout
     assert "warning: --cluster debug takes no notice of --gpus-per-node.\n" in done.stderr
     assert (tmp_path / "run" / "visuals" / "index.html").exists()

@@ -165,10 +165,11 @@ def test_there_are_no_more_drawing_processes_than_cores_for_them(tmp_path, monke
     assert pools == [1]
 
 
-def test_a_feature_that_never_fired_has_no_pictures(tmp_path):
+def test_a_feature_that_never_fired_has_no_pictures(tmp_path, capsys):
     run = make_run(tmp_path)
     dead = int((torch.load(run / "sparsity.pt", weights_only=True) == 0).nonzero()[0])
     replay.run(make_replay(run, all=False, features=(dead,), n_features=0))
+    assert f"never fired  {dead}: nothing to draw\n" in capsys.readouterr().out
     assert [path.name for path in (run / f"visuals/features/{dead}").iterdir()] == ["data.js"]
     lines = (run / "visuals/features.csv").read_text().splitlines()
     rows = {int(row["feature"]): row for row in csv.DictReader(lines)}
