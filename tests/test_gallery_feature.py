@@ -64,7 +64,16 @@ def test_a_feature_shows_its_numbers_histogram_and_pictures(visit: Open, small: 
         assert item.locator(".path").text_content() == f"image {image.img_i:,} · {image.path}"
     loaded = "images => images.every((image) => image.complete && image.naturalWidth > 0)"
     page.wait_for_function(f"() => ({loaded})([...document.querySelectorAll('#images img')])")
-    counts = [int(text.split(": ")[1].split()[0].replace(",", "")) for text in page.locator("#histogram title").evaluate_all("all => all.map((title) => title.textContent)")]  # fmt: skip
+    counts, box = [], page.locator("#histogram svg").bounding_box()
+    for bar in page.locator("#histogram rect").all():  # pointed at from above it
+        x, width = (float(bar.get_attribute(name)) for name in ("x", "width"))
+        page.mouse.move(box["x"] + (x + width / 2) * box["width"] / 560, box["y"] + 5)
+        expect(bar).to_have_class("bar-rect told")
+        counts.append(int(page.locator("#bar").inner_text().split(": ")[1].split()[0].replace(",", "")))
+    expect(page.locator("#bar-hint")).to_be_hidden()
+    page.mouse.move(0, 0)
+    expect(page.locator("#bar-hint")).to_be_visible()
+    expect(page.locator("#bar")).to_be_hidden()
     np.testing.assert_array_equal(counts, coarse(view.edges_h, view.counts_h)[1])
     for name, expected in (
         ("x", np.log(coarse(view.edges_h, view.counts_h)[0][:-1])),

@@ -562,10 +562,20 @@ function drawHistogram({ edges, counts }) {
   counts.forEach((n, i) => {
     const from = toX(log2[i]), y = n ? Math.min(toY(heights[i]), BOTTOM - 1) : BOTTOM; // a single patch is seen too
     const bar = add("rect", { x: from, y, width: Math.max(0.5, toX(log2[i + 1]) - from - 1), height: BOTTOM - y, class: "bar-rect" });
-    const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
-    title.textContent = `${name(edges[i], i)} to ${name(edges[i + 1], i + 1)}: ${count(n)} patches`;
-    bar.append(title);
+    bar.dataset.tells = `${name(edges[i], i)} to ${name(edges[i + 1], i + 1)}: ${count(n)} ${n === 1 ? "patch" : "patches"}`;
   });
+  const bars = [...svg.querySelectorAll(".bar-rect")];
+  const tell = (event) => { // also from above a low bar, and from one too thin for a finger
+    const box = svg.getBoundingClientRect(), x = ((event.clientX - box.left) / box.width) * (LEFT + RIGHT);
+    const at = event.type === "pointerleave" ? -1 : counts.findIndex((_, i) => toX(log2[i]) <= x && x < toX(log2[i + 1]));
+    bars.forEach((bar, i) => bar.classList.toggle("told", i === at));
+    $("bar").textContent = bars[at]?.dataset.tells ?? "";
+    $("bar").hidden = at < 0;
+    $("bar-hint").hidden = at >= 0;
+  };
+  svg.onpointermove = svg.onpointerdown = tell;
+  svg.onpointerleave = (event) => { if (event.pointerType !== "touch") tell(event); };
+  tell({ type: "pointerleave" });
   const perTen = Math.log2(10);
   for (const { at, value } of ticks({ low: low / perTen, high: high / perTen })) {
     add("line", { x1: toX(at * perTen), x2: toX(at * perTen), y1: BOTTOM, y2: BOTTOM + 4, class: "tick" });
