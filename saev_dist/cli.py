@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +14,7 @@ import tyro
 
 from saev_dist import __version__
 from saev_dist.config import Convert, Demo, Extract, Inspect, Merge, Replay, Verify, toml_flags
-from saev_dist.errors import ConfigError, PeerError, Preempted, RunError, SaevDistError, rank_prefix, tell
+from saev_dist.errors import ConfigError, PeerError, Preempted, SaevDistError, of_file, rank_prefix, tell
 from saev_dist.output import printing, spare_output
 from saev_dist.signals import be_deaf
 
@@ -73,10 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     except PeerError:
         sys.exit(1)  # the rank that failed first has said why
     except (SaevDistError, OSError) as err:
-        if isinstance(err, OSError):  # of a file of which no one who knows more of it spoke
-            where = f"{err.filename}: " if err.filename else ""
-            err = RunError(f"{where}{err.strerror or err}.")
-        tell(f"saev-dist: error: {rank_prefix()}{err}")
+        tell(f"saev-dist: error: {rank_prefix()}{of_file(err) if isinstance(err, OSError) else err}")
         sys.exit(1)
     except KeyboardInterrupt:
         tell("saev-dist: interrupted")
@@ -101,7 +99,8 @@ def with_toml(flags: list[str], command: type, *, lists: tuple[str, ...] = ()) -
     Args:
         lists: fields that may have several values in the file although their flag takes one: a launcher's sweep.
     """
-    if (fpath := _config_path(flags)) is not None:
+    names = {field.name for field in fields(command)}
+    if "config" in names and (fpath := _config_path(flags)) is not None:
         return toml_flags(fpath, command, lists=lists) + flags
     return flags
 

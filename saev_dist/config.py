@@ -52,7 +52,7 @@ class SaeRules:
     sae_format: Literal["auto", "saev", "plain", "sae_lens", "sparsify", "dictionary_learning"] = "auto"
     """Format of the SAE. auto: told by its content."""
     pre_bias: TriState = None
-    """Subtract b_dec from the activations before encoding, or do not. Default: as the checkpoint says (saev: no; its files trained before 2025-07-31, and some Matryoshka ones after, need --pre-bias)."""
+    """Whether b_dec is subtracted from the activations before encoding. Default: as the checkpoint says (saev: no; its files trained before 2025-07-31, and some Matryoshka ones after, need --pre-bias)."""
     activation: OptionalText = None
     """relu, or topk:K (such as topk:32), in place of what the checkpoint says."""
     threshold: OptionalFloat = None
@@ -64,7 +64,7 @@ class SaeRules:
     input_mean: OptionalPath = None
     """File with a vector (.npy, .pt, .safetensors) that is subtracted from the activations first: the mean of the SAE's training data."""
     input_scale: OptionalFloat = None
-    """Number that activations, less their mean, are multiplied by. Where training divided by a number, 1 over it."""
+    """Factor of the activations, applied after the mean is subtracted. Where training divided by s, give 1/s."""
 
     def __post_init__(self) -> None:
         for name in ("threshold", "input_scale"):
@@ -99,7 +99,7 @@ class Extraction:
     percentile_estimator: Literal["histogram", "saev"] = "histogram"
     """histogram: within 3.1 % of the true one for scores in 2^-16 to 2^16, any number of ranks. saev: its running sign-step estimate, for comparison; one process only."""
     n_distributions: int = 25
-    """The first so many features have their values on all tokens kept in distributions.pt."""
+    """Keep the values of the first N features on all tokens in distributions.pt."""
     max_distribution_samples: int = 1_048_576
     """Most tokens in distributions.pt; of more tokens an even stride is taken."""
     img_acts: bool = True
@@ -110,7 +110,7 @@ class Extraction:
     """Also measure the reconstruction error (normalized MSE) over all tokens. Reads one decoder row per code: on the CPU 8 µs (AMD Zen 5) or 25 µs (Zen 3) of one core per token at d_model 1,024 and 32 codes."""
 
     batch_tokens: int = 16_384
-    """Tokens per batch, rounded down to whole images, at least one image. Part of what the bytes depend on."""
+    """Tokens per batch, rounded down to whole images, at least one image. The last bits of the artifacts may depend on it: another number makes another run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the encoder runs. auto: a GPU if there is one."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -124,7 +124,7 @@ class Extraction:
     snapshot_every: float = 300.0
     """Seconds from one snapshot of a rank's work to the next; 0: one after every batch. A kill costs at most the work since the last one."""
     skip_bad_shards: bool = False
-    """Leave shards out that are missing, too short or cannot be read, instead of stopping; the manifest and every summary list them."""
+    """Leave shards out that are missing, too short or cannot be read, instead of stopping; the manifest and the summaries say which."""
 
     dry_run: bool = False
     """Print the plan and what it needs (host, device, disk), then stop."""
@@ -140,8 +140,8 @@ class Extract(SaeRules, Extraction):
     """Stream stored activations through an SAE once; keep each feature's strongest scores and its statistics.
 
     Run it alone, or on all GPUs of a node with `torchrun --nproc-per-node 8 -m saev_dist extract …`: the artifacts are
-    the same bytes. Killed or stopped by a signal (exit code 75), the same command continues, with any number of ranks.
-    A finished run in --out is left as it is.
+    the same bytes. If it is killed, or stopped by a signal (exit code 75), the same command continues, with any number of
+    ranks. A finished run in --out is left as it is.
     """
 
     def __post_init__(self) -> None:
@@ -156,7 +156,7 @@ class Extract(SaeRules, Extraction):
         if self.percentile_estimator == "saev" and self.skip_bad_shards:
             raise ConfigError(
                 "--percentile-estimator saev walks through all tokens in order; it does not go with --skip-bad-shards. Use the "
-                "histogram, or mend the shards."
+                "histogram, or repair the shards."
             )
         if not 0 <= self.percentile <= 100:
             raise ConfigError(f"percentile must lie in 0 to 100, got {self.percentile:g}.")
@@ -164,10 +164,10 @@ class Extract(SaeRules, Extraction):
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """Draw what features mean: encode the images that won slots again, check their scores, and write a gallery.
+    """Draw what features mean: encode once more the images that won slots, check their scores, and write a gallery.
 
     Opens in a browser from the disk: <run>/visuals/index.html. Run it alone or under torchrun; the files are the same.
-    Killed and started again it goes on with the pictures that are missing.
+    If it is killed, the same command goes on with the pictures that are missing.
     """
 
     run: RunPath
@@ -211,7 +211,7 @@ class Replay:
     crop: tuple[int, int] = (224, 224)
     """Width and height of the crop, px."""
     keep_aspect: bool = False
-    """Before the crop the shorter side becomes what --resize says (one number twice), and the aspect stays."""
+    """Resize the shorter side to --resize (give one number twice) and keep the aspect, then crop."""
     img_scale: float = 1.0
     """Pixels shown per pixel that the model saw: 2 shows sharper pictures."""
     image_format: Literal["webp", "png"] = "webp"
@@ -255,7 +255,7 @@ class Replay:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Encode the patches that won slots again, and compare every stored score of a sample of features. Exit code 1 on a mismatch."""
+    """Encode once more the patches that won slots, and compare every stored score of a sample of features. Exit code 1 on a mismatch."""
 
     run: RunPath
     """Run directory of a finished `extract`. Under torchrun write --run-dir: torchrun takes --run for an option of its own."""
@@ -330,7 +330,7 @@ class Conversion:
 
 @dataclass(frozen=True, kw_only=True)
 class Convert(SaeRules, Conversion):
-    """Write an SAE of any known format, read under these rules, as one safetensors file that says all its rules."""
+    """Write an SAE of any known format as one safetensors file that states its rules; flags override how it is read."""
 
 
 @dataclass(frozen=True, kw_only=True)

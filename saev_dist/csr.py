@@ -29,7 +29,8 @@ def write_csr(file: BinaryIO, shape: tuple[int, int], counts: Rows, indices: Row
     """Write a CSR matrix as `scipy.sparse.save_npz` does, uncompressed, but with its values first, some megabytes at a time.
 
     Args:
-        file: where to; a file of the system's, at its beginning. What it holds beyond `ROOM` are the first numbers of `data`.
+        file: where to; a file of the system's, at its beginning. What it holds already, from `ROOM` on, are the first numbers
+            of `data`.
         shape: of the matrix.
         counts: int64 entries per row. indices: int32 columns. data: float32.
 

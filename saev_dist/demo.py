@@ -195,7 +195,10 @@ def cut(source_dpath: Path, images_dpath: Path) -> list[Path]:
     """Cut each photograph into crops that do not overlap: a class folder each, as in an image folder of a user."""
     made_fpaths = []
     for name, scale in PHOTOGRAPHS.items():
-        photograph = Image.open(source_dpath / name).convert("RGB")
+        try:
+            photograph = Image.open(source_dpath / name).convert("RGB")
+        except OSError as err:  # Pillow's own are, too
+            raise ConfigError(f"{source_dpath / name}: {err.strerror or err}. Install scikit-image again.") from None
         size = round(photograph.width * scale), round(photograph.height * scale)
         photograph = photograph.resize(size, Image.Resampling.LANCZOS)
         class_dpath = images_dpath / Path(name).stem

@@ -36,7 +36,7 @@ class RunError(SaevDistError):
 
 
 class DamagedError(RunError):
-    """A file of a run under way is not what was written."""
+    """A file of a run is not what was written."""
 
 
 class OutputError(SaevDistError):
@@ -57,6 +57,12 @@ class MergeError(SaevDistError):
 
 class PeerError(SaevDistError):
     """Another rank failed first; it has printed its own error, so this rank only stops."""
+
+
+def of_file(err: OSError) -> RunError:
+    """One line for the error of a file of which no one who knows more of it spoke."""
+    where = f"{err.filename}: " if err.filename else ""
+    return RunError(f"{where}{err.strerror or err}.")
 
 
 def printable(text: str) -> str:

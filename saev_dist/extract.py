@@ -64,7 +64,7 @@ def run(cfg: Extract) -> None:
             world,
             job.identity,
             would="compute something else",
-            mend="Name an SAE and shards that all nodes share, and compute on one kind of device (--device cpu, or GPUs).",
+            advice="Name an SAE and shards that all nodes share, and compute on one kind of device (--device cpu, or GPUs).",
         )
         if cfg.precision == "tf32" and job.device.type != "cuda":
             raise ConfigError(f"--precision tf32 needs a CUDA device; this run is on {job.device.type}. Use fp32 or bf16.")
@@ -118,7 +118,7 @@ def _warn_of(cfg: Extract, job: Job, store: Run) -> None:
     """Tell of what is allowed, and seldom meant."""
     if strangers := store.strangers():
         more = f" and {len(strangers) - 1:,} more" if len(strangers) > 1 else ""
-        warn(f"{cfg.out} holds {strangers[0]}{more}, of no run: the artifacts go beside them.")
+        warn(f"{cfg.out} holds {strangers[0]}{more}, which no run made; the artifacts will lie beside that.")
     if 0 < cfg.percentile < 1:
         meant = f"{100 * cfg.percentile:g}"
         warn(f"--percentile {cfg.percentile:g} is below the 1st percentile; for the {meant}th write {meant}.")
@@ -141,7 +141,7 @@ def work(job: Job, store: Run, world: World, *, encode: bool = True) -> None:
     Args:
         encode: False when all batches should be done already.
     """
-    with allocating(job.device, mend="lower --batch-tokens, --read-ahead or --top-k"):
+    with allocating(job.device, advice="lower --batch-tokens, --read-ahead or --top-k"):
         _extract(job, store, world, encode=encode)
 
 
@@ -359,11 +359,11 @@ Pieces = list[Codes] | list[DeviceCodes]
 def _encoded(
     reader: Reader, encoder: Encoder, shards: Shards, n_ahead: int, clock: "Clock"
 ) -> Generator[tuple[Batch, Pieces], None, None]:
-    """Each batch with the codes of its pieces. While the caller works on them each thread has a piece of a later one, on
-    average: where batches are small, fewer.
+    """Each batch with the codes of its pieces. About one piece of a later batch for each thread is under way meanwhile; fewer
+    where batches are small.
 
-    A batch that cannot be read is told of when those before it have been handed over. One that is encoded waits for at most
-    one read.
+    The error of a batch that cannot be read is raised after those before it have been yielded. An encoded batch waits for at
+    most one read.
 
     Args:
         n_ahead: most batches that are under way beside the one that the caller works on.

@@ -48,7 +48,7 @@ def run(cfg: Inspect) -> None:
     if not os.path.lexists(cfg.path) and not is_hub_name(cfg.path):
         raise ConfigError(f"{cfg.path} is not there; inspect takes a directory of shards, an SAE, or a run.")
     if cfg.layer is not None and cfg.shards is None:
-        raise ConfigError(f"--layer {cfg.layer} is of shards, and {cfg.path} is an SAE: name some with --shards.")
+        raise ConfigError(f"--layer {cfg.layer} is one of shards, and {cfg.path} is an SAE; name shards with --shards.")
     if os.path.isdir(cfg.path) and cfg.sae_format == "auto":
         try:
             recognise(cfg.path)
@@ -69,7 +69,7 @@ def run(cfg: Inspect) -> None:
 
 def _refuse_flags(cfg: Inspect, what: str, *, without: set[str]) -> None:
     if given := flags_of(cfg, without=without):
-        raise ConfigError(f"{cfg.path} is {what}, of which {shlex.join(given)} says nothing. Leave it out.")
+        raise ConfigError(f"{shlex.join(given)} does not apply: {cfg.path} is {what}. Leave it out.")
 
 
 def describe_shards(dpath: Path, only: int | None) -> list[tuple[str, str]]:

@@ -36,7 +36,7 @@ CODES_AT_ONCE = 1024
 EXACT = {"enable_fp_fusion": False}
 """Results are those of plain torch, to the bit: no product is fused with a sum."""
 _launching = Lock()
-"""Of one thread at a time: Triton gives a kernel that another one is still loading out for loaded."""
+"""One thread launches at a time: Triton hands out as loaded a kernel that another thread is still loading."""
 
 
 def select_strongest(h_bs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:

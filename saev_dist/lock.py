@@ -119,8 +119,8 @@ class Lock:
         with suppress(OSError):
             self.dpath.rmdir()
 
-    def _in_use(self, holder: str, mend: str = "Wait for it, or stop it.") -> RunError:
-        return RunError(f"{self.run_dpath} is in use by {holder}. {mend}")
+    def _in_use(self, holder: str, advice: str = "Wait for it, or stop it.") -> RunError:
+        return RunError(f"{self.run_dpath} is in use by {holder}. {advice}")
 
 
 def _who_holds(file: BinaryIO) -> str:

@@ -86,13 +86,13 @@ def memory_wanted(err: BaseException, device: torch.device) -> str:
 
 @contextmanager
 def allocating(
-    device: torch.device | None = None, *, mend: str = "free some there, or use a machine that has more"
+    device: torch.device | None = None, *, advice: str = "free some there, or use a machine that has more"
 ) -> Iterator[None]:
     """Turn an error under way that says that memory has run out into one line.
 
     Args:
         device: where the work is; None: wherever torch is at work.
-        mend: what to do about it, for the message.
+        advice: what to do about it, for the message.
 
     Raises:
         ConfigError: that line.
@@ -104,7 +104,7 @@ def allocating(
         if not (where := memory_wanted(err, device)):
             raise
         why = (str(err).splitlines() or [type(err).__name__])[0]
-        raise ConfigError(f"out of memory on {where} ({why}); {mend}.") from None
+        raise ConfigError(f"out of memory on {where} ({why}); {advice}.") from None
 
 
 def _cpu_quotas() -> list[float]:

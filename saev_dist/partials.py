@@ -10,10 +10,10 @@ Partials over disjoint batches merge, so one mechanism serves resume, other worl
         <kind>.<owner>.bin             its spill files (see spill)
         *.damaged                      set aside
 
-An *owner* is one process: a rank of one attempt. It writes its partials only and appends to its spill files only (one of
-which rank 0 may make an artifact of, see `csr`; its rows stay as they are), so an attempt never changes what another one
-wrote. A new attempt's ranks *absorb* partials: load them, and name their owners in the next partial of their own, which
-then stands for both.
+An *owner* is one process: a rank of one attempt. It writes only its own partials and appends only to its own spill files, so
+an attempt never changes what another one wrote. (In the end rank 0 may turn a spill file of its own into an artifact, see
+`csr`; the rows in it stay as they are.) A new attempt's ranks *absorb* partials: load them, and name their owners in the next
+partial of their own, which then stands for both.
 
 Why a kill at any instant costs only the work since the last snapshot:
 

@@ -68,7 +68,12 @@ def describe_encoded(slots: Slots, n_encoded: int) -> str:
     n_images = len(np.unique(slots["img_i"]))
     if n_encoded <= n_images:  # fewer: an earlier attempt did the others
         return f"{n_encoded:,} encoded again"
-    return f"{n_images:,} encoded again, by each rank those of its own features: {n_encoded:,}"
+    return f"{n_images:,} encoded again, {n_encoded:,} times in all: by each rank those of its own features"
+
+
+def describe_edge(n_on_edge: int) -> str:
+    """What to add to the number of scores that are equal."""
+    return f", {n_on_edge:,} more are on the edge: rounding alone keeps them in or out" if n_on_edge else ""
 
 
 def reencode(
@@ -234,7 +239,7 @@ def _hold(
     token_n: NDArray[np.int64],
     found_n: NDArray[np.float32],
 ) -> NDArray[np.int64]:
-    """Hold what was found against the stored scores, and note it; indices of those on the edge of their token's code.
+    """Hold what was found against the stored scores, and note it; indices of those on the edge of what their token keeps.
 
     Args:
         token_n: each slot's, of `acts_td`.

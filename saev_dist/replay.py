@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -56,11 +56,12 @@ def run(cfg: Replay) -> None:
     ):
         job = open_job(cfg)
         device = world.device(cfg.device)
-        mend = "All ranks must see the same run and pictures; name a folder that they share."
-        agree(world, job.identity, would="draw another gallery", mend=mend)
+        advice = "All ranks must see the same run and pictures; name a folder that they share."
+        agree(world, job.identity, would="draw another gallery", advice=advice)
         if world.tell(world.rank == 0 and _is_done(job)):
             if world.rank == 0:
-                job.visuals.tidy()
+                with suppress(RunError), Run(cfg.run).lock():  # unless another replay is at work
+                    job.visuals.tidy()
                 print(already_done(job))
             return
         if cfg.dry_run:

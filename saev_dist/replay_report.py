@@ -10,9 +10,9 @@ import numpy as np
 from saev_dist.choose import Slots
 from saev_dist.errors import count, warn
 from saev_dist.estimate import free_disk, gb
-from saev_dist.reencode import describe_encoded
+from saev_dist.reencode import describe_edge, describe_encoded
 from saev_dist.replay_job import Job
-from saev_dist.report import table
+from saev_dist.report import describe_left_out, table
 
 BYTES_PER_PX = {"webp": 0.2, "png": 1.8}
 """Of photographs, about. WebP at quality 80: 0.09 where the demo's are drawn twice as large, up to 0.3; PNG: 1.07 there, more
@@ -31,8 +31,8 @@ def announce(job: Job) -> None:
     dataset = job.finished.shards.dataset
     if job.cfg.pictures and job.pictures is None and dataset:
         warn(
-            f"{job.finished.shards.dpath} names {dataset} for its pictures, which is no folder here: heatmaps will be on a "
-            "plain ground. --images names another, --no-pictures asks for none."
+            f"the pictures of {job.finished.shards.dpath} are in {dataset}, as its metadata says; there is no such folder "
+            "here, so heatmaps will be on a plain ground. --images names another one, --no-pictures asks for none."
         )
     if job.pictures and (found := job.pictures.out_of_number()):
         img_i, name = found
@@ -79,20 +79,20 @@ def describe_task(job: Job, todo: Slots) -> str:
 def summary(job: Job, reports: list[dict[str, Any]]) -> str:
     """What a finished replay prints, of the reports of all ranks."""
     total = {key: sum(report[key] for report in reports) for key in ("n_images", "n_pictures", "n_slots", "n_on_edge")}
-    seconds = max(report["seconds"] for report in reports)
+    seconds, n_on_edge = max(report["seconds"] for report in reports), total["n_on_edge"]
     silent = [feature for feature in job.features if not math.isfinite(job.statistics.log10_freq_s[feature])]
     lines = {
         "features": f"{len(job.features):,} of {job.finished.sae.d_sae:,}",
         **({"never fired": ", ".join(map(str, silent)) + ": nothing to draw"} if silent else {}),
         "images": f"{describe_encoded(job.slots, total['n_images'])} in {seconds:,.1f} s",
-        "verified": f"{total['n_slots']:,} scores equal the stored ones, {total['n_on_edge']} on the edge of their token",
+        "verified": f"{total['n_slots'] - n_on_edge:,} scores equal the stored ones{describe_edge(n_on_edge)}",
         "drawn": f"{total['n_pictures']:,} heatmaps, {total['n_pictures'] / max(seconds, 1e-9):,.0f} per second",
         "pictures": _ground(job),
         "fit": job.geometry.describe(with_pictures=job.pictures is not None),
         "gallery": f"{job.visuals.dpath / 'index.html'}: open it in a browser",
     }
     if job.finished.n_left_out:
-        lines["left out"] = f"{job.finished.n_left_out:,} images of bad shards"
+        lines["left out"] = describe_left_out(job.finished.manifest)
     return table(lines)
 
 

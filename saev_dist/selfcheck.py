@@ -52,7 +52,7 @@ class Figures:
     normalized_mse: float | None
     """None where it cannot be computed: activations that are all equal, numbers out of range."""
     l0: float
-    """Features that are not zero, per token."""
+    """Features above zero, per token."""
     dead_share: float
     """Features that fired on none of the tokens."""
 
@@ -229,14 +229,15 @@ def _other_readings(sae: Sae, x_bd: Tensor, l0: float) -> list[tuple[str, str, S
 def _measure(sae: Sae, x_bd: Tensor, device: torch.device, name: str, flags: str, look: Callable[[], None]) -> Figures:
     """Encode and decode the tokens under one reading."""
     reconstruction = Reconstruction(*sae.decoder(), sae.undo_norm())
-    n_codes, fired_s = 0, torch.zeros(sae.d_sae, dtype=torch.bool, device=device)
+    n_fired, fired_s = 0, torch.zeros(sae.d_sae, dtype=torch.bool, device=device)
     try:
         with Encoder(sae, device, "fp32", batch_threads(device)) as encoder, encoder.beside():
             for codes in _encoded(encoder, x_bd):
                 look()
                 reconstruction.add(codes)
-                n_codes += len(codes.value_n)
-                fired_s[codes.feature_n] = True
+                fired_n = codes.feature_n[codes.value_n > 0]  # a TopK without ReLU has codes below zero
+                n_fired += len(fired_n)
+                fired_s[fired_n] = True
                 encoder.wait()
     except (ActivationOverflow, CheckpointError, MergeError):  # the stream tells, if it is the run's own reading
         return Figures(reading=name, flags=flags, normalized_mse=None, l0=0.0, dead_share=1.0)
@@ -244,7 +245,7 @@ def _measure(sae: Sae, x_bd: Tensor, device: torch.device, name: str, flags: str
         reading=name,
         flags=flags,
         normalized_mse=reconstruction.finalize(len(x_bd))["metrics"]["normalized_mse"],
-        l0=n_codes / len(x_bd),
+        l0=n_fired / len(x_bd),
         dead_share=1 - float(fired_s.sum()) / sae.d_sae,
     )
 

@@ -10,8 +10,8 @@ from typing import Self
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SAME_S, PASSED_ON_S = 2.0, 20.0
-"""Launchers pass a signal on, as the same or as another, to a process that has had it from the terminal already: so soon it
-is no second one. Where all are busy the other may take its time."""
+"""Launchers forward a signal, as itself or as another one, to a process that may have had it from the terminal already. The
+same one within the first time, or another within the second (a busy machine may take long), counts as the same request."""
 
 
 def be_deaf() -> None:

@@ -1,9 +1,8 @@
 """Spill files: rows that a process appends while it streams, and the artifacts that are put together from them.
 
-Such artifacts grow with the data, so of them nothing here holds more than some tens of megabytes (`read_columns` apart, whose
-array is bounded). A process makes files of its
-own, one for each kind of rows, and never touches another's; a *segment* says which of their bytes belong to which
-batches. So a file's end may be torn: what no segment names is not there.
+Such artifacts grow with the data, so at most some tens of megabytes of them are in memory at a time (`read_columns` apart,
+whose array is bounded). A process makes files of its own, one for each kind of rows, and never touches another's; a *segment*
+says which of their bytes belong to which batches. So a file's end may be torn: what no segment names is not there.
 """
 
 import os
@@ -32,7 +31,7 @@ BUFFER_BYTES = 1024 * 1024
 N_THREADS = min(8, len(os.sched_getaffinity(0)))
 """Chunks that are worked on at a time."""
 SPILL_PATTERN = "*.*-*.bin"
-"""What `Segment.fpath` is like, and no shard."""
+"""Matches every `Segment.fpath`, and no shard (`acts*.bin`)."""
 MAX_WAITING = 4
 """Batches whose rows wait to be written."""
 
@@ -74,7 +73,7 @@ class Spill:
     Args:
         dpath: directory of the files.
         owner: what to call this process; no other, earlier or later, has the same name.
-        kinds: of rows; and how many bytes of each one's file stay free at its beginning, for a header.
+        kinds: for each kind of rows, the bytes that stay free at the start of its file, for a header.
     """
 
     def __init__(self, dpath: Path, owner: str, kinds: Mapping[str, int]) -> None:
@@ -244,7 +243,7 @@ class Rows:
             found += max(0, min(end, size) - begin)
         if found != n_bytes:
             raise RunError(
-                f"{self._dpath}: the ranks' {self.name} files hold {found:,} bytes; the plan promises {n_bytes:,}. "
+                f"{self._dpath}: the ranks' {self.name} files hold {found:,} bytes; expected {n_bytes:,}. "
                 "Do all ranks see this directory? Run again."
             )
 

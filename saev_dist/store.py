@@ -83,7 +83,7 @@ class Run:
         return os.path.lexists(self.partials_dpath / "run.json")
 
     def manifest_sha256(self) -> str:
-        """Of the file; "" where it cannot be read."""
+        """Of manifest.json; "" where it cannot be read."""
         try:
             return hashlib.sha256(self.manifest_fpath.read_bytes()).hexdigest()
         except OSError:
@@ -157,7 +157,7 @@ class Run:
             details = "; ".join(f"{name}: there {there}, here {here}" for name, (there, here) in pairs.items())
             state = "an unfinished run" if under_way else "a run"
             raise RunError(
-                f"{self.dpath} holds {state} of other settings ({details}). Choose another --out, or replace it with --force."
+                f"{self.dpath} holds {state} with other settings ({details}). Choose another --out, or replace it with --force."
             )
         if under_way is None:
             refuse_lacking(self.dpath, holder)
@@ -189,7 +189,7 @@ class Run:
             finished the run since `is_finished` looked.
 
         Raises:
-            RunError: another process has begun a run of other settings, there is work of a run that nothing tells of, or the
+            RunError: another process has begun a run with other settings, there is work of a run that nothing tells of, or the
                 directory cannot be written.
         """
         with writing(self.partials_dpath):
@@ -387,18 +387,18 @@ def _same(mine: Any, theirs: Any) -> bool:
     return bool(mine == theirs)
 
 
-def agree(world: World, identity: dict[str, Any], *, would: str, mend: str) -> None:
+def agree(world: World, identity: dict[str, Any], *, would: str, advice: str) -> None:
     """Raise RunError unless rank 0 does the same: on another node a path may lead to other files, or there is no GPU.
 
     Args:
         identity: what the bytes depend on.
         would: what this rank would do otherwise, for the message.
-        mend: what to do about it, the same.
+        advice: what to do about it, the same.
     """
     first = world.tell(identity)
     if names := differing(identity, first):
         here, there = contrast(identity.get(names[0]), first.get(names[0]), most=200)
-        raise RunError(f"rank {world.rank} would {would} than rank 0: {names[0]} is {here} here, {there} there. {mend}")
+        raise RunError(f"rank {world.rank} would {would} than rank 0: {names[0]} is {here} here, {there} there. {advice}")
 
 
 def differing(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

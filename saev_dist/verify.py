@@ -7,10 +7,12 @@ from saev_dist.config import Verify
 from saev_dist.finished import FinishedRun
 from saev_dist.machine import cpu_threads
 from saev_dist.progress import Progress
-from saev_dist.reencode import TOLERANCE, Check, verify_tokens
-from saev_dist.report import table
+from saev_dist.reencode import TOLERANCE, Check, describe_edge, verify_tokens
+from saev_dist.report import describe_left_out, table
 from saev_dist.sae.encoder import Encoder, usable_precision
 from saev_dist.world import World
+
+NOTHING = "nothing to verify: none of these features ever fired"
 
 
 def run(cfg: Verify) -> None:
@@ -62,14 +64,13 @@ def run(cfg: Verify) -> None:
                         "features": f"{len(features):,} of {finished.sae.d_sae:,}",
                         "encoded again": f"{len(np.unique(slots[['img_i', 'patch_i']])):,} tokens of "
                         f"{len(np.unique(slots['img_i'])):,} images",
-                        "scores": f"{sum(n_slots):,} equal to the stored ones",
+                        "scores": f"{sum(n_slots) - sum(on_edge):,} equal to the stored ones{describe_edge(sum(on_edge))}",
                         "largest difference": f"{max(largest):.1%} of the tolerance for {finished.precision} "
                         f"(2^{np.log2(TOLERANCE[finished.precision]):.0f} of the sum of a score's terms)",
-                        "on the edge": f"{sum(on_edge):,} scores that rounding alone keeps in or out of their token's code",
-                        "verdict": "verified: these slots are what the SAE gives"
+                        "verdict": ("verified: these slots are what the SAE gives" if len(slots) else NOTHING)
                         + ("" if len(features) >= n_fired else " (--all checks those of every feature)"),
                     }
-                    | ({"left out": f"{finished.n_left_out:,} images of bad shards"} if finished.n_left_out else {})
+                    | ({"left out": describe_left_out(finished.manifest)} if finished.n_left_out else {})
                 )
             )
         world.wait()

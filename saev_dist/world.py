@@ -36,10 +36,10 @@ ACKNOWLEDGE_S = 10.0
 BEAT_S = 2.0
 LOST_AFTER_S = 15.0
 SLEPT_S = 2.0
-"""So much later than it meant to a rank looks that stood still itself, as all do in a job that was suspended: what it sees then
-says nothing of the others."""
+"""A rank that looks this much later than planned stood still itself, as all do in a job that was suspended: what it sees then
+says nothing about the others."""
 RESTART_PATIENCE_S = 120.0
-"""For the lock of the attempt before, which a node that crashed holds until its lease at the file server ends."""
+"""How long a restarted job waits for its former attempt's lock: a node that crashed keeps it until its NFS lease expires."""
 LEAVE_S = 60.0
 MAX_PORT = 65_535
 MAX_VALUE = 4 * 2**20
@@ -345,7 +345,7 @@ class World:
             store.set(f"beat/{self.rank}", "left")
 
     def _look_for_dead(self, store: dist.Store) -> Iterator[list[int]]:
-        """Again and again, the ranks that have not left and give no sign of life. It looks more seldom than it is asked."""
+        """On each call, the ranks that neither left nor gave a sign of life; the store is read every `every_s` at most."""
         looked = now = time.monotonic()
         last, since = [b""] * self.size, [now] * self.size
         every_s = max(BEAT_S, self.size**2 / ASKS_PER_S)  # all ranks may be looking

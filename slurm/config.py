@@ -34,7 +34,7 @@ class Launcher:
     """local: on this machine, one job after another. debug: in this process. Both always wait."""
 
     partition: OptionalText = None
-    """Default: the cluster's."""
+    """Partition to submit to. Default: the cluster's."""
     account: OptionalText = None
     """Whom to charge. Default: the cluster's choice."""
     qos: OptionalText = None
@@ -63,11 +63,11 @@ class Launcher:
     """Further options of sbatch, KEY=VALUE, or KEY alone for one without a value: reservation=night exclusive."""
 
     margin_s: int = 120
-    """So many seconds before the time limit the job is told to leave; a snapshot must fit in."""
+    """Seconds before the time limit at which the job is told to leave; a snapshot must fit in."""
     signal: Literal["USR1", "USR2"] = "USR2"
     """The signal that tells it, also at a preemption where the cluster sends one."""
     max_requeues: int = 20
-    """A job that has been requeued so often does not requeue itself again."""
+    """A job requeues itself at most this many times."""
 
     logs: OptionalPath = None
     """Directory for logs. Default: slurm/ in --out or --run, of several runs beside them."""

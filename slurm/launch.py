@@ -20,7 +20,7 @@ from saev_dist.cli import with_toml
 from saev_dist.config import Extract, Replay
 from saev_dist.data.images import open_pictures
 from saev_dist.data.shards import Shards
-from saev_dist.errors import ConfigError, Preempted, RunError, SaevDistError, count, tell, warn
+from saev_dist.errors import ConfigError, Preempted, RunError, SaevDistError, count, of_file, tell, warn
 from saev_dist.files import writing
 from saev_dist.output import printing
 from saev_dist.sae.hub import is_hub_name
@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> None:
         with printing():
             well = run(sys.argv[1:] if argv is None else argv)
         sys.exit(0 if well else 1)
-    except SaevDistError as err:
-        print(f"slurm.launch: error: {err}", file=sys.stderr, flush=True)
+    except (SaevDistError, OSError) as err:
+        print(f"slurm.launch: error: {of_file(err) if isinstance(err, OSError) else err}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         print(
@@ -92,9 +92,11 @@ def split(argv: list[str]) -> tuple[list[str], str, list[str]]:
         if word in COMMANDS and not is_value:
             return argv[:i], word, argv[i + 1 :]
     if not {"-h", "--help"} & set(argv):
-        meant = [near for word in argv for near in get_close_matches(word, COMMANDS, 1, cutoff=0.75)]
-        hint = f"did you mean {meant[0]!r}?" if meant else f"one of {', '.join(COMMANDS)}; --help explains."
-        print(f"{PROG}: a command is missing: {hint}", file=sys.stderr)
+        meant = [(word, near) for word in argv for near in get_close_matches(word, COMMANDS, 1, cutoff=0.75)]
+        told = f"a command is missing: one of {', '.join(COMMANDS)}; --help explains."
+        if meant:
+            told = f"{meant[0][0]!r} is no command: did you mean {meant[0][1]!r}?"
+        print(f"{PROG}: {told}", file=sys.stderr)
         sys.exit(2)
     return argv, "", []
 
@@ -175,20 +177,28 @@ def _submitted(launcher: Launcher, cfgs: Sequence[Extract | Replay], dependency:
 def _undone_if_refused(logs: Path, *others: Path) -> Iterator[None]:
     """Make directories, before there is a job that nobody could note; where none comes to be, what was made goes."""
     made: list[Path] = []
-    before = set(os.listdir(logs)) if logs.is_dir() else set()
-    for dpath in (logs, *others):
-        made += [path for path in (*reversed(dpath.parents), dpath) if not path.exists() and path not in made]
-        with writing(dpath):
-            dpath.mkdir(parents=True, exist_ok=True)
     try:
+        for dpath in (logs, *others):
+            with writing(dpath):
+                made += [path for path in (*reversed(dpath.parents), dpath) if not path.exists() and path not in made]
+                dpath.mkdir(parents=True, exist_ok=True)
+        before = _submissions(logs)
         yield
-    except ConfigError:
+    except SaevDistError:
         with suppress(OSError):
-            for name in set(os.listdir(logs)) - before:
-                (logs / name).unlink()
+            for fpath in _submissions(logs) - before:
+                fpath.unlink()
+        with suppress(OSError):
             for dpath in sorted(made, reverse=True):
                 dpath.rmdir()
         raise
+
+
+def _submissions(logs: Path) -> set[Path]:
+    """What submitit writes before there is a job, whose number these files then get."""
+    return {
+        fpath for fpath in logs.iterdir() if re.fullmatch(r"([0-9a-f]{32}\.pkl|\.submission_file_[0-9a-f]{32}\.sh)", fpath.name)
+    }
 
 
 def _run_one_by_one(launcher: Launcher, first: Sequence[Extract | Replay], later: Sequence[Replay]) -> bool:

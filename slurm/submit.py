@@ -244,7 +244,7 @@ def _beyond_ctrl_c() -> Iterator[None]:
 def _brief(text: str) -> str:
     """The last line of sbatch's complaint, with what to do where its words do not tell."""
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith('Try "sbatch')]
-    line = re.sub(r"^sbatch: (error: )?", "", lines[-1].strip()) if lines else "sbatch failed, and said nothing"
+    line = re.sub(r"^sbatch: ((error|fatal): )?", "", lines[-1].strip()) if lines else "sbatch failed, and said nothing"
     hints = {
         "node configuration is not available": "no node has that much: lower --gpus-per-node, --cpus-per-gpu or --mem-gb",
         "generic resource": "has this partition GPUs? --gpus-per-node 0 asks for none",

@@ -124,7 +124,7 @@ CASES = {
     "SAE activation unknown": (lambda c: c.header(lambda h: h["cfg"]["activation"].update(cls="Gelu")), "activation is 'Gelu'"),
     "SAE size missing": (lambda c: c.header(lambda h: h["cfg"].pop("d_model")), "no field 'd_model or d_vit'"),
     "SAE top_k zero": (lambda c: c.header(lambda h: h["cfg"]["activation"]["params"].update(top_k=0)), "'top_k' is 0"),
-    "SAE top_k too large": (lambda c: c.header(lambda h: h["cfg"]["activation"]["params"].update(top_k=99)), "top_k is 99"),
+    "SAE top_k too large": (lambda c: c.header(lambda h: h["cfg"]["activation"]["params"].update(top_k=99)), "K is 99"),
     "SAE threshold missing": (lambda c: c.header(lambda h: h["cfg"]["activation"].update(cls="BatchTopK")), "holds no threshold; give the one of its training with --threshold"),
     "SAE tensor missing": (lambda c: c.state(W_enc=None), "no tensor W_enc"),
     "SAE tensor unknown": (lambda c: c.state(scale=torch.ones(1)), "unknown tensors (scale)"),
@@ -308,13 +308,16 @@ def test_files_of_no_run_in_the_output_directory_are_told_of(tmp_path, capsys):
     case.flags["--out"] = out
     (out / "slurm").mkdir(parents=True)  # the launcher's
     main([*case.args, "--dry-run"])
-    assert "of no run" not in capsys.readouterr().err
+    assert "which no run made" not in capsys.readouterr().err
     (out / "notes.txt").touch()
     (out / "sub").mkdir()
     main(case.args)
-    assert f"warning: {out} holds notes.txt and 1 more, of no run: the artifacts go beside them." in capsys.readouterr().err
+    assert (
+        f"warning: {out} holds notes.txt and 1 more, which no run made; the artifacts will lie beside that."
+        in capsys.readouterr().err
+    )
     main([*case.args, "--force"])
-    assert "of no run" not in capsys.readouterr().err and (out / "notes.txt").exists()
+    assert "which no run made" not in capsys.readouterr().err and (out / "notes.txt").exists()
 
 
 def test_a_directory_called_partials_keeps_what_no_run_wrote(tmp_path, capsys):
@@ -328,7 +331,9 @@ def test_a_directory_called_partials_keeps_what_no_run_wrote(tmp_path, capsys):
         for fpath in leftovers:
             fpath.touch()
         main([*case.args, *more])
-        warned = f"warning: {out} holds partials/acts000000.bin and 2 more, of no run: the artifacts go beside them."
+        warned = (
+            f"warning: {out} holds partials/acts000000.bin and 2 more, which no run made; the artifacts will lie beside that."
+        )
         assert (warned in capsys.readouterr().err) == (not more)
         assert sorted(fpath.name for fpath in (out / "partials").iterdir()) == ["acts000000.bin", "more", "sae.pt"]
         assert (out / "manifest.json").exists()

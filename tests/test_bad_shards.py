@@ -75,7 +75,7 @@ def test_bad_shards_are_left_out_counted_and_listed(tmp_path, server, with_bad_s
     inspected = capsys.readouterr().out
     assert "45: 9 images of 23 × 5 patches" in inspected and "14 images of 2 bad shards" in inspected
     main(["verify", "--run", str(out), "--no-progress"])
-    assert "14 images of bad shards" in capsys.readouterr().out
+    assert "14 images of 2 bad shards: acts000001.bin, acts000002.bin" in capsys.readouterr().out
     main(["replay", "--run", str(out), "--no-progress", "--no-pictures", "--n-features", "3"])
     assert "14 of them left out: bad shards" in (out / "visuals/index.html").read_text()
 
@@ -87,7 +87,7 @@ def test_a_shard_that_cannot_be_read_stops_the_run_or_is_left_out(tmp_path, serv
     codes, output = server.run(*args, tmp_path / "run", fault=fault, roots=roots)
     assert codes == [1] and "acts000002.bin: cannot read: Input/output error" in output
     codes, output = server.run(*args, tmp_path / "run", "--skip-bad-shards", fault=fault, roots=roots)
-    assert codes == [0] and "images of 1 bad shards: acts000002.bin" in output
+    assert codes == [0] and "images of 1 bad shard: acts000002.bin" in output
     codes, output = server.run(*args, tmp_path / "other", "--skip-bad-shards", fault=fault, roots=roots)
     manifest = json.loads((tmp_path / "other/manifest.json").read_bytes())
     assert sum(rank["n_tokens"] for rank in manifest["ranks"]) == manifest["metrics"]["n_tokens"] < 115
@@ -130,7 +130,7 @@ def test_a_shard_may_go_bad_or_be_mended_while_the_run_is_under_way(tmp_path, se
     codes, output = server.run(*args, tmp_path / "a")
     assert codes == [1] and "acts000000.bin holds 100 bytes" in output
     codes, output = server.run(*args, tmp_path / "a", "--skip-bad-shards", n_ranks=2)
-    assert codes == [0, 0] and "3 images of 1 bad shards: acts000000.bin" in output and "done before" in output
+    assert codes == [0, 0] and "3 images of 1 bad shard: acts000000.bin" in output and "done before" in output
     codes, output = server.run("verify", "--run", tmp_path / "a", "--no-progress")
     assert codes == [1] and "acts000000.bin" in output, "it needs images of the two batches"
     first.write_bytes(content)

@@ -65,6 +65,12 @@ def test_a_bad_toml_file_is_named(tmp_path, capsys, text, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_command_without_config_knows_no_such_flag(tmp_path, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["verify", "--run", "r", "--config", str(tmp_path / "not-there.toml")])
+    assert "Unrecognized options: --config" in capsys.readouterr().err
+
+
 def test_lists_in_a_toml_file(tmp_path, capsys):
     fpath = tmp_path / "replay.toml"
     flags = ["replay", "--config", str(fpath), "--run", "r"]

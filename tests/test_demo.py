@@ -181,6 +181,14 @@ def test_a_scikit_image_without_a_photograph_is_named(tmp_path: Path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
+def test_a_photograph_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "photographs_dpath", lambda: tmp_path)
+    monkeypatch.setattr(demo, "PHOTOGRAPHS", {"a.png": 1.0})
+    (tmp_path / "a.png").write_text("no picture")
+    with pytest.raises(ConfigError, match=r"a\.png: cannot identify image file .* Install scikit-image again"):
+        demo.run(Demo(out=tmp_path / "out", progress=False))
+
+
 def test_force_removes_nothing_that_the_user_put_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
     out = tmp_path / "out"

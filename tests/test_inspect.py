@@ -75,13 +75,13 @@ def test_what_others_wrote_is_printed_as_text(inputs, capsys):
 @pytest.mark.parametrize(
     ("name", "flags", "what"),
     [
-        ("run", ["--shards", "s"], "a run, of which --shards"),
-        ("sae.pt", ["--layer", "4"], "--layer 4 is of shards, and"),
-        ("run", ["--layer", "4"], "a run, of which --layer 4 says nothing"),
+        ("run", ["--shards", "s"], "s does not apply: "),
+        ("sae.pt", ["--layer", "4"], "--layer 4 is one of shards, and"),
+        ("run", ["--layer", "4"], "--layer 4 does not apply: "),
         (
             "shards",
             ["--activation", "topk:3", "--no-pre-bias"],
-            "a directory of shards, of which --no-pre-bias --activation topk:3",
+            "--no-pre-bias --activation topk:3 does not apply: ",
         ),
     ],
 )

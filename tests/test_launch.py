@@ -53,7 +53,7 @@ def test_a_missing_command_is_wrong_usage(capsys):
     assert "a command is missing: one of extract, replay" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"^2$"):
         main(["--cluster", "local", "extrct", "--shards", "s"])
-    assert "a command is missing: did you mean 'extract'?" in capsys.readouterr().err
+    assert "'extrct' is no command: did you mean 'extract'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--partition=gpu", "--gpus_per_node", "--wait", "--no-wait"])
@@ -104,9 +104,12 @@ def test_a_refused_job_leaves_nothing(tmp_path, inputs, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "runs/slurm").mkdir(parents=True)
     (tmp_path / "runs/slurm/1_0_log.out").touch()
+    (tmp_path / "sbatch").write_text(
+        f"#!/bin/sh\ntouch {tmp_path}/runs/slurm/1_1_log.out; exit 1\n"
+    )  # another job's, meanwhile
     with pytest.raises(ConfigError):
         run(["extract", *inputs[:2], "--sae", inputs[3], str(make_sae(tmp_path / "b.pt")), "--out", str(tmp_path / "runs")])
-    assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["slurm", "1_0_log.out"]
+    assert {path.name for path in (tmp_path / "runs").rglob("*")} == {"slurm", "1_0_log.out", "1_1_log.out"}
 
 
 BY_HAND = "from saev_dist.signals import Signals\nwith Signals(1) as caught: print(caught.received)"

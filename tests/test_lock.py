@@ -129,7 +129,7 @@ def test_a_run_of_other_settings_that_another_process_has_just_begun_is_not_take
     assert not store.is_finished(identity, force=False)
     with Run(tmp_path).lock():
         Run(tmp_path).begin(others, {}, afresh=False)  # and dies
-    with pytest.raises(RunError, match=r"an unfinished run of other settings \(top_k: there 5, here 4\)"), store.lock():
+    with pytest.raises(RunError, match=r"an unfinished run with other settings \(top_k: there 5, here 4\)"), store.lock():
         store.begin(identity, {}, afresh=False)
     with store.lock():
         assert store.begin(others, {}, afresh=False) == others, "that one goes on"

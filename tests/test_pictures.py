@@ -25,7 +25,7 @@ def test_pictures_that_are_not_where_the_metadata_says_are_a_warning(tmp_path, m
     replay.run(make_replay(run, pictures=False))
     assert "/elsewhere" not in capsys.readouterr().err
     replay.run(make_replay(run, force=True))
-    assert r"names /elsewhere\n\x1b[2J for its pictures, which is no folder here" in capsys.readouterr().err
+    assert r"are in /elsewhere\n\x1b[2J, as its metadata says; there is no such folder here" in capsys.readouterr().err
 
 
 def png_header(width: int, height: int) -> bytes:

@@ -139,6 +139,18 @@ def test_a_kill_at_any_step_of_the_swap_loses_nothing(tmp_path, monkeypatch, for
     assert step == (4 if former else 2)  # so many changes there are
 
 
+def test_what_a_replay_left_beside_its_gallery_goes_unless_one_is_at_work(tmp_path, capsys):
+    run = make_run(tmp_path)
+    cfg = make_replay(run, pictures=False, all=False, features=(3,), n_features=0)
+    replay.run(cfg)
+    (run / "visuals/records.0.bin").touch()
+    with Run(run).lock():
+        replay.run(cfg)
+        assert (run / "visuals/records.0.bin").exists()
+    replay.run(cfg)
+    assert not (run / "visuals/records.0.bin").exists() and capsys.readouterr().out.count("is this gallery, finished") == 2
+
+
 def test_the_gallery_that_a_killed_replay_was_to_replace_is_not_drawn_again(tmp_path, monkeypatch, capsys):
     run = make_run(tmp_path)
     first, second = (make_replay(run, pictures=False, all=False, features=(s,), n_features=0) for s in (3, 5))

@@ -124,7 +124,7 @@ def test_forcing_keeps_the_finished_artifacts_until_the_new_ones_are_there(tmp_p
     before = {path.name for path in out.iterdir()}
     assert before == {*expected, "manifest.json", "partials"}
     codes, output = server.run(*args, out)
-    assert codes == [1] and "holds an unfinished run of other settings (percentile: there 50.0, here 99.0)" in output
+    assert codes == [1] and "holds an unfinished run with other settings (percentile: there 50.0, here 99.0)" in output
     codes, output = server.run(*args[:-1], "--percentile", 50, "--out", out)
     assert codes == [0] and "done before" in output
 

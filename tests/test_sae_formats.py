@@ -337,6 +337,9 @@ def test_a_mean_and_a_scale_are_applied_first(tmp_path):
         )
     with pytest.raises(CheckpointError, match="more than tensors"):
         Overrides.of(Extract(shards=Path(), sae=Path(), out=Path(), input_mean=tmp_path / "pickle.npy"))
+    write_safetensors(tmp_path / "two.safetensors", {"mean": mean_d, "scale": mean_d}, {})
+    with pytest.raises(ConfigError, match="holds 2 tensors; --input-mean takes a file with one vector"):
+        Overrides.of(Extract(shards=Path(), sae=Path(), out=Path(), input_mean=tmp_path / "two.safetensors"))
     np.save(tmp_path / "objects.npy", np.array([object()]), allow_pickle=True)
     np.save(tmp_path / "complex.npy", np.ones(20, complex))
     for name, header in {

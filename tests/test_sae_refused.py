@@ -23,7 +23,7 @@ CONTRADICTIONS = {
     "activation and threshold": ({"threshold": 1.0, "activation": "relu"}, "does not go with --threshold"),
     "activation unknown": ({"activation": "gelu"}, "it is relu, or topk:K"),
     "activation without k": ({"activation": "topk"}, "it is relu, or topk:K"),
-    "k too large": ({"activation": "topk:25"}, "top_k is 25; the SAE has only 24 features"),
+    "k too large": ({"activation": "topk:25"}, "K is 25; the SAE has only 24 features"),
     "mean of another width": ({"input_mean": bytes(20)}, "--input-mean holds 5 numbers; "),
     "mean and norm": ({"input_norm": "layer_norm", "input_scale": 2.0}, "do not go with input_norm layer_norm"),
 }
@@ -70,7 +70,7 @@ REFUSED = {
     "lens: k of another kind": ("sae_lens/standard_none_pre", cfg(k=6), "k is set, and the architecture is 'standard'"),
     "lens: no k": (LENS, cfg(k=None), "gives no values for k"),
     "lens: two k": (LENS, cfg(activation_fn_kwargs={"k": 9}), "gives 2 values for k"),
-    "lens: k too large": (LENS, cfg(k=97), "top_k is 97; the SAE has only 96 features"),
+    "lens: k too large": (LENS, cfg(k=97), "K is 97; the SAE has only 96 features"),
     "lens: function": (LENS, cfg(activation_fn="tanh-relu"), "activation function 'tanh-relu'"),
     "lens: type": (LENS, cfg(apply_b_dec_to_input="yes"), "'apply_b_dec_to_input' is \"yes\"; it should be true or false"),
     "lens: bool for a number": (LENS, cfg(k=True), "'k' is true; it should be an integer"),

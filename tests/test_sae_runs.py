@@ -101,9 +101,9 @@ def test_flags_are_part_of_the_run_and_hold_in_replay(tmp_path, shards, capsys):
     main([str(arg) for arg in [*args, *flags]])
     assert "nothing to do" in capsys.readouterr().out
     for changed in ([*flags, "--pre-bias"], flags[:3] + flags[5:], [*flags[:5], "--input-scale", "2"], flags[:1] + flags[3:]):
-        assert "holds a run of other settings (sae_" in fails(capsys, *args, *changed)
+        assert "holds a run with other settings (sae_" in fails(capsys, *args, *changed)
     np.save(tmp_path / "moved.npy", np.linspace(0, 1.01, 20))
-    assert "holds a run of other settings (sae_input_mean_sha256" in fails(capsys, *args, *flags)
+    assert "holds a run with other settings (sae_input_mean_sha256" in fails(capsys, *args, *flags)
     cfg = json.loads((sae / "cfg.json").read_text())
     (sae / "cfg.json").write_text(json.dumps(cfg | {"device": "cuda"}))
     assert "is not what" in fails(capsys, "verify", "--run", tmp_path / "run")

@@ -321,7 +321,14 @@ def test_a_run_of_another_device_verifies_where_rounding_decides_what_a_code_kee
             np.testing.assert_allclose(drawn_n, image.slots_n["score"], rtol=1e-4)  # also those on the edge
     assert check.n_slots == len(slots) and check.n_on_edge > 0 and 0 < check.largest <= 1
     verify.run(Verify(run=tmp_path / "run", all=True, device="cpu", progress=False))
-    assert re.search(r"on the edge +[1-9]\d* scores that rounding", capsys.readouterr().out)
+    assert re.search(r"equal to the stored ones, [1-9]\d* more are on the edge", capsys.readouterr().out)
+
+
+def test_nothing_is_not_verified(tmp_path, capsys):
+    out = make_run(tmp_path)
+    dead = int((torch.load(out / "sparsity.pt", weights_only=True) == 0).nonzero()[0])
+    verify.run(Verify(run=out, features=(dead,), n_features=0, progress=False))
+    assert "verdict             nothing to verify: none of these features ever fired" in capsys.readouterr().out
 
 
 def test_a_score_that_its_code_leaves_out_by_more_than_rounding_is_found(tmp_path, capsys):

@@ -27,7 +27,7 @@ def from_float(x: Tensor) -> Tensor:
         MergeError: a number is not finite, or 2^62 or larger.
     """
     if x.numel() and not float(x.abs().max()) < LIMIT:
-        raise MergeError(f"a batch's sum is {float(x.abs().max())}; sums of activations must stay below 4.6e18.")
+        raise MergeError(f"a sum over some tokens is {float(x.abs().max())}; sums of activations must stay below 4.6e18.")
     whole = x.trunc()  # then x - whole is exact; after floor it is not, for small negative x
     fraction = ((x - whole) * LIMIT).round().to(torch.int64)
     return _carry(whole.to(torch.int64), fraction)

@@ -28,8 +28,8 @@ CODES_IN_PART = 16
 class Reconstruction(Accumulator):
     """Sums from which the normalized mean squared error follows.
 
-    `normalized_mse = sum |x - x_hat|^2 / sum |x - mean(x)|^2`, with the mean over all tokens, as saev defines it. A
-    batch's float64 sums are rounded to fixed point, and the rest is exact integer arithmetic.
+    `normalized_mse = sum |x - x_hat|^2 / sum |x - mean(x)|^2`, with the mean over all tokens, as saev defines it. The
+    float64 sums of each update are rounded to fixed point, and the rest is exact integer arithmetic.
 
     Cost: one row of the decoder is read per code; two (tokens, d_model) arrays of a piece, or on a GPU of a batch, and what
     `undo_norm` takes; on a GPU the decoder.
@@ -121,7 +121,7 @@ def _sum_rows(feature_n: Tensor, value_n: Tensor, first_b: Tensor, w_dec_sd: Ten
 
 
 def _sums(x_bd: Tensor) -> tuple[Tensor, Tensor]:
-    """Over the tokens, float64 (d,), and of all squares, float64 (1,); exact of integers, so in any order."""
+    """Over the tokens, float64 (d,), and of all squares, float64 (1,); exact, and so independent of the order, of integers."""
     step = TOKENS if x_bd.device.type == "cpu" else TOKENS_ON_DEVICE
     wide_bd = x_bd.new_empty(min(step, len(x_bd)), x_bd.shape[1], dtype=torch.float64)
     sums, squares = [], []

@@ -47,7 +47,7 @@ class TopK(Accumulator):
     def __init__(self, d_sae: int, top_k: int, n_patches: int, rank_by: RankBy) -> None:
         self.n_patches, self.rank_by = n_patches, rank_by
         self.values_sk = torch.full((d_sae, top_k), -torch.inf)
-        """float32, non-increasing along dim 1; -inf = empty."""
+        """float32; -inf = empty. Non-increasing along dim 1 once flushed, in no order before."""
         self.places_sk = torch.full((d_sae, top_k), -1, dtype=torch.int64)
         """int64; -1 = empty."""
         self._waiting: list[Candidates] = []
@@ -61,7 +61,7 @@ class TopK(Accumulator):
             self.flush()
             self._on_device = None
             self._raise_bar()
-        # The last slot is the bar. It may lag behind while candidates wait, which costs only candidates.
+        # The weakest slot is the bar. It may lag behind while candidates wait, which costs only candidates.
         feature_n, value_n = codes.feature_n.numpy(), codes.value_n.numpy()
         keep_n = np.flatnonzero(value_n >= self._bar_s[feature_n])
         feature_n, value_n = feature_n[keep_n], value_n[keep_n]

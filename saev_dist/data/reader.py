@@ -180,9 +180,9 @@ def buffer_examples(plan: Plan, shards: Shards) -> int:
 def most_buffers(plan: Plan, shards: Shards, depth: int, hold: int) -> int:
     """Buffers that a `Reader` needs at most; with bad batches left out it may be `depth + hold + 1`.
 
-    Those read ahead, and those of the `hold + 1` batches that the consumer works on. A load and the batch after it are more
-    than a buffer takes: h batches lie in at most 2 h · largest / size loads and one at either end, all batches in at most as
-    many loads as pairs of them fill buffers.
+    Those read ahead, and those of the `hold + 1` batches that the consumer works on. Two loads in a row
+    are together more than a buffer takes. So h batches in a row touch at most 2 h · largest / size + 2 loads, and all n
+    examples lie in at most 2 n / (size + 1) + 1 loads.
     """
     size = buffer_examples(plan, shards)
     held = min(hold + 1, 2 * (hold + 1) * plan.largest_batch // size + 2)
@@ -256,14 +256,14 @@ def read_batch(shards: Shards, batch: Batch, buffer: Tensor, *, patient: bool = 
         ) from None
     except OSError as err:
         raise DataError(
-            f"{fpath}: cannot read: {err.strerror}. Mend it, or leave it out with extract --skip-bad-shards."
+            f"{fpath}: cannot read: {err.strerror}. Restore it, or leave it out with extract --skip-bad-shards."
         ) from None
 
 
 def _read_runs(fpath: Path, shards: Shards, runs: list[tuple[int, list[memoryview]]]) -> None:
     fd = os.open(fpath, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if len(runs) > 1 or len(runs[0][1]) > 1:  # parts of the file: to the kernel each would come as a surprise
+        if len(runs) > 1 or len(runs[0][1]) > 1:  # parts of the file, which the kernel's own readahead does not foresee
             for example_i, views in runs:
                 os.posix_fadvise(fd, shards.content_offset(example_i), sum(map(len, views)), os.POSIX_FADV_WILLNEED)
         for example_i, views in runs:

@@ -76,7 +76,7 @@ class Shards:
         if sum(examples) != n_examples:
             raise DataError(
                 f"{dpath / 'shards.json'} adds up to {sum(examples):,} examples; metadata.json promises {n_examples:,}. "
-                "One of them is stale: write the shards again, or mend the counts."
+                "One of them is stale: write the shards again, or correct the counts."
             )
         return cls(
             dpath=dpath,
@@ -167,7 +167,7 @@ class Shards:
         probes: list[str | None] = []
         for name, n_examples in list(zip(self.names, self.examples, strict=True))[::step]:
             try:
-                content = _read(self.dpath / name, PROBE_BYTES, "mend it, or leave it out with extract --skip-bad-shards")
+                content = _read(self.dpath / name, PROBE_BYTES, "repair it, or leave it out with extract --skip-bad-shards")
             except DataError:
                 if not skip_bad:
                     raise

@@ -142,12 +142,12 @@ class Geometry:
         """
         place = self._place(width, height)
         if max(place.resize) > MAX_SIDE_PX:
-            mend = "Lower --img-scale or --patch-size, or give the grid with --grid."
+            advice = "Lower --img-scale or --patch-size, or give the grid with --grid."
             if self.fit == "crop":
-                mend = f"Lower --img-scale or --resize{', or leave --keep-aspect out' if self.keep_aspect else ''}."
+                advice = f"Lower --img-scale or --resize{', or leave --keep-aspect out' if self.keep_aspect else ''}."
             raise ConfigError(
                 f"a picture of {width:,} x {height:,} px would be drawn as {place.resize[0]:,} x {place.resize[1]:,}; a side "
-                f"may have {MAX_SIDE_PX:,} px. {mend}"
+                f"may have {MAX_SIDE_PX:,} px. {advice}"
             )
         return place
 

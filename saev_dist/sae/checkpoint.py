@@ -143,5 +143,5 @@ def gated(fpath: Path, r_mag_s: Tensor, b_mag_s: Tensor) -> Gated:
 def check_k(where: str, k: int, d_sae: int) -> int:
     """`k`, if there are so many features."""
     if k > d_sae:
-        raise CheckpointError(f"{where}: top_k is {k}; the SAE has only {d_sae} features.")
+        raise CheckpointError(f"{where}: K is {k}; the SAE has only {d_sae} features.")
     return k

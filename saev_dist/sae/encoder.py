@@ -99,7 +99,7 @@ class Encoder:
             shift_s = sae.activation.b_mag_s.double() - scale_s * sae.b_enc_s.double()
             gain_s, offset_s = gain_s * scale_s.clamp(min=1), offset_s * scale_s.clamp(min=1) + shift_s.abs()
             self._mag_scale_s, self._mag_shift_s = scale_s.float().to(device), shift_s.float().to(device)
-        most = FP32_MAX / 4  # bounds are larger than what they bound, and sums and roundings than what they are of
+        most = FP32_MAX / 4  # room for margins, partial sums and rounding
         limit = (most - float(offset_s.max())) / max(float(gain_s.max()), 1e-300)
         if isinstance(sae.input_norm, LayerNorm | ConstantNorm):  # whose tokens have a norm of at most sqrt(d)
             limit = most if limit > math.sqrt(sae.d_model) else 0.0
@@ -375,7 +375,7 @@ class _Own(threading.local):
 
 
 def _not_above(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest numbers of a type that are not above `x`: what exceeds them exceeds `x`, of that type's numbers."""
+    """Rounded down to a type: of that type's numbers, those above the result are those above `x`."""
     nearest = x.to(dtype)
     return torch.where(nearest > x, torch.nextafter(nearest, torch.full_like(nearest, -torch.inf)), nearest)
 

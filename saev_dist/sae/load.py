@@ -118,7 +118,7 @@ class Overrides:
         if self.activation is not None:
             if self.threshold is not None or not isinstance(sae.activation, Relu | TopK | Threshold):
                 what = "--threshold" if self.threshold is not None else f"a {sae.activation.name} SAE"
-                raise ConfigError(f"--activation {self.activation} does not go with {what}; leave one out.")
+                raise ConfigError(f"--activation {self.activation} does not go with {what}; leave --activation out.")
             activation = _parse_activation(self.activation, sae.d_sae)
             if isinstance(activation, TopK):
                 relu = sae.activation.relu if isinstance(sae.activation, TopK) else sae.relu_of_top_k
@@ -280,7 +280,10 @@ def _read_mean(fpath: Path) -> Tensor:
             array = np.load(fpath, mmap_mode="r", allow_pickle=False)
             mean = torch.from_numpy(array.astype(np.float64, casting="same_kind"))
         elif read_header(fpath) is not None:
-            (mean,) = read_safetensors(fpath)[0].values()
+            tensors = read_safetensors(fpath)[0]
+            if len(tensors) != 1:
+                raise ConfigError(f"{fpath} holds {len(tensors)} tensors; --input-mean takes a file with one vector.")
+            (mean,) = tensors.values()
         else:
             mean = load_torch(fpath, body)
     except OSError as err:

@@ -40,9 +40,9 @@ from saev_dist.sae.sieve import Candidates, Margin
 ROOM = 1 + 2.0**-10
 """For the rounding of the bound itself."""
 LOUD = 4
-"""A feature is loud whose bound is so many times the middle one of its block's;"""
+"""A feature is loud if its bound exceeds this many times the median of its block's."""
 LOUDEST = 64
-"""but only one of so many."""
+"""At most one feature in this many is treated as loud."""
 STEP = 2048
 """Features that are rounded at a time."""
 PAYS = 1.2

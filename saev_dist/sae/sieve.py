@@ -78,7 +78,7 @@ class Sieve:
     far: what does not exceed it has lost, for of equals the lower feature wins. It rises when there are k new candidates
     a token, so about as often as the number of features seen doubles.
 
-    Entries that tie, or whose margins overlap, do not lose so. A token that has many is thinned out: its candidates are
+    Entries that tie, or whose margins overlap, are not ruled out so. A token that has many is thinned out: its candidates are
     made exact, and its k best stay. So of TopK and GroupMax a token holds at most `CROWD` k candidates between blocks, and
     all tokens of TopK twice as many while one is looked at.
 
