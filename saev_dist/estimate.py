@@ -164,6 +164,7 @@ def fit(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device
         )
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch, for this process
         if need.device_total > free:
             raise ConfigError(
                 f"this run needs about {gb(need.device_total)} of device memory; {gb(free)} are free on {device}. "

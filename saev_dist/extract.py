@@ -12,7 +12,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
@@ -141,7 +141,10 @@ def work(job: Job, store: Run, world: World, *, encode: bool = True) -> None:
     Args:
         encode: False when all batches should be done already.
     """
-    with allocating(job.device, advice="lower --batch-tokens, --read-ahead or --top-k"):
+    advice = "start over (--force) with a smaller --batch-tokens or --top-k"
+    if job.device.type == "cpu":
+        advice = f"lower --read-ahead, or {advice}"
+    with allocating(job.device, advice=advice):
         _extract(job, store, world, encode=encode)
 
 
@@ -302,8 +305,12 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
             try:
                 world.check()
                 batch, pieces = next(stream, (None, []))
-            except SaevDistError:  # here the state covers whole batches, so they need not be done again
-                if not keeper.save(state()):
+            except (SaevDistError, MemoryError, RuntimeError):  # the last is torch's, also where memory runs out
+                # Here the state covers whole batches, so they need not be done again.
+                is_saved = False
+                with suppress(MergeError, MemoryError, RuntimeError):  # of the state: what ended the stream is told
+                    is_saved = keeper.save(state())
+                if not is_saved:
                     world.note_loss()
                 raise
             if batch is None:

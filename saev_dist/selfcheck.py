@@ -133,14 +133,18 @@ def check(
             f"self-check: about {n_tokens(sae):,} tokens under each reading of the SAE (--self-check off leaves it out)",
             flush=True,
         )
+    report, where = known, ""
     try:
         report = known or examine(sae, shards, device, skip_bad=skip_bad, look=look)
     except (MemoryError, RuntimeError) as err:
         if not (where := memory_wanted(err, device)):
             raise
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what each reading's streams kept
+    if report is None:
         missed = f"the self-check needs more memory than {where} has: the SAE was not tried under other readings."
         if mode == "strict":
-            raise ConfigError(f"{missed} (--self-check warn goes on.)") from None
+            raise ConfigError(f"{missed} (--self-check warn goes on.)")
         warn(missed)
         return None
     if report.finding is not None:
@@ -163,8 +167,6 @@ def examine(
         return Report(n_tokens=0, figures=[], finding=None)
     own = _measure(sae, x_bd, device, "as it is read", "", look)
     others = [_measure(other, x_bd, device, name, flags, look) for name, flags, other in _other_readings(sae, x_bd, own.l0)]
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what each reading's streams kept
     return Report(n_tokens=len(x_bd), figures=[own, *others], finding=_finding(own, others, len(x_bd)))
 
 

@@ -61,6 +61,7 @@ class World:
         self.rank = _env("RANK", 0)
         self.size = _env("WORLD_SIZE", 1, least=1)
         self.local_rank = _env("LOCAL_RANK", _env("SLURM_LOCALID", 0))
+        self._knows_place = self.size == 1 or not {"LOCAL_RANK", "SLURM_LOCALID"}.isdisjoint(os.environ)
         self.local_size = _env("LOCAL_WORLD_SIZE", 1, least=1)
         self._timeout = timedelta(seconds=timeout_s)
         self._store: dist.Store | None = None
@@ -206,8 +207,8 @@ class World:
         """This rank's device: its own GPU by local rank, also where the cluster shows each rank only one.
 
         Raises:
-            ConfigError: CUDA is asked for and absent, or there are more local ranks than GPUs. (Where only one is visible it
-            is taken for this rank's own.)
+            ConfigError: CUDA is asked for and absent, or there are more local ranks than GPUs, or none knows its number. (Where
+            only one GPU is visible it is taken for this rank's own.)
         """
         if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
             return torch.device("cpu")
@@ -216,6 +217,11 @@ class World:
                 "--device cuda, but torch sees no GPU here; use --device cpu, or check the driver and CUDA_VISIBLE_DEVICES."
             )
         n_gpus = torch.cuda.device_count()
+        if n_gpus > 1 and not self._knows_place:
+            raise ConfigError(
+                f"rank {self.rank} cannot tell which of {n_gpus} GPUs is its own: set LOCAL_RANK, its number among those on "
+                "this machine, as torchrun does."
+            )
         if n_gpus > 1 and self.local_rank >= n_gpus:
             raise ConfigError(
                 f"local rank {self.local_rank} has no GPU of its own: torch sees {n_gpus}. Start one rank per GPU."

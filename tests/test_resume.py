@@ -517,5 +517,18 @@ def test_memory_that_runs_out_is_one_line(tmp_path, server, whole, cause, why):
     code = f"import saev_dist.extract as e\ndef full(*_): {cause}\ne._rows = full\n"
     codes, output = server.run(*whole[0], tmp_path / "run", before=code)
     assert codes == [1 if why else 70]  # an error of ours has a traceback
-    said = re.search(rf"error: out of memory on the host \({why}\); lower --batch-tokens, --read-ahead or --top-k.", output)
+    said = re.search(rf"error: out of memory on the host \({why}\); lower --read-ahead, or start over", output)
     assert bool(said) == bool(why), output
+
+
+def test_batches_before_one_for_which_memory_does_not_suffice_are_kept(tmp_path, server, whole):
+    code = (
+        "import torch, saev_dist.sae.encoder as e\nencode = e.Encoder._encode\n"
+        "def full(self, acts, img_i, *rest):\n if img_i >= 8: raise torch.OutOfMemoryError('full')\n"
+        " return encode(self, acts, img_i, *rest)\ne.Encoder._encode = full\n"
+    )
+    codes, output = server.run(*whole[0], tmp_path / "run", before=code)
+    assert codes == [1] and "error: out of memory on cpu (full); lower --read-ahead" in output
+    codes, output = server.run(*whole[0], tmp_path / "run")
+    assert codes == [0] and re.search(r"holds [1-9]\d* of \d+ images .* of this run: going on", output)
+    assert artifact_hashes(tmp_path / "run") == whole[1]

@@ -226,6 +226,14 @@ def test_a_rank_takes_its_own_gpu_also_where_the_cluster_shows_it_only_that(monk
     assert chosen == [torch.device("cuda", index)]
 
 
+def test_a_rank_that_does_not_know_its_place_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ConfigError, match="rank 0 cannot tell which of 4 GPUs is its own: set LOCAL_RANK"):
+        World(10).device("auto")
+
+
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -18,7 +18,8 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
+from itertools import count
 from types import TracebackType
 from typing import Self
 
@@ -127,7 +128,7 @@ class Encoder:
                 self._product, self._w_ds = Screen(weights_ds, self._b_s, self._threshold), None
         self._by_numpy = uses_numpy(device, precision, screen=screen)
         self._making = threading.Lock()
-        self._own = _Own()
+        self._own, self._lanes = _Own(), count()
         self._is_closing = False
 
     def __enter__(self) -> Self:
@@ -353,7 +354,7 @@ class Encoder:
         if self.device.type != "cuda":
             yield
             return
-        self._own.stream = self._own.stream or torch.cuda.Stream(self.device)
+        self._own.stream = self._own.stream or _stream(torch.cuda.current_device(), next(self._lanes))
         with torch.cuda.stream(self._own.stream):
             yield
 
@@ -372,6 +373,12 @@ class _Own(threading.local):
     def __init__(self) -> None:
         self.blocks: dict[torch.dtype, Tensor] = {}
         self.stream: torch.cuda.Stream | None = None
+
+
+@cache
+def _stream(index: int, lane: int) -> torch.cuda.Stream:
+    """A lane's stream, the same for all encoders: cuBLAS keeps a workspace of 8 to 32 MiB for each that it has seen."""
+    return torch.cuda.Stream(index)
 
 
 def _not_above(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -52,12 +52,16 @@ def select_at_once(h_bs: Tensor, activation: Activation, threshold: float | Tens
 
 def _largest_of_groups(h_bs: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
     h_bkg = h_bs.unflatten(1, (n_groups, -1))
-    flat_n = (h_bkg == h_bkg.amax(dim=2, keepdim=True)).view(-1).nonzero().squeeze(1)
+    least_bk1 = h_bkg.amax(dim=2, keepdim=True).clamp(min=_least(h_bs.dtype))  # of a dead group all may be equal
+    flat_n = (h_bkg >= least_bk1).view(-1).nonzero().squeeze(1)
     group_n = flat_n // h_bkg.shape[2]
-    flat_n = flat_n[torch.cat([group_n.new_ones(1, dtype=torch.bool), group_n[1:] != group_n[:-1]])]
-    value_n = h_bs.view(-1)[flat_n].float()
-    best_x = (value_n > 0).nonzero().squeeze(1)
-    return flat_n[best_x], value_n[best_x]
+    flat_n = flat_n[torch.cat([group_n[:1] >= 0, group_n[1:] != group_n[:-1]])]
+    return flat_n, h_bs.view(-1)[flat_n].float()
+
+
+def _least(dtype: torch.dtype) -> float:
+    """The least number above 0."""
+    return float(torch.nextafter(torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)))
 
 
 def _k_largest(h_bs: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -67,6 +71,7 @@ def _k_largest(h_bs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n_groups = d_sae // group
     maxima_bg = h_bs[:, : group * n_groups].unflatten(1, (group, n_groups)).amax(dim=1)
     bound_b1 = maxima_bg.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    bound_b1 = bound_b1.masked_fill(bound_b1 == 0, _least(h_bs.dtype))  # zeros are no codes, and may be most of a row
     flat_n = (h_bs >= bound_b1).view(-1).nonzero().squeeze(1)
     value_n = h_bs.view(-1)[flat_n].float()
     row_n = flat_n // d_sae
