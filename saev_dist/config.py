@@ -163,12 +163,8 @@ class Extract(SaeRules, Extraction):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replay:
-    """Draw what features mean: encode once more the images that won slots, check their scores, and write a gallery.
-
-    Opens in a browser from the disk: <run>/visuals/index.html. Run it alone or under torchrun; the files are the same.
-    If it is killed, the same command goes on with the pictures that are missing.
-    """
+class OfRun:
+    """What commands are told that work on a run of `extract`."""
 
     run: RunPath
     """Run directory of a finished `extract`. Under torchrun write --run-dir: torchrun takes --run for an option of its own."""
@@ -176,6 +172,16 @@ class Replay:
     """Where the run's shards are now, if they have moved."""
     sae: OptionalPath = None
     """Where the run's SAE is now, if it has moved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay(OfRun):
+    """Draw what features mean: encode once more the images that won slots, check their scores, and write a gallery.
+
+    Opens in a browser from the disk: <run>/visuals/index.html. Run it alone or under torchrun; the files are the same.
+    If it is killed, the same command goes on with the pictures that are missing.
+    """
+
     images: OptionalPath = None
     """Pictures: class folders as torchvision's ImageFolder reads them, a flat folder (sorted by name), or a Hugging Face data set saved to disk; matched to the shards by their order alone. Default: the dataset path in the shards' metadata, if it exists."""
     pictures: bool = True
@@ -254,15 +260,9 @@ class Replay:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify:
+class Verify(OfRun):
     """Encode once more the patches that won slots, and compare every stored score of a sample of features. Exit code 1 on a mismatch."""
 
-    run: RunPath
-    """Run directory of a finished `extract`. Under torchrun write --run-dir: torchrun takes --run for an option of its own."""
-    shards: OptionalPath = None
-    """Where the run's shards are now, if they have moved."""
-    sae: OptionalPath = None
-    """Where the run's SAE is now, if it has moved."""
     features: Ints = ()
     """Features that are checked in any case; with --n-features 0 they alone."""
     n_features: int = 100
@@ -288,15 +288,11 @@ class Verify:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merge:
+class Merge(OfRun):
     """Make the artifacts of an unfinished `extract` whose batches are all done, in one process, and encode nothing."""
 
     run: RunPath
     """Run directory of an `extract` that died after its last batch."""
-    shards: OptionalPath = None
-    """Where the run's shards are now, if they have moved."""
-    sae: OptionalPath = None
-    """Where the run's SAE is now, if it has moved."""
 
 
 @dataclass(frozen=True, kw_only=True)

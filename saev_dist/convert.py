@@ -6,7 +6,7 @@ import os
 from saev_dist.config import Convert
 from saev_dist.errors import ConfigError
 from saev_dist.files import writing
-from saev_dist.report import table
+from saev_dist.output import table
 from saev_dist.sae import plain
 from saev_dist.sae.load import Overrides, file_names, load_sae
 

@@ -32,7 +32,7 @@ from saev_dist.config import Demo, Extract, Replay
 from saev_dist.data.images import list_images
 from saev_dist.data.shards import ShardWriter
 from saev_dist.errors import ConfigError, Preempted, RunError
-from saev_dist.files import writing
+from saev_dist.files import replacing, writing
 from saev_dist.render.sheet import Row, Slot, contact_sheet
 from saev_dist.sae.saev import load_saev, save_saev
 from saev_dist.store import Run
@@ -169,9 +169,8 @@ def _run(cfg: Demo, source_dpath: Path) -> None:
     command += f" --n-images {gallery.n_images} --patch-size {gallery.patch_size} --img-scale {gallery.img_scale:g}"
     print(f"   $ {command} --features {' '.join(map(str, chosen))}", flush=True)
     replay.run(gallery)
-    partial_fpath = sheet_fpath.with_suffix(".tmp")
-    Image.fromarray(contact_sheet(rows, header)).save(partial_fpath, format="PNG")
-    os.replace(partial_fpath, sheet_fpath)  # last: it marks the demo as finished
+    with replacing(sheet_fpath) as file:  # last: it marks the demo as finished
+        Image.fromarray(contact_sheet(rows, header)).save(file, format="PNG")
     print(f"6. Open {gallery.run / 'visuals' / 'index.html'} in a browser: the gallery of features.")
     print(f"   Or look at {sheet_fpath}: a row is a feature, its strongest images side by side.")
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from saev_dist.data.images import load_picture, version_of
-from saev_dist.files import writing
+from saev_dist.files import replacing, writing
 from saev_dist.render.geometry import Geometry, Placement
 from saev_dist.render.heatmap import highlight, plain
 from saev_dist.signals import ASKING
@@ -113,8 +113,9 @@ def draw(task: Task) -> Drawn:
             dpath.mkdir(parents=True, exist_ok=True)
             picture_name, heatmap_name = file_names(order, task.img_i, _drawing.format)
             heatmap = _encoded(highlight(picture_hwc, values_p, upper, place), _drawing)
-            _write(dpath / picture_name, original)
-            _write(dpath / heatmap_name, heatmap)
+            for name, content in ((picture_name, original), (heatmap_name, heatmap)):
+                with replacing(dpath / name) as file:  # it is not fsynced: after a crash of the machine its size tells
+                    file.write(content)
             n_bytes.append((len(original), len(heatmap)))
     return Drawn(place=place, n_bytes=n_bytes, version=version)
 
@@ -134,10 +135,3 @@ def _encoded(picture_hwc: NDArray[np.uint8], drawing: Drawing) -> bytes:
     else:
         Image.fromarray(picture_hwc).save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()
-
-
-def _write(fpath: Path, content: bytes) -> None:
-    """Whole or not at all, as far as other processes see. It is not fsynced: after a crash of the machine its size tells."""
-    temporary = fpath.with_name(f".{fpath.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, fpath)

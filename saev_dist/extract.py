@@ -42,7 +42,7 @@ from saev_dist.sae.pieces import batches_ahead
 from saev_dist.selfcheck import Report, check
 from saev_dist.spill import Segment, Spill, covered
 from saev_dist.statistics import make_bundle
-from saev_dist.store import Run, agree
+from saev_dist.store import Run
 from saev_dist.world import World
 
 PARTS_FOR_GPU = 3
@@ -60,8 +60,7 @@ def run(cfg: Extract) -> None:
     # The lock is held until the others have left too: a rank that is still at work may write.
     with ExitStack() as held, World(cfg.timeout_s) as world, world.obeying_signals(cfg.out / "partials"):
         job = open_job(cfg, world)
-        agree(
-            world,
+        world.agree(
             job.identity,
             would="compute something else",
             advice="Name an SAE and shards that all nodes share, and compute on one kind of device (--device cpu, or GPUs).",

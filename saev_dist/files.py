@@ -106,6 +106,27 @@ def did_you_mean(dpath: Path, fname: str) -> str:
     return ""
 
 
+@contextmanager
+def replacing(fpath: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
+    """A file to write in place of another, if any: it has its name only once it is whole. Where that fails, nothing is left.
+
+    Args:
+        durable: have it on the disk before. (After a crash of the machine a file that was only renamed may be torn.)
+    """
+    temporary = fpath.with_name(f".{fpath.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, fpath)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_all(file: BinaryIO, data: memoryview) -> None:
     """Write to an unbuffered file, which may take less than it is given."""
     while len(data):

@@ -15,7 +15,8 @@ from saev_dist.errors import ConfigError, RunError, UnknownFormatError
 from saev_dist.estimate import gb
 from saev_dist.files import refuse_lacking
 from saev_dist.finished import check_slots
-from saev_dist.report import describe_kept, describe_left_out, flags_of, table
+from saev_dist.output import table
+from saev_dist.report import describe_kept, describe_left_out, flags_of
 from saev_dist.sae.hub import is_hub_name, refuse_link
 from saev_dist.sae.load import Loaded, Overrides, load_sae, recognise
 from saev_dist.sae.model import Threshold

@@ -1,14 +1,20 @@
-"""Standard output, whose errors are told from those of files: nobody reads the pipe any more, or the disk is full."""
+"""Standard output: tables of facts, and its errors, which are told from those of files (nobody reads it, the disk is full)."""
 
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Any, TextIO
 
-from saev_dist.errors import OutputError, RunError, warn
+from saev_dist.errors import OutputError, RunError, printable, warn
+
+
+def table(lines: Mapping[str, str]) -> str:
+    """Two aligned columns, of a line for each name."""
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {printable(text)}" for name, text in lines.items())
 
 
 @contextmanager

@@ -47,7 +47,7 @@ import numpy as np
 from saev_dist.errors import DamagedError, RunError, warn
 from saev_dist.files import fsync_dir, read_part, reading, retrying, write_all, writing
 from saev_dist.plan import Intervals, union
-from saev_dist.spill import COPY_BYTES, SPILL_PATTERN, Segment, Spill, check_extent, covered
+from saev_dist.spill import COPY_BYTES, SPILL_PATTERN, Segment, Spill, as_bytes, check_extent, covered
 
 if TYPE_CHECKING:  # the launcher, too, looks at partials
     from torch import Tensor
@@ -108,9 +108,10 @@ def write(dpath: Path, partial: Partial, state: State) -> None:
     digest = hashlib.sha256()
     try:
         with open(unfinished, "wb", buffering=0) as file:
-            for piece in (MAGIC, json.dumps(asdict(partial)).encode() + b"\n", *map(_bytes, state.values())):
+            header = MAGIC + json.dumps(asdict(partial)).encode() + b"\n"
+            for piece in (memoryview(header), *(as_bytes(tensor.numpy()) for tensor in state.values())):
                 digest.update(piece)
-                write_all(file, memoryview(piece))
+                write_all(file, piece)
             write_all(file, memoryview(digest.digest()))
             os.fsync(file.fileno())
         os.replace(unfinished, fpath)
@@ -118,10 +119,6 @@ def write(dpath: Path, partial: Partial, state: State) -> None:
         unfinished.unlink(missing_ok=True)
         raise
     fsync_dir(dpath)
-
-
-def _bytes(tensor: "Tensor") -> Any:
-    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
 
 
 def read_header(fpath: Path) -> Partial:
@@ -152,7 +149,7 @@ def load(fpath: Path) -> tuple[Partial, State]:
             state = {}
             for name, (dtype, shape) in partial.tensors.items():
                 state[name] = torch.from_numpy(np.empty(shape, dtype))
-                view = memoryview(_bytes(state[name]))
+                view = as_bytes(state[name].numpy())
                 while len(view) and (n_bytes := file.readinto(view)):
                     view = view[n_bytes:]
         return partial, state

@@ -20,7 +20,7 @@ from saev_dist import draw
 from saev_dist.choose import Slots
 from saev_dist.data.images import Pictures
 from saev_dist.errors import warn
-from saev_dist.files import reading, write_all, writing
+from saev_dist.files import reading, replacing, write_all, writing
 
 RECORDS_AT_ONCE = 1024
 
@@ -107,13 +107,10 @@ class Records:
             return
         n_lost = max(1, n_records - int(whole_n.sum()))
         warn(f"{fpath}: {n_lost:,} pictures are not whole, or made of other files, and will be drawn again.")
-        with writing(fpath):
-            sound_fpath = fpath.with_suffix(".tmp")
-            with open(sound_fpath, "wb") as file:
-                for first in range(0, n_records, RECORDS_AT_ONCE):
-                    part = slice(first, first + RECORDS_AT_ONCE)
-                    file.write(rows[part][whole_n[part]].tobytes())
-            os.replace(sound_fpath, fpath)
+        with writing(fpath), replacing(fpath) as file:
+            for first in range(0, n_records, RECORDS_AT_ONCE):
+                part = slice(first, first + RECORDS_AT_ONCE)
+                file.write(rows[part][whole_n[part]].tobytes())
 
     def _is_whole(self, row: Any) -> bool:
         names = draw.file_names(int(row["place"]), int(row["img_i"]), self.image_format)

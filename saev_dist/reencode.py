@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import chain
 from typing import Self
 
 import numpy as np
@@ -91,23 +90,21 @@ def reencode(
         DataError: an activation is not finite.
     """
     img_i, starts = np.unique(slots["img_i"], return_index=True)
-    groups = iter(np.split(slots, starts[1:]) if len(img_i) else [])
+    groups = np.split(slots, starts[1:]) if len(img_i) else []
     by_image = Plan(run.shards.examples, 1)
     ahead = 2 * encoder.n_threads
     todo, pin = _intervals(img_i), encoder.device.type == "cuda"
     reader = Reader(run.shards, by_image, todo, depth=read_ahead, hold=ahead, pin=pin, check=look)
     waiting: deque[tuple[Slots, NDArray[np.int64], Tensor, Future[Codes]]] = deque()
-    for batch, acts_pd in chain(reader, [(None, None)] * ahead):
-        if batch is not None and acts_pd is not None:
-            slots_n = next(groups)
-            feature_m = np.unique(slots_n["feature"])
-            only = torch.from_numpy(feature_m).to(encoder.device)
-            codes = encoder.submit(acts_pd, img_i=batch.img_i, n_patches=run.shards.n_patches, only=only)
-            waiting.append((slots_n, feature_m, acts_pd, codes))
-            if len(waiting) <= ahead:
-                continue
-        if waiting:
+    for (batch, acts_pd), slots_n in zip(reader, groups, strict=True):
+        feature_m = np.unique(slots_n["feature"])
+        only = torch.from_numpy(feature_m).to(encoder.device)
+        codes = encoder.submit(acts_pd, img_i=batch.img_i, n_patches=run.shards.n_patches, only=only)
+        waiting.append((slots_n, feature_m, acts_pd, codes))
+        if len(waiting) > ahead:
             yield _checked(run, encoder, check, *waiting.popleft())
+    while waiting:
+        yield _checked(run, encoder, check, *waiting.popleft())
 
 
 def verify_tokens(

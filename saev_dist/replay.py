@@ -38,7 +38,7 @@ from saev_dist.reencode import Check, Image, reencode
 from saev_dist.replay_job import Job, open_job
 from saev_dist.replay_report import already_done, announce, describe_plan, describe_task, summary
 from saev_dist.sae.encoder import Encoder, usable_precision
-from saev_dist.store import Run, agree
+from saev_dist.store import Run
 from saev_dist.world import World
 
 
@@ -57,7 +57,7 @@ def run(cfg: Replay) -> None:
         job = open_job(cfg)
         device = world.device(cfg.device)
         advice = "All ranks must see the same run and pictures; name a folder that they share."
-        agree(world, job.identity, would="draw another gallery", advice=advice)
+        world.agree(job.identity, would="draw another gallery", advice=advice)
         if world.tell(world.rank == 0 and _is_done(job)):
             if world.rank == 0:
                 with suppress(RunError), Run(cfg.run).lock():  # unless another replay is at work

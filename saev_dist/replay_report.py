@@ -10,9 +10,10 @@ import numpy as np
 from saev_dist.choose import Slots
 from saev_dist.errors import count, warn
 from saev_dist.estimate import free_disk, gb
+from saev_dist.output import table
 from saev_dist.reencode import describe_edge, describe_encoded
 from saev_dist.replay_job import Job
-from saev_dist.report import describe_left_out, table
+from saev_dist.report import describe_left_out
 
 BYTES_PER_PX = {"webp": 0.2, "png": 1.8}
 """Of photographs, about. WebP at quality 80: 0.09 where the demo's are drawn twice as large, up to 0.3; PNG: 1.07 there, more

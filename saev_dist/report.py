@@ -1,6 +1,6 @@
-"""What a job tells people: aligned tables of facts, and commands to type."""
+"""What a job tells people: its plan, its result, what is kept, and the flags that make it."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -8,19 +8,14 @@ from typing import Any
 from saev_dist import partials
 from saev_dist.config import Extract
 from saev_dist.data.shards import Shards
-from saev_dist.errors import DamagedError, RunError, count, printable
+from saev_dist.errors import DamagedError, RunError, count
 from saev_dist.estimate import Estimate, free_disk, gb
 from saev_dist.fields import Fields
+from saev_dist.output import table
 from saev_dist.plan import Plan, complement
 from saev_dist.sae.hub import absolute
 from saev_dist.sae.model import Sae
 from saev_dist.store import Run
-
-
-def table(lines: Mapping[str, str]) -> str:
-    """Two aligned columns, of a line for each name."""
-    width = max(map(len, lines))
-    return "\n".join(f"{name:<{width}}  {printable(text)}" for name, text in lines.items())
 
 
 def flags_of(cfg: Any, *, without: Collection[str]) -> list[str]:

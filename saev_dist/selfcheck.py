@@ -28,7 +28,7 @@ from saev_dist.data.shards import Shards
 from saev_dist.errors import CheckpointError, ConfigError, MergeError, RunError, warn
 from saev_dist.fields import Fields
 from saev_dist.machine import memory_wanted
-from saev_dist.report import table
+from saev_dist.output import table
 from saev_dist.sae.encoder import ActivationOverflow, Encoder, batch_threads
 from saev_dist.sae.model import ConstantNorm, Given, LayerNorm, Relu, Sae, Threshold, TopK
 

@@ -28,9 +28,9 @@ from torch import Tensor
 from saev_dist.errors import ConfigError, DamagedError, RunError
 from saev_dist.fields import Fields
 from saev_dist.files import fsync_dir, refuse_lacking, retrying, writing
+from saev_dist.identity import contrast, differing
 from saev_dist.lock import Lock
 from saev_dist.partials import RANK_PATTERNS
-from saev_dist.world import World
 
 ARTIFACT_PATTERNS = (
     "top_values.pt",
@@ -378,46 +378,3 @@ def _read_json(fpath: Path) -> Fields | None:
         return Fields.parse(content, str(fpath), RunError)
     except RunError as err:
         raise DamagedError(f"{str(err).rstrip('.')}: damaged. Run extract again with --force, which starts over.") from None
-
-
-def _same(mine: Any, theirs: Any) -> bool:
-    """Whether two values of an identity are the same; None in a list stands for what could not be read."""
-    if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
-        return all(None in pair or pair[0] == pair[1] for pair in zip(mine, theirs, strict=True))
-    return bool(mine == theirs)
-
-
-def agree(world: World, identity: dict[str, Any], *, would: str, advice: str) -> None:
-    """Raise RunError unless rank 0 does the same: on another node a path may lead to other files, or there is no GPU.
-
-    Args:
-        identity: what the bytes depend on.
-        would: what this rank would do otherwise, for the message.
-        advice: what to do about it, the same.
-    """
-    first = world.tell(identity)
-    if names := differing(identity, first):
-        here, there = contrast(identity.get(names[0]), first.get(names[0]), most=200)
-        raise RunError(f"rank {world.rank} would {would} than rank 0: {names[0]} is {here} here, {there} there. {advice}")
-
-
-def differing(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Names under which two identities say different things; either may have been through JSON."""
-    return [key for key in sorted(mine | theirs) if not _same(mine.get(key), theirs.get(key))]
-
-
-def contrast(mine: Any, theirs: Any, *, most: int = 20) -> tuple[str, str]:
-    """Two values of an identity that differ, for a message; of lists the first entries that differ.
-
-    Args:
-        most: characters of each.
-    """
-    if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
-        i = next(i for i, pair in enumerate(zip(mine, theirs, strict=True)) if None not in pair and pair[0] != pair[1])
-        return f"[{i}] {_brief(mine[i], most)}", f"[{i}] {_brief(theirs[i], most)}"
-    return _brief(mine, most), _brief(theirs, most)
-
-
-def _brief(value: Any, most: int) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= most else f"{text[: most - 3]}…"

@@ -6,9 +6,10 @@ from saev_dist.choose import choose_features, choose_slots, deal
 from saev_dist.config import Verify
 from saev_dist.finished import FinishedRun
 from saev_dist.machine import cpu_threads
+from saev_dist.output import table
 from saev_dist.progress import Progress
 from saev_dist.reencode import TOLERANCE, Check, describe_edge, verify_tokens
-from saev_dist.report import describe_left_out, table
+from saev_dist.report import describe_left_out
 from saev_dist.sae.encoder import Encoder, usable_precision
 from saev_dist.world import World
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from saev_dist.errors import RunError
-from saev_dist.files import fsync_dir, sync_file_system, writing
+from saev_dist.files import fsync_dir, replacing, sync_file_system, writing
 
 CONTENT = (
     "replay.json",
@@ -82,9 +82,8 @@ class Visuals:
                 marker_fpath.unlink(missing_ok=True)  # first: without it the rest means nothing, should we die in here
                 _remove(self.partial_dpath)
             self.partial_dpath.mkdir()
-            temporary = marker_fpath.with_suffix(".tmp")
-            temporary.write_bytes(self._marker())
-            os.replace(temporary, marker_fpath)
+            with replacing(marker_fpath) as file:
+                file.write(self._marker())
 
     def sync(self) -> None:
         """Have all that this machine has written there on the disk."""

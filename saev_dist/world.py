@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from saev_dist.errors import ConfigError, PeerError, Preempted, RunError
+from saev_dist.identity import contrast, differing
 from saev_dist.signals import Signals
 
 State = dict[str, Tensor]
@@ -272,6 +273,19 @@ class World:
             self._ask(lambda store: _put(store, key, message))
         self.wait()
         return message if self._store is None else self._ask(lambda store: _get(store, key))
+
+    def agree(self, identity: dict[str, Any], *, would: str, advice: str) -> None:
+        """Raise RunError unless rank 0 does the same: on another node a path may lead to other files, or there is no GPU.
+
+        Args:
+            identity: what the bytes depend on.
+            would: what this rank would do otherwise, for the message.
+            advice: what to do about it, the same.
+        """
+        first = self.tell(identity)
+        if names := differing(identity, first):
+            here, there = contrast(identity.get(names[0]), first.get(names[0]), most=200)
+            raise RunError(f"rank {self.rank} would {would} than rank 0: {names[0]} is {here} here, {there} there. {advice}")
 
     def collect(self, report: Any) -> list[Any]:
         """Every rank's `report` (JSON) in rank order, once all are here; on ranks other than 0 an empty list."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saev_dist.errors import RunError, warn
-from saev_dist.files import writing
+from saev_dist.files import replacing, writing
 
 TAIL_BYTES = 16_384
 
@@ -72,9 +72,8 @@ class End:
     """Unix time."""
 
     def write(self, fpath: Path) -> None:
-        temporary = fpath.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(replace(self, host=os.uname().nodename, at=time.time()))) + "\n")
-        os.replace(temporary, fpath)
+        with replacing(fpath) as file:
+            file.write(json.dumps(asdict(replace(self, host=os.uname().nodename, at=time.time()))).encode() + b"\n")
 
     @classmethod
     def read(cls, fpath: Path) -> "End | None":

@@ -280,7 +280,7 @@ def _check_free(cfgs: Sequence[Extract | Replay]) -> None:
     for job in former:
         if states[job.job_id].is_under_way and states[job.job_id].name != "UNKNOWN":
             raise ConfigError(
-                f"{job.run}: {job.kind} {job.job_id} works on it ({describe_state(job, states[job.job_id])}). "
+                f"{job.run}: {job.kind} {job.job_id} works on it ({describe_state(states[job.job_id])}). "
                 f"Wait for it, or end it: {PROG} cancel --run {job.run}"
             )
 
@@ -347,7 +347,7 @@ def status(cfg: Status) -> bool:
     states = ask(jobs)
     for job in jobs:
         state = states[job.job_id]
-        text = describe_state(job, state) if state.is_under_way else verdict(job, state)[1]
+        text = describe_state(state) if state.is_under_way else verdict(job, state)[1]
         print(f"{job.run}\n  {job.kind} {job.job_id}  {text.removesuffix(f': {job.run}')}")
         for line in describe(job, is_running=state.is_at_work) if state.is_under_way else []:
             print(f"  {line}")

@@ -26,6 +26,7 @@ from submitit.core.job_environment import JobEnvironment
 from saev_dist.config import Extract, Replay
 from saev_dist.errors import PeerError, Preempted, SaevDistError
 from saev_dist.output import escape_what_cannot_be_encoded, printing, spare_output
+from saev_dist.signals import be_deaf
 from slurm.hold import HELD
 from slurm.jobs import End, cancelled_fpath, end_fpath
 
@@ -91,7 +92,7 @@ class Task:
         def leave(number: int, frame: FrameType | None) -> None:
             told.append(signal.Signals(number).name)
             if is_ready:  # an exception amid the import of torch would end in its C++
-                _be_deaf()
+                be_deaf()
                 raise Told
 
         for number in HELD:
@@ -110,7 +111,7 @@ class Task:
                 spare_output()
                 job.run(self.cfg)
         except BaseException as err:  # noqa: BLE001  # whatever it is, the launcher is to hear of it
-            _be_deaf()
+            be_deaf()
             if told:  # whatever came of it on the way out
                 return replace(end, outcome="left", error=told[0])
             match err:
@@ -124,7 +125,7 @@ class Task:
                     return replace(end, outcome="failed", error=str(err))
             traceback.print_exc()
             return replace(end, outcome="crashed", error="".join(traceback.format_exception_only(err)).strip())
-        _be_deaf()
+        be_deaf()
         return end
 
     def _may_requeue(self, here: JobEnvironment, attempt: int, cancelled: Path | None) -> bool:
@@ -159,12 +160,6 @@ def _leave_if_stuck(cancelled: Path, leave: Handler) -> None:
     time.sleep(STUCK_S)
     if signal.getsignal(signal.SIGTERM) is leave:
         os._exit(os.EX_TEMPFAIL)
-
-
-def _be_deaf() -> None:
-    """On the way out nothing is to interrupt."""
-    for number in HELD:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _own_state(job_id: str) -> str:

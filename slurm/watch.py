@@ -32,7 +32,7 @@ def follow(jobs: Sequence[Job]) -> bool:
             state = states[job_id]
             n_ended[job_id] = 0 if state.is_under_way else n_ended[job_id] + 1
             # A requeue may look like an end for a moment, and a controller that restarts forgets.
-            if n_ended[job_id] and (state.name == "COMPLETED" or _is_over(job, state, n_ended[job_id])):
+            if n_ended[job_id] and (state.name == "COMPLETED" or _is_over(state, n_ended[job_id])):
                 well, text = verdict(job, state)
                 all_well &= well
                 print(f"{job.kind} {job_id} {text}", file=sys.stdout if well else sys.stderr, flush=True)
@@ -46,13 +46,13 @@ def follow(jobs: Sequence[Job]) -> bool:
             if text != told.get(job_id) or (state.name == "RUNNING" and time.monotonic() - told_at[job_id] > REPORT_S):
                 told[job_id], told_at[job_id] = text, time.monotonic()
                 lines = describe(job, is_running=True) if state.name == "RUNNING" else []
-                print("\n  ".join([f"{job.kind} {job_id}  {describe_state(job, state)}", *lines]), flush=True)
+                print("\n  ".join([f"{job.kind} {job_id}  {describe_state(state)}", *lines]), flush=True)
         if left:
             time.sleep(min(POLL_S[1], POLL_S[0] + (time.monotonic() - began) / 60))
     return all_well
 
 
-def _is_over(job: Job, state: State, n_polls: int) -> bool:
+def _is_over(state: State, n_polls: int) -> bool:
     if state.name == "FORGOTTEN":
         return n_polls * POLL_S[0] > FORGOTTEN_S
     return n_polls > 1
@@ -127,7 +127,7 @@ def result(job: Job) -> list[str]:
     return [*warned, *(line for line in said if line not in warned)]
 
 
-def describe_state(job: Job, state: State) -> str:
+def describe_state(state: State) -> str:
     """One line."""
     match state.name:
         case "PENDING":

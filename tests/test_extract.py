@@ -447,7 +447,7 @@ def test_missing_rows_of_a_rank_stop_the_run(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(saev_dist.extract, "_merge", lose)
         with pytest.raises(SystemExit, match=r"^1$"):
             main(args)
-        assert f"the ranks' {name} files hold 0 bytes; the plan promises" in capsys.readouterr().err
+        assert f"the ranks' {name} files hold 0 bytes; expected " in capsys.readouterr().err
         assert not list((tmp_path / "run").glob("*.*"))
 
 

@@ -38,12 +38,12 @@ LEVELS = [
         "replay_report",
         "pages",
     },
-    {"accumulators", "plan", "choose", "render", "fields"},
+    {"accumulators", "plan", "choose", "render", "fields", "identity"},
     {"config", "errors", "output", "fused", "kernels"},
 ]
 IMPURE = {"os", "sys", "logging", "pathlib", "io", "shutil", "tempfile", "time", "subprocess", "torch.distributed"}
 FILES = sorted(PACKAGE.rglob("*.py"))
-PURE = {"accumulators", "plan", "choose", "render"}
+PURE = {"accumulators", "plan", "choose", "render", "identity"}
 
 
 def imports(fpath: Path) -> set[str]:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from saev_dist import partials
+from saev_dist.identity import contrast
 from saev_dist.machine import arithmetic
 from saev_dist.plan import Plan
 from saev_dist.spill import covered
-from saev_dist.store import contrast
 from tests.crash import N_BATCHES, SLOW, Fault, killed, unfinished, wait_for
 from tests.ranks import artifact_hashes, leading_a_group
 from tests.soak import Soak

@@ -243,7 +243,7 @@ def test_told_to_leave_and_requeued_it_goes_on_and_has_the_same_bytes(launch, cl
     cluster.ask("scontrol", "requeue", job.job_id)  # Slurm requeues it
     until(lambda: has_snapshot(run, 2, after=first | second))
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])  # `status` itself might start too late to see it run
-    assert re.search(r"running .* on 127\.0\.0\.\[1-2\], requeued 2 times", describe_state(job, ask([job])[job.job_id]))
+    assert re.search(r"running .* on 127\.0\.0\.\[1-2\], requeued 2 times", describe_state(ask([job])[job.job_id]))
     until(lambda: (run / "manifest.json").exists())
     until(lambda: re.search(r"^  extract \d+  done$", launch("status", "--run", run).stdout, re.M))
     assert {(end.rank, end.attempt, end.outcome) for end in job.ends()} == {(0, 2, "done"), (1, 2, "done")}

@@ -146,8 +146,8 @@ def test_the_jobs_of_a_run_are_its_last_extract_and_the_replay_since(job):
 
 def test_requeues_are_counted_wherever_the_job_is(job):
     waiting, running = State(name="PENDING", reason="BeginTime", n_requeues=1), State(name="RUNNING", nodes="n1", n_requeues=2)
-    assert describe_state(job, waiting) == "waits in the queue: BeginTime, requeued 1 time"
-    assert describe_state(job, running) == "running on n1, requeued 2 times"
+    assert describe_state(waiting) == "waits in the queue: BeginTime, requeued 1 time"
+    assert describe_state(running) == "running on n1, requeued 2 times"
 
 
 def test_a_logs_last_lines_are_those_of_the_job(job):

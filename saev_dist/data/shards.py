@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from saev_dist.errors import ConfigError, DataError
 from saev_dist.fields import Fields, parse_json
-from saev_dist.files import did_you_mean, retrying
+from saev_dist.files import did_you_mean, replacing, retrying
 
 if TYPE_CHECKING:  # only the writer needs NumPy; the launcher, which reads a description, should not wait for it
     from numpy.typing import ArrayLike
@@ -343,6 +343,5 @@ class ShardWriter:
             self._file.close()
         if kind is None:
             (self.dpath / "shards.json").write_text(json.dumps(self.shards, indent=2))
-            temporary = self.dpath / "metadata.json.tmp"
-            temporary.write_text(json.dumps(self.metadata, indent=2))
-            os.replace(temporary, self.dpath / "metadata.json")
+            with replacing(self.dpath / "metadata.json") as file:
+                file.write(json.dumps(self.metadata, indent=2).encode())

@@ -14,6 +14,7 @@ Picture = NDArray[np.uint8]
 
 LABEL_PX = 168
 FRAME_PX = 2  # around an outline, and between a patch and its image
+TILE_PX = 96  # width and height of a tile
 GAP_PX = 10  # around a slot
 HEADER_PX = 19  # a line of the header
 PAPER, INK, FAINT = (255, 255, 255), (20, 20, 20), (105, 105, 105)
@@ -39,7 +40,7 @@ class Row:
     """Strongest first."""
 
 
-def contact_sheet(rows: Sequence[Row], header: Sequence[str] = (), tile_px: int = 96) -> Picture:
+def contact_sheet(rows: Sequence[Row], header: Sequence[str] = ()) -> Picture:
     """Draw the rows below the lines of the header.
 
     A slot is two square tiles: the box, enlarged, and the image with the box outlined.
@@ -47,54 +48,53 @@ def contact_sheet(rows: Sequence[Row], header: Sequence[str] = (), tile_px: int 
     Args:
         rows: the features; rows may differ in length.
         header: lines above the rows; the first stands out.
-        tile_px: width and height of a tile.
 
     Returns:
         uint8 (height, width, 3). The width follows from the longest row, the height from the number of rows.
     """
     title_font, text_font = ImageFont.load_default(size=16), ImageFont.load_default(size=13)
-    slot_px = 2 * tile_px + FRAME_PX + GAP_PX
+    slot_px = 2 * TILE_PX + FRAME_PX + GAP_PX
     width = LABEL_PX + max((len(row.slots) for row in rows), default=0) * slot_px
     header_px = GAP_PX + HEADER_PX * len(header) + GAP_PX * bool(header)
-    sheet = Image.new("RGB", (width, header_px + len(rows) * (tile_px + GAP_PX)), PAPER)
+    sheet = Image.new("RGB", (width, header_px + len(rows) * (TILE_PX + GAP_PX)), PAPER)
     draw = ImageDraw.Draw(sheet)
 
     for i, line in enumerate(header):
         font, colour = (text_font, FAINT) if i else (title_font, INK)
         draw.text((GAP_PX, GAP_PX + i * HEADER_PX), line, font=font, fill=colour)
     for row_i, row in enumerate(rows):
-        top = header_px + row_i * (tile_px + GAP_PX)
+        top = header_px + row_i * (TILE_PX + GAP_PX)
         draw.text((GAP_PX, top), row.title, font=title_font, fill=INK)
         for i, line in enumerate(row.lines):
             draw.text((GAP_PX, top + 23 + 17 * i), line, font=text_font, fill=FAINT)
         for slot_i, slot in enumerate(row.slots):
             left = LABEL_PX + slot_i * slot_px
-            sheet.paste(_enlarged(slot, tile_px), (left, top))
-            sheet.paste(_outlined(slot, tile_px), (left + tile_px + FRAME_PX, top))
+            sheet.paste(_enlarged(slot), (left, top))
+            sheet.paste(_outlined(slot), (left + TILE_PX + FRAME_PX, top))
     return np.asarray(sheet)
 
 
-def _enlarged(slot: Slot, tile_px: int) -> Image.Image:
+def _enlarged(slot: Slot) -> Image.Image:
     """The box alone; pixels outside the image repeat its edge."""
     left, top, right, bottom = slot.box
     height, width = slot.image_hwc.shape[:2]
     rows = np.clip(np.arange(top, bottom), 0, height - 1)
     columns = np.clip(np.arange(left, right), 0, width - 1)
     patch = Image.fromarray(slot.image_hwc[np.ix_(rows, columns)])
-    return patch.resize((tile_px, tile_px), Image.Resampling.BICUBIC)
+    return patch.resize((TILE_PX, TILE_PX), Image.Resampling.BICUBIC)
 
 
-def _outlined(slot: Slot, tile_px: int) -> Image.Image:
+def _outlined(slot: Slot) -> Image.Image:
     """The whole image, with a white line around the box and a black one around that: seen on any ground."""
     height, width = slot.image_hwc.shape[:2]
-    tile = Image.fromarray(slot.image_hwc).resize((tile_px, tile_px), Image.Resampling.LANCZOS)
+    tile = Image.fromarray(slot.image_hwc).resize((TILE_PX, TILE_PX), Image.Resampling.LANCZOS)
     left, top, right, bottom = slot.box
-    x0, x1 = round(left * tile_px / width), round(right * tile_px / width) - 1
-    y0, y1 = round(top * tile_px / height), round(bottom * tile_px / height) - 1
+    x0, x1 = round(left * TILE_PX / width), round(right * TILE_PX / width) - 1
+    y0, y1 = round(top * TILE_PX / height), round(bottom * TILE_PX / height) - 1
     # The lines lie outside of the box, so that nothing in it is hidden; at the image's edge they move inwards.
     for margin, colour in ((2 * FRAME_PX, (0, 0, 0)), (FRAME_PX, (255, 255, 255))):
         edge = 2 * FRAME_PX - margin
-        last = tile_px - 1 - edge
+        last = TILE_PX - 1 - edge
         corners = (max(x0 - margin, edge), max(y0 - margin, edge), min(x1 + margin, last), min(y1 + margin, last))
         ImageDraw.Draw(tile).rectangle(corners, outline=colour, width=FRAME_PX)
     return tile

@@ -243,8 +243,10 @@ def _is_sae(path: Path) -> bool:
     if os.path.isdir(path):  # unlike Path's methods, os.path's answer False also where one may not look
         return any(kind.files and all(os.path.exists(path / file) for file in kind.files) for kind in FORMATS.values())
     try:
-        if not os.path.isfile(path) or recognise(path) != "saev":
-            return os.path.isfile(path)
+        if not os.path.isfile(path):
+            return False
+        if recognise(path) != "saev":
+            return True
         with open(path, "rb") as file:  # a line of JSON, then what torch.save writes; other JSON begins so, too
             file.readline(saev.MAX_HEADER_BYTES)
             return file.read(2) in (b"PK", b"\x80\x02")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from saev_dist.errors import CheckpointError
 from saev_dist.fields import MAX_INTEGER, Fields
+from saev_dist.files import replacing
 
 MAX_HEADER_BYTES = 1024 * 1024  # an SAE has a dozen tensors; the format allows 100 MB
 METADATA = "__metadata__"
@@ -89,17 +90,10 @@ def write_safetensors(fpath: Path, tensors: Mapping[str, Tensor], metadata: Mapp
         position = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-    temporary = fpath.with_name(f".{fpath.name}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for tensor in tensors.values():
-                file.write(tensor.contiguous().numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, fpath)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(fpath, durable=True) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().numpy().data)
 
 
 def _place(header: Fields, name: str) -> tuple[torch.dtype, list[int], int, int]:
