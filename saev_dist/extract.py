@@ -30,6 +30,7 @@ from saev_dist.data.reader import Reader, explain_overflow, find_bad_value
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, DataError, MergeError, RunError, SaevDistError, warn
 from saev_dist.estimate import fit
+from saev_dist.fields import Fields
 from saev_dist.job import Job, as_json, open_job
 from saev_dist.machine import allocating, arithmetic
 from saev_dist.partials import Keeper, Partial
@@ -72,8 +73,9 @@ def run(cfg: Extract) -> None:
         store = Run(cfg.out)
         # Slurm and torchrun give a restarted job the flags of its first start: --force must not undo what that did.
         force = cfg.force and not (world.restarted and world.rank == 0 and store.is_of_job(world.job_id, job.identity))
-        finished = world.tell(world.rank == 0 and store.is_finished(job.identity, force=force))
-        if finished:
+        if world.rank == 0:
+            store.refuse_others(job.identity, force=force)
+        if world.tell(world.rank == 0 and not force and store.is_finished()):
             if world.rank == 0:
                 store.tidy()
                 print(already_done(store))
@@ -86,31 +88,28 @@ def run(cfg: Extract) -> None:
             if world.rank == 0:
                 print(describe_plan(replace(cfg, force=force), job.shards, job.sae, job.plan, need, world.size))
             return
-        if world.rank == 0 and not world.patience_s:
-            store.refuse_busy()  # before the self-check takes its time
-        if world.rank == 0 and not cfg.skip_bad_shards:
-            job.shards.check_files()
+        begun = None
         if world.rank == 0:
-            earlier = None if force else store.under_way()
-            known = Report.from_json(earlier.obj.get("self_check")) if earlier else None
-            found = check(
-                job.sae,
-                job.shards,
-                job.device,
-                cfg.self_check,
-                known=known,
-                skip_bad=cfg.skip_bad_shards,
-                look=world.check,
-            )
-            job = replace(job, self_check=found or known)
-        if world.rank == 0:
+            if not world.patience_s:
+                store.refuse_busy()  # before the self-check takes its time
+            job = _inputs_checked(job, None if force else store.under_way(), world)
             held.enter_context(store.lock(patience_s=world.patience_s, check=world.check))
-        begun = store.begin(job.identity, _note(job), afresh=force) if world.rank == 0 else None
+            begun = store.begin(job.identity, _note(job), afresh=force)
         if world.tell(begun is None):  # finished by another process, while this one checked its inputs or waited
             if world.rank == 0:
                 print(already_done(store))
             return
         work(replace(job, identity=begun or job.identity), store, world)
+
+
+def _inputs_checked(job: Job, earlier: Fields | None, world: World) -> Job:
+    """The job with what the self-check says, which an earlier attempt's run.json may hold; the shards have their sizes."""
+    if not job.cfg.skip_bad_shards:
+        job.shards.check_files()
+    known = Report.from_json(earlier.obj.get("self_check")) if earlier else None
+    skip_bad = job.cfg.skip_bad_shards
+    found = check(job.sae, job.shards, job.device, job.cfg.self_check, known=known, skip_bad=skip_bad, look=world.check)
+    return replace(job, self_check=found or known)
 
 
 def _warn_of(cfg: Extract, job: Job, store: Run) -> None:

@@ -35,7 +35,7 @@ def run(cfg: Merge) -> None:
         # Nothing is encoded here, so the device is that of the run.
         identity = job.identity | {"device": under_way.get("identity", dict).get("device")}
         job = replace(job, identity=identity, cfg=replace(job.cfg, device=made_with.device))
-        store.is_finished(job.identity, force=False)
+        store.refuse_others(job.identity, force=False)
         report = Report.from_json(under_way.obj.get("self_check"))
         job = replace(job, identity=under_way.get("identity", dict), self_check=report)
         with store.lock():

@@ -118,8 +118,12 @@ class Run:
             return False
         return under_way is not None or (job_id is not None and holder.obj.get("job_id") == job_id)
 
-    def is_finished(self, identity: dict[str, Any], *, force: bool) -> bool:
-        """Whether this very run is done; refuse a directory that another run occupies. Changes nothing.
+    def is_finished(self) -> bool:
+        """Whether a run is done here, and none under way; `refuse_others` has seen that it is the one that is meant."""
+        return self.under_way() is None and self.manifest() is not None
+
+    def refuse_others(self, identity: dict[str, Any], *, force: bool) -> None:
+        """Refuse a directory that anything but this very run occupies. Changes nothing.
 
         Args:
             identity: what the bytes of the artifacts depend on.
@@ -141,7 +145,7 @@ class Run:
             if os.path.lexists(self.partials_dpath / name):
                 raise ConfigError(f"{self.partials_dpath} holds {name}: it is not of a run under way. Choose another --out.")
         if force:
-            return False
+            return
         under_way = self.under_way()
         holder = under_way or self.manifest()
         if holder is None:
@@ -150,7 +154,7 @@ class Run:
                     f"{self.dpath} holds {strangers[0].name} but no manifest.json: artifacts of something else. "
                     "Choose another --out, or replace them with --force."
                 )
-            return False
+            return
         theirs = holder.get("identity", dict)
         if names := differing(identity, theirs):
             pairs = {name: contrast(theirs.get(name), identity.get(name)) for name in names}
@@ -161,7 +165,6 @@ class Run:
             )
         if under_way is None:
             refuse_lacking(self.dpath, holder)
-        return under_way is None
 
     def lock(self, *, patience_s: float = 0, check: Callable[[], None] = lambda: None) -> AbstractContextManager[None]:
         """Keep other runs out of this directory; makes it. See `Lock.hold`."""
@@ -193,7 +196,8 @@ class Run:
                 directory cannot be written.
         """
         with writing(self.partials_dpath):
-            if self.is_finished(identity, force=afresh):
+            self.refuse_others(identity, force=afresh)
+            if not afresh and self.is_finished():
                 return None
             under_way = None if afresh else self.under_way()
             if under_way is None:

@@ -126,7 +126,8 @@ def test_what_another_process_finishes_while_a_restarted_job_waits_is_not_done_a
 def test_a_run_of_other_settings_that_another_process_has_just_begun_is_not_taken_for_this_one(tmp_path):
     identity, others = {"top_k": 4}, {"top_k": 5}
     store = Run(tmp_path)
-    assert not store.is_finished(identity, force=False)
+    store.refuse_others(identity, force=False)
+    assert not store.is_finished()
     with Run(tmp_path).lock():
         Run(tmp_path).begin(others, {}, afresh=False)  # and dies
     with pytest.raises(RunError, match=r"an unfinished run with other settings \(top_k: there 5, here 4\)"), store.lock():
@@ -178,6 +179,7 @@ def lag(*args):
     n[0] += 1
     time.sleep(0.05)
     while os.environ["RANK"] == "1" and n[0] > 1 and not os.path.exists({go_on!r}):
+        open({lags!r}, "w").close()
         time.sleep(0.05)
     return rows(*args)
 e._rows = lag
@@ -186,10 +188,10 @@ e._rows = lag
 
 def test_a_run_is_in_use_until_its_last_rank_has_left(tmp_path, long_run):
     """Rank 0 leaves for a signal while another is still within a batch, whose snapshot is to come."""
-    out, go_on = tmp_path / "run", tmp_path / "go on"
+    out, go_on, lags = tmp_path / "run", tmp_path / "go on", tmp_path / "lags"
     server = forks()  # whose ranks are as patient as a user's
-    attempt = server.start(*long_run, out, n_ranks=2, before=LAGGING.format(go_on=str(go_on)))
-    wait_for(lambda: list(out.glob("partials/img_acts_counts.00001-*")) and list(out.glob("partials/img_acts_counts.00000-*")))
+    attempt = server.start(*long_run, out, n_ranks=2, before=LAGGING.format(go_on=str(go_on), lags=str(lags)))
+    wait_for(lambda: lags.exists() and list(out.glob("partials/img_acts_counts.00000-*")))
     server.kill(attempt, signal.SIGTERM)
     wait_for(lambda: list(out.glob("partials/00000-*.partial")))
     codes, said = server.run(*long_run, out)
