@@ -34,6 +34,8 @@ JOBS: dict[str, tuple[type, str]] = {
 
 MAKERS = (Extract, Replay, Merge, Convert)
 """What they are for is files, not what they print."""
+ALONE = (Merge, Inspect, Convert, Demo)
+"""One process each."""
 LAUNCHERS = ("pipeline", "status", "cancel")
 """Commands of `slurm.launch`, which are none here."""
 
@@ -61,6 +63,14 @@ def main(argv: list[str] | None = None) -> None:
                 raise
             if not sys.platform.startswith("linux"):
                 raise ConfigError(f"saev-dist runs on Linux; this is {sys.platform}. Use a container, or another machine.")
+            if isinstance(cfg, ALONE) and (n_ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+                if not is_first:
+                    raise PeerError("rank 0 says it")
+                raise ConfigError(f"{argv[0]} is one process; there are {n_ranks}. Start it without torchrun.")
+            try:
+                os.getcwd()  # without one torch finds none of its libraries, and dies
+            except FileNotFoundError:
+                raise ConfigError("the working directory is gone; change to one that is there.") from None
             if isinstance(cfg, MAKERS) and not getattr(cfg, "dry_run", False):
                 spare_output()
             job: Callable[[Any], None] = import_module(dict(JOBS.values())[type(cfg)]).run

@@ -358,6 +358,12 @@ def from_json(command: type[T], content: dict[str, Any]) -> T:
         ConfigError: a field is not known, or missing.
     """
     hints = get_type_hints(command)
+    for name, value in content.items():
+        if name in hints and not _is_a(value, hints[name]):
+            raise ConfigError(
+                f"these are no settings of this version's {command.__name__.lower()}: {name} is {value!r}; expected "
+                f"{_expected(hints[name])}."
+            )
     values = {
         name: Path(value) if isinstance(value, str) and hints.get(name) in (Path, Path | None) else value
         for name, value in content.items()
@@ -386,10 +392,10 @@ def toml_flags(fpath: Path, command: type, *, lists: tuple[str, ...] = ()) -> li
         ConfigError: the file cannot be read, is not TOML, or holds a field that `command` lacks, or a value of another type.
     """
     try:
-        table: dict[str, Any] = tomllib.loads(fpath.read_text(encoding="utf-8"))
+        table: dict[str, Any] = tomllib.loads(fpath.read_text(encoding="utf-8-sig"))
     except OSError as err:
         raise ConfigError(f"{fpath}: {err.strerror}; --config takes a TOML file.") from err
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+    except (ValueError, RecursionError) as err:  # TOMLDecodeError and UnicodeDecodeError are the former
         raise ConfigError(f"{fpath} is not TOML: {err}.") from None
     hints = {name: hint for name, hint in get_type_hints(command).items() if name != "config"}
     flags: list[str] = []
@@ -409,7 +415,7 @@ def toml_flags(fpath: Path, command: type, *, lists: tuple[str, ...] = ()) -> li
             case list():
                 flags += [f"--{flag}", *map(str, value)]
             case _:
-                flags += [f"--{flag}", str(value)]
+                flags.append(f"--{flag}={value}")  # one word: it may begin with a dash
     return flags
 
 
@@ -438,6 +444,8 @@ def _is_a(value: object, hint: Any) -> bool:
         return (parts[-1] is ... or len(values) == len(parts)) and all(_is_a(each, parts[0]) for each in values)
     if parts:  # one of several, or nothing
         return any(_is_a(value, part) for part in parts)
+    if isinstance(value, str) and "\0" in value:  # no path, nor a word of a command line
+        return False
     return type(value) in {float: (float, int), Path: (str,)}.get(hint, (hint,))
 
 

@@ -19,6 +19,8 @@ def run(cfg: Convert) -> None:
     """
     if os.path.isdir(cfg.target):
         raise ConfigError(f"{cfg.target} is a directory; name a file in it, such as {cfg.target / 'converted.safetensors'}.")
+    if os.path.lexists(cfg.target) and not os.path.isfile(cfg.target):
+        raise ConfigError(f"{cfg.target} is there and no regular file; choose another name.")
     if os.path.lexists(cfg.target) and not cfg.force:
         raise ConfigError(f"{cfg.target} is there already; choose another name, or replace it with --force.")
     if os.path.exists(cfg.source) and os.path.exists(cfg.target) and os.path.samefile(cfg.source, cfg.target):

@@ -13,7 +13,6 @@ Names: `e` images, `p` patches, `x` values of a patch with its surroundings, `d`
 
 import importlib.util
 import math
-import os
 import shlex
 import sys
 import time
@@ -74,8 +73,6 @@ def run(cfg: Demo) -> None:
         ConfigError: scikit-image is not installed.
         RunError: `cfg.out` holds something else.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ConfigError("the demo runs in one process; start it without torchrun.")
     try:
         with writing(cfg.out):
             _run(cfg, photographs_dpath())

@@ -18,8 +18,6 @@ def run(cfg: Merge) -> None:
         RunError: nothing is under way there, batches are missing, or the inputs are not those that the run began with.
     """
     with World(timeout_s=600) as world, world.obeying_signals(cfg.run / "partials"):
-        if world.size > 1:
-            raise RunError(f"merge is one process; there are {world.size}. Start it without torchrun.")
         store = Run(cfg.run)
         under_way = store.under_way()
         if under_way is None:

@@ -26,14 +26,12 @@ def printing() -> Iterator[None]:
     Raises:
         RunError: it takes no more for another reason.
     """
-    if sys.stderr is None:  # closed, and its number would be that of the next file that is opened
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        sys.stderr = open(2, "w")
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:  # closed, and its number would be that of the next file that is opened
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            setattr(sys, name, open(number, "w"))
     escape_what_cannot_be_encoded()
     stream = sys.stdout
-    if stream is None:  # as under a daemon that closes it
-        yield
-        return
     output = sys.stdout = _Output(stream)
     try:
         try:

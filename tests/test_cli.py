@@ -55,7 +55,11 @@ def test_a_toml_file_may_hold_everything(tmp_path):
         ("pre_bias = 'yes'", "pre_bias is 'yes'; expected true or false."),
         ("sae = 3", "sae is 3; expected a path in quotes."),
         ("rank_by = 'images'", "rank_by is 'images'; expected one of 'patch', 'image'."),
+        ('out = "a\\u0000b"', "out is 'a\\x00b'; expected a path in quotes."),
+        ("top_k = " + 5000 * "[", "is not TOML"),
+        ("top_k = " + 5000 * "9", "is not TOML"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_a_bad_toml_file_is_named(tmp_path, capsys, text, message):
     fpath = tmp_path / "bad.toml"
@@ -63,6 +67,13 @@ def test_a_bad_toml_file_is_named(tmp_path, capsys, text, message):
     with pytest.raises(SystemExit, match=r"^1$"):
         main(["extract", "--config", str(fpath), *NEEDED])
     assert message in capsys.readouterr().err
+
+
+def test_values_of_a_toml_file_may_begin_with_a_dash_and_the_file_with_a_mark(tmp_path):
+    fpath = tmp_path / "run.toml"
+    fpath.write_text('\ufeffout = "-o"\ninput_mean = "-m"\nthreshold = -1.5\n')
+    cfg = parse(["extract", "--config", str(fpath), *NEEDED[:4]])
+    assert (cfg.out, cfg.input_mean, cfg.threshold) == (Path("-o"), Path("-m"), -1.5)
 
 
 def test_a_command_without_config_knows_no_such_flag(tmp_path, capsys):
@@ -107,6 +118,12 @@ def test_an_sae_is_not_converted_into_itself(tmp_path, capsys):
     for target in (sae, tmp_path / "link.pt"):
         assert f"{target} is the SAE itself" in fails(capsys, "convert", sae, target, "--force")
     assert sae.read_bytes() == before
+
+
+def test_what_is_no_file_is_not_replaced_by_an_sae(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    text = fails(capsys, "convert", make_sae(tmp_path / "sae.pt"), tmp_path / "pipe", "--force")
+    assert "pipe is there and no regular file; choose another name." in text and (tmp_path / "pipe").is_fifo()
 
 
 def test_an_sae_is_not_converted_among_its_own_files(copy_sae, capsys):
@@ -314,6 +331,25 @@ def test_a_closed_standard_error_is_one_that_nobody_reads(tmp_path):
     assert done.returncode == 0 and (out / "manifest.json").exists() and done.stdout.startswith("tokens "), done.stdout
     done = run_ranks("inspect", tmp_path / "nowhere", before=closed)
     assert (done.returncode, done.stdout) == (1, "")
+
+
+@pytest.mark.parametrize("words", [["bogus"], ["extract"]])
+def test_wrong_usage_is_told_where_standard_output_is_closed(words):
+    done = run_ranks(*words, before="import os, sys; os.close(1); sys.stdout = None")
+    assert done.returncode == 2 and done.stderr and "Traceback" not in done.stderr
+
+
+def test_commands_of_one_process_refuse_several(tmp_path):
+    for command in (["inspect", "x"], ["merge", "--run", "x"], ["convert", "x", "y"], ["demo"]):
+        done = run_ranks(*command, n_ranks=2, before=f"import os; os.chdir({str(tmp_path)!r})")
+        lines = [line for line in done.stderr.splitlines() if "saev-dist: " in line]
+        assert done.returncode == 1
+        assert lines == [f"saev-dist: error: rank 0: {command[0]} is one process; there are 2. Start it without torchrun."]
+
+
+def test_a_working_directory_that_is_gone_is_named(tmp_path):
+    done = run_ranks("inspect", "x", before=f"import os; os.mkdir(p := {str(tmp_path / 'gone')!r}); os.chdir(p); os.rmdir(p)")
+    assert done.returncode == 1 and "the working directory is gone; change to one that is there." in done.stderr
 
 
 @pytest.mark.parametrize(("word", "meant"), [("extrct", "extract"), ("reply", "replay")])

@@ -13,7 +13,7 @@ import torch
 from saev_dist.data import reader
 from saev_dist.data.reader import Reader, buffer_examples, most_buffers
 from saev_dist.data.shards import Shards, ShardWriter
-from saev_dist.errors import DataError, Preempted
+from saev_dist.errors import ConfigError, DataError, Preempted
 from saev_dist.plan import Plan
 
 N_IMGS, N_PATCHES, D_MODEL = 61, 3, 4
@@ -251,9 +251,71 @@ def test_activations_of_another_shape_are_refused(tmp_path):
         max_tokens_per_shard=100,
     )  # fmt: skip
     for shape in ((5, 1, 3, 4), (5, 4, 4), (5, 2, 4, 4)):
-        with pytest.raises(DataError, match=re.escape(f"{shape}; expected (examples, 1 layers, 4 tokens, d_model 4)")):
+        with pytest.raises(DataError, match=re.escape(f"{shape}; expected (examples, 1 layers, 4 tokens, d_model 4)")), writer:
             writer.write(np.zeros(shape, np.float32))
     assert not list((tmp_path / "s").iterdir())
+
+
+SMALL = {"family": "t", "ckpt": "t", "content_tokens_per_example": 3, "cls_token": False, "max_tokens_per_shard": 6}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"layers": []}, "layers is [];"),
+        ({"layers": [1, 1]}, "layers is [1, 1]; expected one number or more, all different."),
+        ({"layers": ["a"]}, "a layer is 'a'; expected a whole number"),
+        ({"d_model": 0}, "d_model is 0; expected a whole number of at least 1."),
+        ({"d_model": True}, "d_model is True;"),
+        ({"max_tokens_per_shard": 1e6}, "max_tokens_per_shard is 1000000.0;"),
+        ({"max_tokens_per_shard": 2}, "max_tokens_per_shard is 2; one example takes 3."),
+        ({"content_tokens_per_example": 0}, "content_tokens_per_example is 0;"),
+        ({"data": {"root": Path("x")}}, "data is no plain JSON"),
+    ],
+)
+def test_what_no_reader_would_take_is_refused_before_anything_is_written(tmp_path, changed, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        ShardWriter(tmp_path / "s", **(SMALL | {"layers": [0], "d_model": 4} | changed))
+
+
+def test_numbers_of_numpy_and_tensors_of_any_kind_are_written(tmp_path):
+    acts_eltd = torch.arange(48.0).reshape(4, 1, 3, 4)
+    how = SMALL | {"layers": np.array([11]), "d_model": np.int64(4), "cls_token": np.False_, "dataset": None}
+    with ShardWriter(tmp_path / "s", **how) as writer:
+        writer.write(acts_eltd[:1].bfloat16())
+        writer.write(acts_eltd[1:2].requires_grad_())
+        writer.write(acts_eltd[2:].detach().long())
+    shards = Shards.open(tmp_path / "s")
+    assert (shards.layer, shards.d_model, shards.dataset, list(shards.examples)) == (11, 4, None, [2, 2])
+    assert b"".join((tmp_path / "s" / name).read_bytes() for name in shards.names) == acts_eltd.detach().numpy().tobytes()
+
+
+def test_a_write_that_failed_in_part_is_not_gone_on_with(tmp_path, monkeypatch):
+    images = np.zeros((3, 1, 3, 4), np.float32)
+    writer = ShardWriter(tmp_path, layers=[0], d_model=4, **SMALL).__enter__()
+    writer.write(images)
+    with monkeypatch.context() as full:
+        full.setattr(writer, "_file", None)
+        full.setattr("builtins.open", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            writer.write(images)
+    for go_on in (lambda: writer.write(images), lambda: writer.__exit__(None, None, None)):
+        with pytest.raises(DataError, match="a write failed before"):
+            go_on()
+    assert not (tmp_path / "metadata.json").exists()
+
+
+def test_a_writer_writes_only_while_it_is_open_and_not_nothing(tmp_path):
+    how = SMALL | {"layers": [0], "d_model": 4}
+    with ShardWriter(tmp_path / "s", **how) as writer:
+        writer.write(np.zeros((2, 1, 3, 4)))
+    with pytest.raises(DataError, match="the writer is not open"):
+        writer.write(np.zeros((2, 1, 3, 4)))
+    assert len(list((tmp_path / "s").glob("*.bin"))) == 1
+    with pytest.raises(DataError, match="no examples were written"), ShardWriter(tmp_path / "t", **how):
+        pass
+    with pytest.raises(DataError, match="are of the type complex128"), ShardWriter(tmp_path / "u", **how) as writer:
+        writer.write(np.zeros((2, 1, 3, 4), complex))
 
 
 def test_a_buffer_is_used_again_only_when_no_part_is_read_into_it_any_more(tmp_path, monkeypatch):

@@ -491,6 +491,10 @@ def test_merge_makes_the_artifacts_when_all_is_done(tmp_path, server, whole, fla
     assert codes == [1] and re.search(
         r"run.json: these are no settings of this version's extract: .*'of_the_future'. Use the version", output
     )
+    for other, said in (({"sae_format": "zip"}, "sae_format is 'zip'"), ({"shards": 5}, "shards is 5; expected a path")):
+        run_fpath.write_text(json.dumps(content | {"config": content["config"] | other}))
+        codes, output = server.run("merge", "--run", out)
+        assert codes == [1] and said in output, output
 
 
 def test_a_merge_of_what_another_one_has_just_merged_says_so(tmp_path, server, whole):

@@ -8,13 +8,14 @@ Source: saev's `activations.py` (1.x) and `saev/data/shards.py` (2.1).
 
 import hashlib
 import json
+import operator
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, SupportsIndex
 
 from saev_dist.errors import ConfigError, DataError
 from saev_dist.fields import Fields, parse_json
@@ -245,6 +246,14 @@ def _pick_layer(layer: int | None, layers: Sequence[int], dpath: Path) -> int:
     return layer
 
 
+def _whole(name: str, value: SupportsIndex, *, least: int = 1) -> int:
+    """A number of any integer type, NumPy's too."""
+    number = operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else least - 1
+    if number < least:
+        raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}.")
+    return number
+
+
 class ShardWriter:
     """Write a shard directory of protocol 2.1; `metadata.json` comes last, so a reader never sees half of one.
 
@@ -258,6 +267,10 @@ class ShardWriter:
         max_tokens_per_shard: budget, counted over layers and CLS tokens as saev does.
         dataset: folder of the pictures.
         data: plain JSON about the data set. (saev stores a pickle here, which nothing of ours writes or reads.)
+
+    Raises:
+        ConfigError: an argument is not that.
+        DataError: on entering, the directory holds shards; on leaving, nothing was written, or a write had failed.
     """
 
     def __init__(
@@ -275,48 +288,66 @@ class ShardWriter:
         data: Mapping[str, Any] | None = None,
     ) -> None:
         self.dpath = Path(dpath)
-        self.n_tokens = content_tokens_per_example + cls_token
+        content_tokens_per_example = _whole("content_tokens_per_example", content_tokens_per_example)
+        d_model, max_tokens_per_shard = _whole("d_model", d_model), _whole("max_tokens_per_shard", max_tokens_per_shard)
+        layers = [_whole("a layer", value, least=-(2**31)) for value in layers]
+        if not layers or len(set(layers)) != len(layers):
+            raise ConfigError(f"layers is {layers}; expected one number or more, all different.")
+        self.n_tokens = content_tokens_per_example + bool(cls_token)
         self.examples_per_shard = max_tokens_per_shard // (self.n_tokens * len(layers))
         if self.examples_per_shard < 1:
             raise ConfigError(
                 f"max_tokens_per_shard is {max_tokens_per_shard}; one example takes {self.n_tokens * len(layers)}."
             )
         self.metadata: dict[str, Any] = {
-            "family": family,
-            "ckpt": ckpt,
-            "layers": list(layers),
+            "family": str(family),
+            "ckpt": str(ckpt),
+            "layers": layers,
             "content_tokens_per_example": content_tokens_per_example,
-            "cls_token": cls_token,
+            "cls_token": bool(cls_token),
             "d_model": d_model,
             "n_examples": 0,
             "max_tokens_per_shard": max_tokens_per_shard,
             "data": dict(data or {}),
-            "dataset": str(dataset),
+            "dataset": str(dataset or ""),
             "pixel_agg": "majority",
             "dtype": "float32",
             "protocol": "2.1",
         }
+        try:
+            json.dumps(self.metadata)
+        except (TypeError, ValueError) as err:
+            raise ConfigError(f"data is no plain JSON: {err}.") from None
         self.shards: list[dict[str, Any]] = []
         self._file: BinaryIO | None = None
+        self._state: Literal["shut", "open", "failed"] = "shut"
 
     def __enter__(self) -> Self:
         self.dpath.mkdir(parents=True, exist_ok=True)
         if (self.dpath / "metadata.json").exists():
             raise DataError(f"{self.dpath} already holds shards; write to an empty directory.")
+        self._state = "open"
         return self
 
     def write(self, acts_eltd: "ArrayLike") -> None:
         """Append examples.
 
         Args:
-            acts_eltd: (examples, layers, tokens, d_model), written as float32; a NumPy array, or what it makes one of, as
-                tensors on the CPU.
+            acts_eltd: (examples, layers, tokens, d_model), written as float32; a tensor, or a NumPy array or what it makes one
+                of.
 
         Raises:
-            DataError: it has another shape.
+            DataError: it has another shape, or holds no real numbers; or a write before failed, or this one is not within the
+                `with`.
         """
         import numpy as np
 
+        if self._state == "shut":
+            raise DataError(f"{self.dpath}: the writer is not open: write inside `with ShardWriter(…) as writer`.")
+        self._refuse_failed()
+        if hasattr(acts_eltd, "detach"):  # a tensor, maybe on a GPU, or of a type that NumPy lacks
+            tensor: Any = acts_eltd
+            acts_eltd = tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.cpu()
         expected = (len(self.metadata["layers"]), self.n_tokens, self.metadata["d_model"])
         left_eltd = np.asarray(acts_eltd)
         if left_eltd.ndim != 4 or left_eltd.shape[1:] != expected:
@@ -324,6 +355,9 @@ class ShardWriter:
                 f"{self.dpath}: activations have the shape {left_eltd.shape}; expected (examples, {expected[0]} layers, "
                 f"{expected[1]} tokens, d_model {expected[2]})."
             )
+        if left_eltd.dtype.kind not in "fiub":
+            raise DataError(f"{self.dpath}: activations are of the type {left_eltd.dtype}; expected real numbers.")
+        self._state = "failed"
         while len(left_eltd):
             if self._file is None:
                 name = f"acts{len(self.shards):06d}.bin"
@@ -337,11 +371,24 @@ class ShardWriter:
             if len(part) == room:
                 self._file.close()
                 self._file = None
+        self._state = "open"
+
+    def _refuse_failed(self) -> None:
+        """An image that is there in part would shift all that follow."""
+        if self._state == "failed":
+            raise DataError(
+                f"{self.dpath}: a write failed before, so the shards are not whole. Write all to an empty directory."
+            )
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
         if self._file is not None:
             self._file.close()
+            self._file = None
         if kind is None:
+            self._refuse_failed()
+            if not self.metadata["n_examples"]:
+                raise DataError(f"{self.dpath}: no examples were written.")
+            self._state = "shut"
             (self.dpath / "shards.json").write_text(json.dumps(self.shards, indent=2))
             with replacing(self.dpath / "metadata.json") as file:
                 file.write(json.dumps(self.metadata, indent=2).encode())
