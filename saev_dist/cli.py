@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise
             if not sys.platform.startswith("linux"):
                 raise ConfigError(f"saev-dist runs on Linux; this is {sys.platform}. Use a container, or another machine.")
-            if isinstance(cfg, ALONE) and (n_ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+            if isinstance(cfg, ALONE) and "RANK" in os.environ and (n_ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
                 if not is_first:
                     raise PeerError("rank 0 says it")
                 raise ConfigError(f"{argv[0]} is one process; there are {n_ranks}. Start it without torchrun.")

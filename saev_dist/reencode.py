@@ -24,7 +24,8 @@ from saev_dist.data.reader import Reader, find_bad_value, read_batch
 from saev_dist.data.shards import Shards
 from saev_dist.errors import DataError, RunError
 from saev_dist.finished import FinishedRun
-from saev_dist.plan import Batch, Intervals, Plan
+from saev_dist.machine import cpu_threads
+from saev_dist.plan import Batch, Intervals, Plan, union
 from saev_dist.sae.encoder import ActivationOverflow, Encoder
 from saev_dist.sae.model import GroupMax, TopK
 from saev_dist.sae.pieces import piece_tokens
@@ -62,6 +63,12 @@ class Check:
     """Largest difference, in shares of the tolerance."""
 
 
+def encoder_of(run: FinishedRun, device: torch.device) -> Encoder:
+    """An encoder such as the run had, but in fp32 where this device lacks its precision."""
+    precision = "fp32" if run.precision == "tf32" and device.type != "cuda" else run.precision
+    return Encoder(run.sae, device, precision, cpu_threads() if device.type == "cpu" else 1)
+
+
 def describe_encoded(slots: Slots, n_encoded: int) -> str:
     """How often the images of some slots were encoded, by all ranks together."""
     n_images = len(np.unique(slots["img_i"]))
@@ -93,7 +100,7 @@ def reencode(
     groups = np.split(slots, starts[1:]) if len(img_i) else []
     by_image = Plan(run.shards.examples, 1)
     ahead = 2 * encoder.n_threads
-    todo, pin = _intervals(img_i), encoder.device.type == "cuda"
+    todo, pin = _each(img_i), encoder.device.type == "cuda"
     reader = Reader(run.shards, by_image, todo, depth=read_ahead, hold=ahead, pin=pin, check=look)
     waiting: deque[tuple[Slots, NDArray[np.int64], Tensor, Future[Codes]]] = deque()
     for (batch, acts_pd), slots_n in zip(reader, groups, strict=True):
@@ -125,7 +132,7 @@ def verify_tokens(
     """
     img_i, starts = np.unique(slots["img_i"], return_index=True)
     groups = iter(np.split(slots, starts[1:]) if len(img_i) else [])
-    reader = Reader(run.shards, Plan(run.shards.examples, 1), _intervals(img_i), depth=read_ahead, check=look)
+    reader = Reader(run.shards, Plan(run.shards.examples, 1), _each(img_i), depth=read_ahead, check=look)
     most = min(TOKENS_AT_ONCE, piece_tokens(encoder.sae.activation, encoder.sae.d_sae))
     waiting: deque[tuple[_Tokens, Future[Codes]]] = deque()
     images: list[_Tokens] = []
@@ -242,8 +249,8 @@ def _hold(
         token_n: each slot's, of `acts_td`.
     """
     tolerance, distance_n = TOLERANCE[run.precision], np.abs(found_n - slots_n["score"])
-    # No sum is larger than that of its terms' magnitudes. That one takes long to make: only where the score alone does not
-    # show that the difference is no larger, in shares of the tolerance, than one that was seen.
+    # The sum of a score's terms' magnitudes takes long to make, and is no smaller than the score. So it is made only where the
+    # difference, in shares of the tolerance, may be larger than all before even with the score in its place.
     open_n = np.flatnonzero(~(distance_n <= check.largest * tolerance * found_n))
     allowed_n = tolerance * _magnitudes(encoder, acts_td, token_n[open_n], slots_n["feature"][open_n])
     is_off_n = ~(distance_n[open_n] <= allowed_n)
@@ -309,9 +316,6 @@ def _dense(codes: Codes, feature_m: NDArray[np.int64]) -> NDArray[np.float32]:
     return values_mp
 
 
-def _intervals(img_i: NDArray[np.int64]) -> Intervals:
-    """Ascending indices as intervals."""
-    if not len(img_i):
-        return ()
-    cuts = np.flatnonzero(np.diff(img_i) > 1) + 1
-    return tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(img_i, cuts))
+def _each(img_i: NDArray[np.int64]) -> Intervals:
+    """These images, as batches of one."""
+    return union(((i, i + 1),) for i in img_i.tolist())

@@ -31,13 +31,12 @@ from saev_dist.choose import Slots, deal
 from saev_dist.config import Replay
 from saev_dist.errors import RunError
 from saev_dist.files import writing
-from saev_dist.machine import cpu_threads, rank_cores
+from saev_dist.machine import rank_cores
 from saev_dist.pages import write_features, write_page
 from saev_dist.progress import Progress
-from saev_dist.reencode import Check, Image, reencode
+from saev_dist.reencode import Check, Image, encoder_of, reencode
 from saev_dist.replay_job import Job, open_job
 from saev_dist.replay_report import already_done, announce, describe_plan, describe_task, summary
-from saev_dist.sae.encoder import Encoder, usable_precision
 from saev_dist.store import Run
 from saev_dist.world import World
 
@@ -117,7 +116,6 @@ def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[st
     """Encode and draw this rank's images; return its report."""
     cfg, shards = job.cfg, job.finished.shards
     check = Check()
-    n_threads = cpu_threads() if device.type == "cpu" else 1
     n_workers = cfg.workers or max(1, rank_cores(world.local_size) // 2)
     n_images, n_pictures = len(np.unique(slots["img_i"])), 0
     began = time.perf_counter()
@@ -136,8 +134,7 @@ def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[st
     with ExitStack() as stack:
         stack.callback(progress.close)
         file = stack.enter_context(job.records.open_for(world.rank))
-        precision = usable_precision(job.finished.precision, device)
-        encoder = stack.enter_context(Encoder(job.finished.sae, device, precision, n_threads))
+        encoder = stack.enter_context(encoder_of(job.finished, device))
         # Not fork: torch's threads would not survive it. No processes at all where there is nothing to draw.
         pool = ProcessPoolExecutor(
             n_workers, mp_context=multiprocessing.get_context("spawn"), initializer=draw.start, initargs=(drawing,)

@@ -5,12 +5,10 @@ import numpy as np
 from saev_dist.choose import choose_features, choose_slots, deal
 from saev_dist.config import Verify
 from saev_dist.finished import FinishedRun
-from saev_dist.machine import cpu_threads
 from saev_dist.output import table
 from saev_dist.progress import Progress
-from saev_dist.reencode import TOLERANCE, Check, describe_edge, verify_tokens
+from saev_dist.reencode import TOLERANCE, Check, describe_edge, encoder_of, verify_tokens
 from saev_dist.report import describe_left_out
-from saev_dist.sae.encoder import Encoder, usable_precision
 from saev_dist.world import World
 
 NOTHING = "nothing to verify: none of these features ever fired"
@@ -46,9 +44,7 @@ def run(cfg: Verify) -> None:
         progress = Progress(
             "verify", n_images * n_patches, finished.shards.d_model * 4, rank=world.rank, size=world.size, enabled=cfg.progress
         )
-        n_threads = cpu_threads() if device.type == "cpu" else 1
-        precision = usable_precision(finished.precision, device)
-        with Encoder(finished.sae, device, precision, n_threads) as encoder:
+        with encoder_of(finished, device) as encoder:
             for _ in verify_tokens(finished, own, encoder, check, read_ahead=cfg.read_ahead, look=world.check):
                 world.check()
                 progress.advance(n_patches)

@@ -406,11 +406,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def usable_precision(wanted: Precision, device: torch.device) -> Precision:
-    """The precision that a run had, or fp32 where this device lacks it."""
-    return "fp32" if wanted == "tf32" and device.type != "cuda" else wanted
-
-
 def batch_threads(device: torch.device) -> int:
     """Most threads that encode batches side by side: pieces of them on the CPU, whole ones on a GPU."""
     return LANES if encodes_at_once(device) else cpu_threads()
