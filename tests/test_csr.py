@@ -101,7 +101,7 @@ def test_damage_is_found(make, kind):
     with pytest.raises(DamagedError, match=rf"{kind}\.00001-y\.bin is damaged in the rows of batches 7 to 10; run again"):
         write(made, dpath / "found.npz")
     fpath.unlink()
-    with pytest.raises(RunError, match=rf"the ranks' {kind} files hold .* bytes; the plan promises"):
+    with pytest.raises(RunError, match=rf"the ranks' {kind} files hold .* bytes; expected"):
         write(made, dpath / "found.npz")
 
 
