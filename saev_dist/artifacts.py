@@ -10,7 +10,7 @@ import torch
 from saev_dist import __version__
 from saev_dist.accumulators import rows
 from saev_dist.accumulators.bundle import Bundle
-from saev_dist.accumulators.saev_percentile import SaevPercentile
+from saev_dist.accumulators.histogram import percentile_stem
 from saev_dist.config import Extract
 from saev_dist.csr import ROOM, write_csr
 from saev_dist.errors import DataError
@@ -56,7 +56,6 @@ def write(
     segments: list[Segment],
     owner: str,
     whole: Bundle,
-    saev_percentile: SaevPercentile | None,
 ) -> tuple[list[str], dict[str, Any]]:
     """Stage all artifacts; return their names and the metrics. It may take long, so it looks for signals.
 
@@ -67,10 +66,8 @@ def write(
     cfg, shards, plan, d_sae = job.cfg, job.shards, job.plan, job.sae.d_sae
     artifacts = whole.finalize(plan.n_examples_in(covered(segments)) * shards.n_patches)
     metrics = artifacts.pop("metrics")
-    percentiles = f"percentiles_p{cfg.percentile:.10g}"
-    if saev_percentile is not None:
-        artifacts[percentiles] = saev_percentile.estimate_s
-    else:  # the middle of the last bin may lie above the largest score
+    if cfg.percentile_estimator == "histogram":  # the middle of the last bin may lie above the largest score
+        percentiles = percentile_stem(cfg.percentile)
         artifacts[percentiles] = torch.minimum(artifacts[percentiles], artifacts["top_values"][:, 0].clamp(min=0))
     for stem, content in artifacts.items():
         world.check()

@@ -83,7 +83,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
         dense += 3 * 8 * sae.d_model * block
     row = 8 * min(sae.d_sae, shards.n_patches * per_token) + 8 if cfg.img_acts else 0
     n_sampled = n_samples(shards.n_tokens, cfg.max_distribution_samples)
-    state = state_bytes(cfg, sae, shards.n_patches)
+    state = state_bytes(cfg, sae, shards)
     samples = 4 * min(cfg.n_distributions, sae.d_sae) * n_sampled
     buffer = buffer_examples(plan, shards) * shards.content_bytes
     if device.type == "cuda":  # torch rounds page-locked memory up to powers of two
@@ -119,7 +119,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
         }
         on_device["allocator"] = round(ALLOCATOR_SHARE * sum(on_device.values()))
         on_device["libraries"] = LIBRARY_BYTES
-        if cfg.percentile_estimator == "saev" or brings_codes_to_the_cpu(cfg, sae, shards.n_patches):
+        if brings_codes_to_the_cpu(cfg, sae, shards):
             host["codes"] = codes
     if cfg.screen == "bf16":
         host["weights to screen by"] = (4 + 2) * sae.d_model * sae.d_sae

@@ -24,7 +24,6 @@ from saev_dist import artifacts, partials
 from saev_dist.accumulators import rows
 from saev_dist.accumulators.base import Codes, DeviceCodes, to_cpu
 from saev_dist.accumulators.bundle import Bundle
-from saev_dist.accumulators.saev_percentile import SaevPercentile
 from saev_dist.config import Extract
 from saev_dist.data.reader import Reader, explain_overflow, find_bad_value
 from saev_dist.data.shards import Shards
@@ -48,8 +47,6 @@ from saev_dist.world import World
 
 PARTS_FOR_GPU = 3
 """Parts of a buffer that are read side by side: one thread is slower than a GPU."""
-SAEV_PERCENTILE = "saev_percentile.estimate_s"
-"""Name of that estimate in a partial."""
 
 
 def run(cfg: Extract) -> None:
@@ -155,7 +152,7 @@ def _extract(job: Job, store: Run, world: World, *, encode: bool) -> None:
             missing = ", ".join(f"{first} to {stop - 1}" for first, stop in share.todo)
             raise RunError(f"{store.dpath}: batches {missing} of {job.plan.n_batches} are not done. Run extract again.")
     with clock("stream"):
-        bundle, saev_percentile, report = _stream(job, store, world, share)
+        bundle, report = _stream(job, store, world, share)
         reports = world.collect(report)
     with clock("merge"):
         whole = _merge(bundle, world)
@@ -166,7 +163,7 @@ def _extract(job: Job, store: Run, world: World, *, encode: bool) -> None:
             why = {int(batch_i): reason for report in reports for batch_i, reason in report.pop("left_out").items()}
             left_out = artifacts.find_left_out(job, segments, why)
             owners = [report.pop("owner") for report in reports]
-            names, metrics = artifacts.write(job, store, world, segments, owners[0], whole, saev_percentile)
+            names, metrics = artifacts.write(job, store, world, segments, owners[0], whole)
         manifest = artifacts.make_manifest(job, world, reports, clock.seconds, metrics, left_out)
         store.publish(names, manifest)
     world.finish()
@@ -179,7 +176,6 @@ class Share:
     """What a rank starts from, and what it has to do."""
 
     bundle: Bundle
-    saev_percentile: SaevPercentile | None
     absorbed: list[Partial]
     """Partials that the state holds."""
     fingerprint: str
@@ -216,17 +212,11 @@ def _take_share(job: Job, store: Run, world: World, *, goes_on: bool) -> Share:
         }
     )
 
-    bundle = make_bundle(cfg, job.sae, job.shards.n_patches)
+    bundle = make_bundle(cfg, job.sae, job.shards)
     absorbed: list[Partial] = []
-    saev_percentile = None
-    if cfg.percentile_estimator == "saev":
-        saev_percentile = SaevPercentile(job.sae.d_sae, cfg.percentile, job.shards.n_tokens)
     for name in news["live"][world.rank :: world.size]:
         world.check()
         partial, state = partials.load(dpath / name)
-        if saev_percentile is not None:  # in order and in one process, so there is one partial, and it covers a beginning
-            n_seen = plan.n_examples_in(covered(partial.segments)) * job.shards.n_patches
-            saev_percentile.resume(state.pop(SAEV_PERCENTILE), n_seen)
         bundle = bundle.merge(bundle.like(state)) if absorbed else bundle.like(state)
         absorbed.append(partial)
 
@@ -243,7 +233,6 @@ def _take_share(job: Job, store: Run, world: World, *, goes_on: bool) -> Share:
             )
     return Share(
         bundle=bundle,
-        saev_percentile=saev_percentile,
         absorbed=absorbed,
         fingerprint=news["fingerprint"],
         todo=shares[world.rank],
@@ -255,9 +244,9 @@ def _done(live: list[Partial]) -> Intervals:
     return covered(segment for partial in live for segment in partial.segments)
 
 
-def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, SaevPercentile | None, dict[str, Any]]:
+def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, dict[str, Any]]:
     """Encode this rank's batches; return its state and its report."""
-    cfg, shards, sae, bundle, saev_percentile = job.cfg, job.shards, job.sae, share.bundle, share.saev_percentile
+    cfg, shards, sae, bundle = job.cfg, job.shards, job.sae, share.bundle
     stride = rows.sample_stride(shards.n_tokens, cfg.max_distribution_samples)
     n_tokens = job.plan.n_examples_in(share.todo) * shards.n_patches
     n_before = job.plan.n_examples_in(_done(share.absorbed)) * shards.n_patches
@@ -272,9 +261,6 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
     )
     clock = Clock()
     began, n_done = time.perf_counter(), 0
-
-    def state() -> dict[str, Tensor]:
-        return bundle.state_dict() | ({SAEV_PERCENTILE: saev_percentile.estimate_s} if saev_percentile else {})
 
     with ExitStack() as stack:
         spill = stack.enter_context(Spill(store.partials_dpath, partials.new_owner(world.rank), artifacts.row_kinds(cfg)))
@@ -307,7 +293,7 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
                 # Here the state covers whole batches, so they need not be done again.
                 is_saved = False
                 with suppress(MergeError, MemoryError, RuntimeError):  # of the state: what ended the stream is told
-                    is_saved = keeper.save(state())
+                    is_saved = keeper.save(bundle.state_dict())
                 if not is_saved:
                     world.note_loss()
                 raise
@@ -320,21 +306,19 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
                     except MergeError as err:
                         first = Plan(shards.examples, 1)[codes.img_i]
                         raise explain_overflow(codes.acts_bd, first, shards, err) from None
-                    if saev_percentile is not None:
-                        saev_percentile.update(codes.cpu() if isinstance(codes, DeviceCodes) else codes)
             with clock("rows"):
                 parts = [_rows(codes, cfg, sae.d_sae, stride) for codes in pieces]
                 spill.append(batch.index, parts)
             encoder.wait()
             del codes, pieces, parts  # a GPU's memory
             with clock("snapshot"):
-                keeper.save_if_due(state)
+                keeper.save_if_due(bundle.state_dict)
             progress.advance(batch.n_examples * shards.n_patches, reader.n_left_out * shards.n_patches)
             n_done += batch.n_examples * shards.n_patches
         if reader.n_left_out:  # maybe the last ones
             progress.advance(0, reader.n_left_out * shards.n_patches)
         with clock("snapshot"):
-            if not keeper.save(state()):
+            if not keeper.save(bundle.state_dict()):
                 world.note_loss()
     seconds = max(time.perf_counter() - began, 1e-9)
     report = {
@@ -355,7 +339,7 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, S
         "segments": [asdict(segment) for segment in keeper.segments],
         "left_out": share.bad | reader.left_out,
     }
-    return bundle, saev_percentile, report
+    return bundle, report
 
 
 Pieces = list[Codes] | list[DeviceCodes]

@@ -82,7 +82,7 @@ def open_job(cfg: Extract, world: World) -> Job:
         "device": device.type,
         "shards_sha256": shards.fingerprint(),
         "shards_probes": shards.probes(skip_bad=cfg.skip_bad_shards),
-        "statistics": state_names(cfg, sae, shards.n_patches),
+        "statistics": state_names(cfg, sae, shards),
     }
     plan = Plan(shards.examples, max(1, cfg.batch_tokens // shards.n_patches))
     return Job(

@@ -130,13 +130,13 @@ def test_any_number_of_ranks_writes_the_same_bytes(tmp_path, activation, rank_by
     assert hashes[1:] == hashes[:1] * 3
 
 
-@pytest.mark.parametrize("metrics", [False, True])
-def test_the_size_of_a_state_is_told_without_making_it(tmp_path, metrics):
-    sae = load_saev(make_sae(tmp_path / "sae.pt"))
-    cfg = Extract(shards=tmp_path, sae=tmp_path, out=tmp_path, top_k=7, metrics=metrics)
-    state = make_bundle(cfg, sae, 5).state_dict()
-    assert state_bytes(cfg, sae, 5) == sum(tensor.nbytes for tensor in state.values())
-    assert state_names(cfg, sae, 5) == sorted(state)
+@pytest.mark.parametrize("settings", [{}, {"metrics": True}, {"percentile_estimator": "saev"}], ids=str)
+def test_the_size_of_a_state_is_told_without_making_it(tmp_path, settings):
+    sae, shards = load_saev(make_sae(tmp_path / "sae.pt")), Shards.open(make_shards(tmp_path / "shards", make_acts(3)))
+    cfg = Extract(shards=tmp_path, sae=tmp_path, out=tmp_path, top_k=7, **settings)
+    state = make_bundle(cfg, sae, shards).state_dict()
+    assert state_bytes(cfg, sae, shards) == sum(tensor.nbytes for tensor in state.values())
+    assert state_names(cfg, sae, shards) == sorted(state)
 
 
 def test_any_number_of_threads_writes_the_same_bytes(tmp_path):

@@ -76,6 +76,19 @@ def test_a_restart_by_torchrun_continues_by_itself(tmp_path, whole):
     assert artifact_hashes(out) == expected
 
 
+def test_saevs_percentile_goes_on_in_order(tmp_path, server, whole):
+    args = (*whole[0][:-1], "--percentile-estimator", "saev", whole[0][-1])
+    assert server.run(*args, tmp_path / "whole")[0] == [0]
+    killed(server, args, tmp_path / "run", at=5)
+    codes, output = server.run(*args, tmp_path / "run", n_ranks=2)
+    assert codes == [1, 1] and "depends on the order of all tokens, so it runs in one process; there are 2" in output
+    codes, output = server.run(*args, tmp_path / "run")
+    assert codes == [0] and "done before" in output
+    assert artifact_hashes(tmp_path / "run") == artifact_hashes(tmp_path / "whole") != whole[1]
+    (fpath,) = (tmp_path / "run").glob("percentiles_*.pt")
+    assert 0 < float(torch.load(fpath, weights_only=True).max()) < 1  # on its way
+
+
 def test_force_starts_over_but_not_in_a_restart_of_the_same_job(tmp_path, server, whole):
     args, expected, _ = whole
     killed(server, args, tmp_path / "a", at=5)

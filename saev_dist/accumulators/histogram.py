@@ -38,6 +38,11 @@ def edges() -> Tensor:
     return torch.from_numpy(np.concatenate([[0.0], patterns.view(np.float32), [np.inf]]).astype(np.float32))
 
 
+def percentile_stem(percentile: float) -> str:
+    """Of the artifact's name."""
+    return f"percentiles_p{percentile:.10g}"
+
+
 def _place(feature_n: Tensor, value_n: Tensor) -> Tensor:
     """Where a score is counted in the flat counts, int64."""
     place_n = feature_n * N_BINS
@@ -52,13 +57,13 @@ class Histogram(Accumulator):
 
     Args:
         d_sae: features.
-        percentile: which one `finalize` reports, in 0 … 100.
+        percentile: which one `finalize` reports, in 0 … 100; None: none.
     """
 
     STATE = ("counts_sh",)
     SETTINGS = ("percentile",)
 
-    def __init__(self, d_sae: int, percentile: float) -> None:
+    def __init__(self, d_sae: int, percentile: float | None) -> None:
         self.percentile = percentile
         self.counts_sh = torch.zeros(d_sae, N_BINS, dtype=torch.int64)
         self._waiting_sh: Tensor | None = None
@@ -96,13 +101,13 @@ class Histogram(Accumulator):
         return merged
 
     def finalize(self, n_tokens: int) -> dict[str, Any]:
-        return {
-            f"percentiles_p{self.percentile:.10g}": self.percentiles(n_tokens),
-            "histograms": {"counts": self.counts_sh, "edges": edges(), "n_tokens": n_tokens},
-        }
+        found = (
+            {} if self.percentile is None else {percentile_stem(self.percentile): self.percentiles(n_tokens, self.percentile)}
+        )
+        return found | {"histograms": {"counts": self.counts_sh, "edges": edges(), "n_tokens": n_tokens}}
 
-    def percentiles(self, n_tokens: int) -> Tensor:
-        """The percentile of each feature over all tokens, scores not above zero counting as 0: float32 (d_sae,).
+    def percentiles(self, n_tokens: int, percentile: float) -> Tensor:
+        """A percentile of each feature over all tokens, scores not above zero counting as 0: float32 (d_sae,).
 
         The nearest-rank definition (NumPy's "inverted_cdf"): the smallest score that at least percentile % of all
         tokens do not exceed, read off as the middle of its bin.
@@ -110,7 +115,7 @@ class Histogram(Accumulator):
         edge_h = edges()
         # The open bin at the top has no middle: its lower edge is what is known.
         middle_h = torch.cat([(edge_h[:-2] + edge_h[1:-1]) / 2, edge_h[-2:-1]])
-        rank = max(1, -(-round(self.percentile * 1_000_000) * n_tokens // 100_000_000))
+        rank = max(1, -(-round(percentile * 1_000_000) * n_tokens // 100_000_000))
         below_s = n_tokens - self.counts_sh.sum(dim=1)  # tokens at zero
         value_s = torch.empty(len(below_s))
         for first in range(0, len(below_s), PERCENTILE_ROWS):  # the sums of all would take as much as the counts

@@ -66,7 +66,7 @@ def measure(case: Case, rounds: int, **settings: object) -> None:
     def product() -> None:
         torch.addmm(job.sae.b_enc_s, batches[-1], job.sae.w_enc_ds, out=h_bs)
 
-    bundle, encode_s, update_s = make_bundle(job.cfg, job.sae, job.shards.n_patches), [], []
+    bundle, encode_s, update_s = make_bundle(job.cfg, job.sae, job.shards), [], []
     with Encoder(job.sae, job.device, cfg.precision, 1) as encoder:
         product_s = [cpu_s(product)]
         for _ in range(rounds):

@@ -104,7 +104,7 @@ def write_partials(cfg: Extract) -> Intervals:
     job, store = open_job(cfg, World(timeout_s=10)), Run(cfg.out)
     fields = store.under_way()
     assert fields is not None
-    state = make_bundle(job.cfg, job.sae, job.shards.n_patches).state_dict()
+    state = make_bundle(job.cfg, job.sae, job.shards).state_dict()
     tensors = {name: (str(tensor.numpy().dtype), tuple(tensor.shape)) for name, tensor in state.items()}
     done = []
     for rank, ((first, stop),) in enumerate(job.plan.deal(complement((), job.plan.n_batches), MANY)):
