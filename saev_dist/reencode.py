@@ -291,19 +291,12 @@ def _is_on_edge(encoder: Encoder, acts_1d: Tensor, slot: np.void, allowed: float
     must be there, and without the lift, one more term to round, equal the stored one.
     """
     feature, lift = int(slot["feature"]), 2 * allowed
-
-    def lifted() -> Tensor:
-        lift_s = torch.zeros(encoder.sae.d_sae)
-        lift_s[feature] = lift
-        codes = encoder.encode(acts_1d, img_i=int(slot["img_i"]), n_patches=1, lift_s=lift_s)
-        return codes.value_n[codes.feature_n == feature]
-
-    value_n = lifted()  # where nearly all are
-    if not len(value_n) and isinstance(encoder.sae.activation, TopK | GroupMax):
+    value = encoder.encode_lifted(acts_1d, feature, lift)  # where nearly all are
+    if value is None and isinstance(encoder.sae.activation, TopK | GroupMax):
         parts = torch.arange(encoder.sae.d_sae).split(SLOTS_AT_ONCE)
         lift = allowed + tolerance * max(float(encoder.magnitude(acts_1d, feature_n).max()) for feature_n in parts)
-        value_n = lifted()
-    return bool(((value_n - lift - float(slot["score"])).abs() <= allowed + tolerance * lift).any())
+        value = encoder.encode_lifted(acts_1d, feature, lift)
+    return value is not None and abs(value - lift - float(slot["score"])) <= allowed + tolerance * lift
 
 
 def _dense(codes: Codes, feature_m: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -128,18 +128,12 @@ def test_a_lift_adds_so_much_to_a_score(activation):
     """In the units of the score, before it is decided what a code keeps."""
     sae = make_sae(activation=activation)
     acts_bd = torch.randn(1, D_MODEL, generator=torch.Generator().manual_seed(1))
-    before_s = encode(sae, acts_bd)[0]
-    for s in range(D_SAE):
-        lift_s = torch.zeros(D_SAE)
-        lift_s[s] = 100.0
-        after_s = encode(sae, acts_bd, lift_s=lift_s)[0]
-        if before_s[s]:
-            assert math.isclose(after_s[s], before_s[s] + 100, rel_tol=1e-5)
-        else:
-            assert after_s[s] > 0
-        if not isinstance(activation, TopK):
-            others = torch.arange(D_SAE) != s
-            assert torch.equal(after_s[others], before_s[others])
+    before_s = encode(sae, acts_bd)[0].tolist()
+    with Encoder(sae, CPU, "fp32", 1) as encoder:
+        for s, before in enumerate(before_s):
+            after = encoder.encode_lifted(acts_bd, s, 100.0)
+            assert math.isclose(after, before + 100, rel_tol=1e-5) if before else after > 0
+            assert math.isclose(encoder.encode_lifted(acts_bd, s, 0.0) or 0.0, before, rel_tol=1e-5)
 
 
 @pytest.mark.parametrize("product", [NumpyProduct, TorchProduct])

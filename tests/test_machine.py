@@ -207,7 +207,9 @@ def test_any_other_error_of_torchs_keeps_its_traceback(monkeypatch):
 
 
 def test_ranks_leave_with_the_one_that_lacks_memory(tmp_path):
-    small = "import os, torch, saev_dist.verify as v\nif os.environ['RANK'] == '1': v.encoder_of = lambda *_: torch.empty(2**50)"
+    small = (
+        "import os, torch, saev_dist.verify as v\nif os.environ['RANK'] == '1': v.encoder_of = lambda *_: torch.empty(2**50)"
+    )
     done = run_ranks("verify", "--run-dir", make_run(tmp_path), "--no-progress", n_ranks=2, before=small)
     assert done.returncode == 1 and re.fullmatch(
         r"saev-dist: error: rank 1: out of memory on the host [^\n]*\n", done.stderr

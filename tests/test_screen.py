@@ -35,7 +35,7 @@ def shares(x_bd: torch.Tensor, w_ds: torch.Tensor, bias_s: torch.Tensor, thresho
     """How much of its margin each entry of the fast product takes up, off the exact value or off the fp32 one; (s, b)."""
     bounds, (d_sae, n_tokens) = Screen(w_ds, bias_s, threshold), (w_ds.shape[1], len(x_bd))
     fast_sb = torch.empty(d_sae, n_tokens, dtype=torch.bfloat16)
-    margin = bounds.into(fast_sb, slice(0, d_sae), bounds.prepare(x_bd), None)
+    margin = bounds.into(fast_sb, slice(0, d_sae), bounds.prepare(x_bd))
     assert len(margin.unknown_x) == 0
     nothing_b = ~x_bd.numpy().any(axis=1) & (not bias_s.any() and not torch.as_tensor(threshold).any())
     assert ((margin.absolute_b >= 2.0**-110) | nothing_b).all()

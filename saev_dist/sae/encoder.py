@@ -147,9 +147,32 @@ class Encoder:
         self._is_closing = True
         self._stack.close()
 
-    def encode(self, acts_bd: Tensor, *, img_i: int, n_patches: int, lift_s: Tensor | None = None) -> Codes:
+    def encode(self, acts_bd: Tensor, *, img_i: int, n_patches: int) -> Codes:
         """The nonzero codes of whole examples: `submit` and wait."""
-        return self.submit(acts_bd, img_i=img_i, n_patches=n_patches, lift_s=lift_s).result()
+        return self.submit(acts_bd, img_i=img_i, n_patches=n_patches).result()
+
+    def encode_lifted(self, acts_1d: Tensor, feature: int, lift: float) -> float | None:
+        """A feature's score in the code of a token, were it larger by `lift`; None: the code leaves it out nevertheless.
+
+        It looks at all features together, in the caller's thread. Not with `screen`.
+
+        Args:
+            acts_1d: float32 (1, d_model), on the CPU, finite.
+        """
+        activation, x_1d = self.sae.activation, self._normalised(acts_1d.to(self.device))
+        if encodes_at_once(self.device):
+            assert self._w_ds is not None
+            h_1s = torch.addmm(self._b_s, x_1d, self._w_ds)
+        else:
+            product = self._made_product()
+            h_s1 = torch.empty(self.sae.d_sae, 1, dtype=product.dtype)
+            product.into(h_s1, slice(0, self.sae.d_sae), product.prepare(x_1d))
+            h_1s = h_s1.view(1, -1)
+        # With Gated the gate decides, and its h becomes a score by this factor.
+        h_1s[0, feature] += lift / float(activation.scale_s[feature]) if isinstance(activation, Gated) else lift
+        _, feature_n, value_n = self._finish(*select_at_once(h_1s, activation, self._threshold), None)
+        found = value_n[feature_n == feature].tolist()
+        return found[0] if found else None
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -168,7 +191,7 @@ class Encoder:
     def submit_batch(self, acts_bd: Tensor, *, img_i: int, n_patches: int) -> list[Future[Codes]] | list[Future[DeviceCodes]]:
         """Begin to encode a batch, in pieces, and leave the codes where they are made; see `submit`."""
         if encodes_at_once(self.device):
-            return [self._pool.submit(self._encode_at_once, acts_bd, img_i, n_patches, None, None)]
+            return [self._pool.submit(self._encode_at_once, acts_bd, img_i, n_patches, None)]
         n_imgs = len(acts_bd) // n_patches
         step = piece_images(n_imgs, n_patches, self.sae.activation, self.sae.d_sae, self.device)
         return [
@@ -176,9 +199,7 @@ class Encoder:
             for first in range(0, n_imgs, step)
         ]
 
-    def submit(
-        self, acts_bd: Tensor, *, img_i: int, n_patches: int, only: Tensor | None = None, lift_s: Tensor | None = None
-    ) -> Future[Codes]:
+    def submit(self, acts_bd: Tensor, *, img_i: int, n_patches: int, only: Tensor | None = None) -> Future[Codes]:
         """Begin to encode whole examples, as one piece, and bring the codes to the CPU.
 
         Args:
@@ -188,14 +209,12 @@ class Encoder:
             n_patches: tokens per example.
             only: features whose codes are wanted, int64 (1 or more), on the encoder's device; None: all. The others do not
                 leave the device; on the CPU most are not even encoded where none of them decides what another one is.
-            lift_s: float32 (s,), added to the scores before the activation decides which to keep; None: nothing. Not with
-                `screen`.
 
         Returns:
             The codes, once they are made. They raise ActivationOverflow where a value is NaN, infinite, or too large for a
             float32 product.
         """
-        return self._pool.submit(self._encode, acts_bd, img_i, n_patches, lift_s, only)
+        return self._pool.submit(self._encode, acts_bd, img_i, n_patches, only)
 
     @property
     def product(self) -> str:
@@ -226,11 +245,11 @@ class Encoder:
             terms_n = terms_n * activation.scale_s[feature_n] + activation.b_mag_s[feature_n].abs()
         return terms_n
 
-    def _encode(self, acts_bd: Tensor, img_i: int, n_patches: int, lift_s: Tensor | None, only: Tensor | None) -> Codes:
+    def _encode(self, acts_bd: Tensor, img_i: int, n_patches: int, only: Tensor | None) -> Codes:
         if encodes_at_once(self.device):
             with self._lane():
-                return self._encode_at_once(acts_bd, img_i, n_patches, lift_s, only).cpu()
-        token_n, feature_n, value_n, n_blocks = self._encode_blocks(acts_bd, lift_s, only)
+                return self._encode_at_once(acts_bd, img_i, n_patches, only).cpu()
+        token_n, feature_n, value_n, n_blocks = self._encode_blocks(acts_bd, only)
         if n_blocks > 1:
             order_n = stable_order(feature_n, self.sae.d_sae)
             token_n, feature_n, value_n = token_n[order_n], feature_n[order_n], value_n[order_n]
@@ -244,12 +263,10 @@ class Encoder:
             acts_bd=acts_bd,
         )
 
-    def _encode_at_once(
-        self, acts_bd: Tensor, img_i: int, n_patches: int, lift_s: Tensor | None, only: Tensor | None
-    ) -> DeviceCodes:
+    def _encode_at_once(self, acts_bd: Tensor, img_i: int, n_patches: int, only: Tensor | None) -> DeviceCodes:
         with self._lane():
             x_bd = acts_bd.to(self.device, non_blocking=True)
-            token_n, feature_n, value_n, _ = self._encode_blocks(x_bd, lift_s, only)
+            token_n, feature_n, value_n, _ = self._encode_blocks(x_bd, only)
             codes = DeviceCodes(
                 token_n=token_n,
                 feature_n=feature_n,
@@ -264,23 +281,19 @@ class Encoder:
             self.wait()  # so that codes can be used in any stream, and `acts_bd` again
         return codes
 
-    def _encode_blocks(self, x_bd: Tensor, lift_s: Tensor | None, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
+    def _encode_blocks(self, x_bd: Tensor, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
         """Token (from the first), feature and value of each nonzero code, block after block, on the device; and the blocks."""
-        if lift_s is not None:
-            if isinstance(self.sae.activation, Gated):  # the gate decides, and its h becomes a score by this factor
-                lift_s = lift_s / self.sae.activation.scale_s
-            lift_s = lift_s.to(self.device, self.dtype)
         step, _, _ = block_shape(len(x_bd), self.sae.activation, self.sae.d_sae, self.device)
         parts = []
         for first in range(0, len(x_bd), step):
-            token_n, feature_n, value_n = self._encode_block(x_bd[first : first + step], lift_s, only)
+            token_n, feature_n, value_n = self._encode_block(x_bd[first : first + step], only)
             parts.append((token_n + first if first else token_n, feature_n, value_n))
         if len(parts) == 1:
             return *parts[0], 1
         token_n, feature_n, value_n = (torch.cat(part) for part in zip(*parts, strict=True))
         return token_n, feature_n, value_n, len(parts)
 
-    def _encode_block(self, x_bd: Tensor, lift_s: Tensor | None, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _encode_block(self, x_bd: Tensor, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Token (int64), feature (int64) and value (float32) of each nonzero code, on the device.
 
         On the CPU by feature, then token; on a GPU by token, then feature.
@@ -288,12 +301,20 @@ class Encoder:
         low, high = torch.stack(torch.aminmax(x_bd)).tolist()
         if not max(-low, high) < self._limit:  # NaN and infinity travel through aminmax
             raise ActivationOverflow(self._limit)
-        activation = self.sae.activation
+        x_bd = self._normalised(x_bd)
+        return self._finish(*(self._select_at_once(x_bd) if encodes_at_once(self.device) else self._select(x_bd, only)), only)
+
+    def _normalised(self, x_bd: Tensor) -> Tensor:
+        """Tokens on the device as the product takes them."""
         if isinstance(self.sae.input_norm, LayerNorm | ConstantNorm):
             x_bd = self.sae.input_norm.apply(x_bd)
-        x_bd = x_bd.to(self.dtype)
-        at_once = encodes_at_once(self.device)
-        token_n, feature_n, value_n = self._select_at_once(x_bd, lift_s) if at_once else self._select(x_bd, lift_s, only)
+        return x_bd.to(self.dtype)
+
+    def _finish(
+        self, token_n: Tensor, feature_n: Tensor, value_n: Tensor, only: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The codes of what was selected: the wanted ones, of their values."""
+        activation = self.sae.activation
         if isinstance(activation, Gated):
             value_n = value_n * self._mag_scale_s[feature_n] + self._mag_shift_s[feature_n]
         keep_n = value_n > 0 if isinstance(activation, Gated) or (isinstance(activation, TopK) and activation.relu) else None
@@ -305,7 +326,7 @@ class Encoder:
             token_n, feature_n, value_n = token_n[kept_x], feature_n[kept_x], value_n[kept_x]
         return token_n, feature_n, value_n
 
-    def _select(self, x_bd: Tensor, lift_s: Tensor | None, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _select(self, x_bd: Tensor, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         n_tokens, d_sae, activation = len(x_bd), self.sae.d_sae, self.sae.activation
         blocks = feature_blocks(n_tokens, activation, d_sae, self.device, only)
         threshold: Bound = self._threshold.float().numpy() if isinstance(self._threshold, Tensor) else self._threshold
@@ -321,7 +342,7 @@ class Encoder:
             if self._is_closing:  # nobody waits for this any more
                 raise CancelledError
             h_cw = block_cw[: features.stop - features.start]
-            margin = product.into(h_cw[:, :n_tokens], features, prepared, lift_s)
+            margin = product.into(h_cw[:, :n_tokens], features, prepared)
             sieve.take(features.start, (h_cw if product.dtype == torch.float32 else h_cw.view(torch.int16)).numpy(), margin)
         candidates = sieve.candidates()
         if exact:
@@ -341,11 +362,11 @@ class Encoder:
                 self._product, self._w_ds = make(self._w_ds, self._b_s), None
             return self._product
 
-    def _select_at_once(self, x_bd: Tensor, lift_s: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _select_at_once(self, x_bd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         assert self._w_ds is not None
         n_tokens, d_sae = len(x_bd), self.sae.d_sae
         h_bs = self._block(n_tokens * d_sae, self.dtype).view(n_tokens, d_sae)
-        torch.addmm(self._b_s if lift_s is None else self._b_s + lift_s, x_bd, self._w_ds, out=h_bs)
+        torch.addmm(self._b_s, x_bd, self._w_ds, out=h_bs)
         return select_at_once(h_bs, self.sae.activation, self._threshold)
 
     @contextmanager

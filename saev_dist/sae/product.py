@@ -32,8 +32,8 @@ class Product(Protocol):
     def prepare(self, x_bd: Tensor) -> Any:
         """Tokens as `into` takes them."""
 
-    def into(self, out_cb: Tensor, features: slice, prepared: Any, lift_s: Tensor | None) -> Margin | None:
-        """Write the product of some features, plus bias and lift; how far its entries may be off, or None: they are exact."""
+    def into(self, out_cb: Tensor, features: slice, prepared: Any) -> Margin | None:
+        """Write the product of some features, plus bias; how far its entries may be off, or None: they are exact."""
 
 
 class TorchProduct:
@@ -50,9 +50,8 @@ class TorchProduct:
     def prepare(self, x_bd: Tensor) -> Tensor:
         return x_bd
 
-    def into(self, out_cb: Tensor, features: slice, prepared: Tensor, lift_s: Tensor | None) -> None:
-        bias_c = self._b_s[features] if lift_s is None else self._b_s[features] + lift_s[features]
-        torch.addmm(bias_c[:, None], self._w_ds[:, features].T, prepared.T, out=out_cb)
+    def into(self, out_cb: Tensor, features: slice, prepared: Tensor) -> None:
+        torch.addmm(self._b_s[features, None], self._w_ds[:, features].T, prepared.T, out=out_cb)
 
 
 class NumpyProduct:
@@ -75,10 +74,8 @@ class NumpyProduct:
         x_be[:, :-1], x_be[:, -1] = x_bd, 1
         return x_be
 
-    def into(self, out_cb: Tensor, features: slice, prepared: Tensor, lift_s: Tensor | None) -> None:
+    def into(self, out_cb: Tensor, features: slice, prepared: Tensor) -> None:
         np.matmul(self._w_se[features], prepared.numpy().T, out=out_cb.numpy())
-        if lift_s is not None:
-            out_cb += lift_s[features, None]
 
 
 def uses_numpy(device: torch.device, precision: Precision, *, screen: bool) -> bool:

@@ -117,19 +117,17 @@ class Screen:
             self._n_tokens += n_tokens
         return Rounded(x_be, off_b, norm_b + off_b)
 
-    def into(self, out_cb: Tensor, features: slice, prepared: Rounded, lift_s: Tensor | None) -> Margin:
+    def into(self, out_cb: Tensor, features: slice, prepared: Rounded) -> Margin:
         """Write the fast product of some features, bias less threshold added.
 
         Args:
             out_cb: bfloat16 (c, b).
             features: c of them.
             prepared: the tokens.
-            lift_s: None.
 
         Returns:
             How far each entry may be off its code's float32 value, less the threshold.
         """
-        assert lift_s is None
         torch.mm(self._w_se[features], prepared.x_be.T, out=out_cb)
         parts_4c = self._parts_4s[:, features]
         bound_c = self._bound(prepared.off_b.max(keepdims=True), prepared.size_b.max(keepdims=True), parts_4c)
