@@ -544,8 +544,9 @@ def test_batches_before_one_for_which_memory_does_not_suffice_are_kept(tmp_path,
         "def full(self, acts, img_i, *rest):\n if img_i >= 8: raise torch.OutOfMemoryError('full')\n"
         " return encode(self, acts, img_i, *rest)\ne.Encoder._encode = full\n"
     )
-    codes, output = server.run(*whole[0], tmp_path / "run", before=code)
+    args = (*whole[0][:-1], "--snapshot-every", "600", whole[0][-1])
+    codes, output = server.run(*args, tmp_path / "run", before=code)
     assert codes == [1] and "error: out of memory on cpu (full); lower --read-ahead" in output
-    codes, output = server.run(*whole[0], tmp_path / "run")
+    codes, output = server.run(*args, tmp_path / "run")
     assert codes == [0] and re.search(r"holds [1-9]\d* of \d+ images .* of this run: going on", output)
     assert artifact_hashes(tmp_path / "run") == whole[1]
