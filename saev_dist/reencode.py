@@ -74,7 +74,7 @@ def describe_encoded(slots: Slots, n_encoded: int) -> str:
     n_images = len(np.unique(slots["img_i"]))
     if n_encoded <= n_images:  # fewer: an earlier attempt did the others
         return f"{n_encoded:,} encoded again"
-    return f"{n_images:,} encoded again, {n_encoded:,} times in all: by each rank those of its own features"
+    return f"{n_images:,} encoded again ({n_encoded:,} times in all: by each rank those of its own features)"
 
 
 def describe_edge(n_on_edge: int) -> str:
