@@ -15,6 +15,13 @@ import pytest
 
 from tests.ranks import Attempt, Server
 
+STOPPING = """
+import time, saev_dist.extract as e
+rows, n_batches = e._rows, iter(range(99))
+e._rows = lambda *a: rows(*a) if next(n_batches) < 2 else time.sleep(600)
+"""
+"""Code for `before`: each rank does two batches and no more."""
+
 SLOW = "import time, saev_dist.extract as e; f = e._rows; e._rows = lambda *a: (time.sleep(0.2), f(*a))[1]"
 """Code for `before`: batches take long enough for a test to strike among them, however loaded the machine is."""
 

@@ -226,20 +226,21 @@ def test_a_rank_takes_its_own_gpu_also_where_the_cluster_shows_it_only_that(monk
     assert chosen == [torch.device("cuda", index)]
 
 
-def test_a_rank_that_does_not_know_its_place_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize(
+    ("env", "n_gpus", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, 4, "rank 0 cannot tell which of 4 GPUs is its own: set LOCAL_RANK"),
+        ({"LOCAL_RANK": "2"}, 2, "local rank 2 has no GPU of its own: torch sees 2"),
+    ],
+)
+def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch, env, n_gpus, said):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    with pytest.raises(ConfigError, match="rank 0 cannot tell which of 4 GPUs is its own: set LOCAL_RANK"):
-        World(10).device("auto")
-
-
-def test_more_ranks_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="local rank 2 has no GPU of its own: torch sees 2"):
-        World(10).device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    for wanted in ("auto", "cuda"):
+        with pytest.raises(ConfigError, match=said):
+            World(10).device(wanted)
 
 
 WAITS_FOR_RANK_0 = """
