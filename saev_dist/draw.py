@@ -1,6 +1,7 @@
 """What the drawing processes do: open one picture, lay heatmaps over it, write the files.
 
-They import no torch, and get everything through `Drawing` (once, when they start) and `Task` (for each image).
+They import neither torch nor matplotlib, and get everything through `Drawing` (once, when they start) and `Task` (for each
+image).
 """
 
 import io
@@ -35,6 +36,8 @@ class Drawing:
     """Where the pictures are; None: there are none."""
     in_data_set: bool
     geometry: Geometry
+    colours_c3: NDArray[np.float64]
+    """Of heatmaps; see `plots.plasma`."""
     format: Format
     quality: int
     """Of WebP, 0 to 100."""
@@ -112,7 +115,7 @@ def draw(task: Task) -> Drawn:
         with writing(dpath):
             dpath.mkdir(parents=True, exist_ok=True)
             picture_name, heatmap_name = file_names(order, task.img_i, _drawing.format)
-            heatmap = _encoded(highlight(picture_hwc, values_p, upper, place), _drawing)
+            heatmap = _encoded(highlight(picture_hwc, values_p, upper, place, _drawing.colours_c3), _drawing)
             for name, content in ((picture_name, original), (heatmap_name, heatmap)):
                 with replacing(dpath / name) as file:  # it is not fsynced: after a crash of the machine its size tells
                     file.write(content)

@@ -35,6 +35,7 @@ from saev_dist.machine import rank_cores
 from saev_dist.pages import write_features, write_page
 from saev_dist.progress import Progress
 from saev_dist.reencode import Check, Image, encoder_of, reencode
+from saev_dist.render.plots import plasma
 from saev_dist.replay_job import Job, open_job
 from saev_dist.replay_report import already_done, announce, describe_plan, describe_task, summary
 from saev_dist.store import Run
@@ -127,6 +128,7 @@ def _draw(job: Job, world: World, device: torch.device, slots: Slots) -> dict[st
         root=job.pictures.root if job.pictures else None,
         in_data_set=job.pictures is not None and job.pictures.names is None,
         geometry=job.geometry,
+        colours_c3=plasma(),
         format=cfg.image_format,
         quality=cfg.quality,
     )

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
 from saev_dist.render.gallery import TopImage
 from tests.pages import FLAGS, N_COLS, N_TOKENS, PATCH, SHOWN, Gallery, chromium
@@ -14,6 +15,7 @@ from tests.pages import FLAGS, N_COLS, N_TOKENS, PATCH, SHOWN, Gallery, chromium
 WAIT_MS = 60_000  # only a test that fails waits so long; on a loaded machine a browser may need seconds
 expect.set_options(timeout=WAIT_MS)
 
+VIEWPORT = {"width": 1300, "height": 850}
 Open = Callable[..., Page]
 
 
@@ -25,14 +27,30 @@ def started() -> Iterator[Browser]:
         chrome.close()
 
 
+@cache
+def usual_context(browser: Browser) -> BrowserContext:
+    context = browser.new_context(viewport=VIEWPORT)
+    context.new_page()  # whose process takes in those that follow, while it is open
+    return context
+
+
 @contextmanager
 def visiting(browser: Browser) -> Iterator[Open]:
-    """Opens a gallery; in the end nothing may be on the console, and nothing requested from outside of its folder."""
-    contexts, said, requested = [], [], []
+    """Opens a gallery; in the end nothing may be on the console, and nothing requested from outside of its folder.
+
+    Pages in the usual window share a context, which takes a second to make: a gallery stores nothing there.
+    """
+    opened: list[Page | BrowserContext] = []
+    said, requested = [], []
 
     def open_page(gallery: Gallery, address: str = "", **options: Any) -> Page:
-        contexts.append(browser.new_context(**({"viewport": {"width": 1300, "height": 850}} | options)))
-        page = contexts[-1].new_page()
+        if options:
+            context = browser.new_context(**({"viewport": VIEWPORT} | options))
+            opened.append(context)
+        else:
+            context = usual_context(browser)
+        page = context.new_page()
+        opened.append(page)
         page.set_default_timeout(WAIT_MS)
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
@@ -41,8 +59,8 @@ def visiting(browser: Browser) -> Iterator[Open]:
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
+    for one in reversed(opened):
+        one.close()
     assert not said
     assert requested and all(url.startswith(folder) or url == "data:," for url, folder in requested), requested
 

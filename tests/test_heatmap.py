@@ -11,7 +11,8 @@ from PIL import Image
 
 from saev_dist.errors import ConfigError
 from saev_dist.render.geometry import Geometry, default_fit, nearest_grid
-from saev_dist.render.heatmap import highlight, plain, plasma
+from saev_dist.render.heatmap import highlight, plain
+from saev_dist.render.plots import plasma
 
 FIXTURE = Path(__file__).parent / "data" / "heatmap"
 
@@ -21,7 +22,7 @@ def test_the_picture_equals_saevs():
     picture = Image.open(FIXTURE / "image.png").convert("RGB")
     place = Geometry(fit="grid", n_patches=70, patch_size=params["patch_size"]).place(*picture.size)
     assert (place.n_cols, place.n_rows, place.resize) == (10, 7, picture.size)
-    drawn = highlight(np.asarray(picture), np.load(FIXTURE / "patches.npy"), params["upper"], place)
+    drawn = highlight(np.asarray(picture), np.load(FIXTURE / "patches.npy"), params["upper"], place, plasma())
     expected = np.asarray(Image.open(FIXTURE / "expected.png").convert("RGB"))
     assert np.abs(drawn.astype(int) - expected).max() <= 1
 
@@ -48,7 +49,7 @@ def test_one_hot_patch_colours_its_own_pixels_and_no_others(geometry):
     for patch_i in range(geometry.n_patches):
         values = np.zeros(geometry.n_patches, np.float32)
         values[patch_i] = 2.0
-        drawn = highlight(picture, values, 2.0, place)
+        drawn = highlight(picture, values, 2.0, place, plasma())
         # the oracle: every pixel asks for itself whether its middle lies in the patch
         column, row = patch_i % place.n_cols, patch_i // place.n_cols
         left, top = column * place.patch, row * place.patch
@@ -65,7 +66,7 @@ def test_one_hot_patch_colours_its_own_pixels_and_no_others(geometry):
 def test_scores_below_zero_leave_the_picture_alone():
     place = Geometry(fit="grid", n_patches=4, patch_size=4).place(8, 8)
     picture = gradient(8, 8)
-    assert (highlight(picture, np.array([-3, 0, -1, -0.5], np.float32), 1.0, place) == picture).all()
+    assert (highlight(picture, np.array([-3, 0, -1, -0.5], np.float32), 1.0, place, plasma()) == picture).all()
     assert plain(place).shape == (8, 8, 3)
 
 

@@ -23,7 +23,9 @@ from saev_dist.config import Extract
 from saev_dist.errors import RunError
 from saev_dist.render.geometry import Geometry
 from saev_dist.render.heatmap import highlight
+from saev_dist.render.plots import plasma
 from saev_dist.sae.saev import save_saev
+from tests import fates
 from tests.crash import wait_for
 from tests.ranks import fails, run_ranks
 from tests.replays import N_IMGS, N_PATCHES, make_pictures, make_replay, make_run, tree
@@ -50,7 +52,7 @@ def test_pictures_equal_brute_force(tmp_path, activation, rank_by):
             strongest = list(dict.fromkeys(e for _, e, _ in ranked[:9]))
         for order, img in enumerate(strongest[:3]):
             picture = Image.open(fpaths[img]).resize(place.resize, Image.Resampling.LANCZOS)
-            expected = highlight(np.asarray(picture), dense[img, :, feature], best.max(), place)
+            expected = highlight(np.asarray(picture), dense[img, :, feature], best.max(), place, plasma())
             folder = run / "visuals/features" / str(feature)
             assert (np.asarray(Image.open(folder / f"{order:03d}-{img}.png")) == np.asarray(picture)).all()
             assert (np.asarray(Image.open(folder / f"{order:03d}-{img}-heatmap.png")) == expected).all()
@@ -276,15 +278,7 @@ if __name__ == "__main__":
     assert not alive
 
 
-def die(task: object) -> None:
-    os._exit(1)
-
-
-def lack_memory(task: object) -> None:
-    raise MemoryError
-
-
-@pytest.mark.parametrize("fate", [die, lack_memory])
+@pytest.mark.parametrize("fate", [fates.die, fates.lack_memory])
 @pytest.mark.parametrize("how_many_images", ["one", "all"])
 def test_a_drawing_process_that_dies_ends_the_replay_with_one_line(tmp_path, monkeypatch, fate, how_many_images):
     run = make_run(tmp_path)
@@ -293,7 +287,7 @@ def test_a_drawing_process_that_dies_ends_the_replay_with_one_line(tmp_path, mon
     def slow_task(job, image):  # by the second image the first one's process has died
         if image.img_i != job.slots["img_i"].min():
             time.sleep(0.1)
-            wait_for(lambda: fate is not die or not multiprocessing.active_children())
+            wait_for(lambda: fate is not fates.die or not multiprocessing.active_children())
         return make_task(job, image)
 
     monkeypatch.setattr(draw, "draw", fate)
@@ -309,8 +303,8 @@ def test_pictures_too_large_to_be_stored_are_refused_with_one_line(tmp_path, cap
     assert "would be drawn as" in line and "Lower --img-scale or --patch-size" in line
 
 
-def test_drawing_processes_import_no_torch():
-    code = "import sys, saev_dist.draw; print('torch' in sys.modules)"
+def test_drawing_processes_import_neither_torch_nor_matplotlib():
+    code = "import sys, saev_dist.draw; print(bool({'torch', 'matplotlib'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
     assert draw.file_names(3, 17, "webp") == ("003-17.webp", "003-17-heatmap.webp")

@@ -26,7 +26,7 @@ if (reason := missing()) and "REQUIRE_SLURM" not in os.environ:
 
 # What is waited for takes seconds; on CI's machine, which has much else to do, a minute.
 PATIENCE_S = 300.0
-N_IMGS = 6000 if "SLURM_FULL" in os.environ else 2000
+N_IMGS = 6000 if "SLURM_FULL" in os.environ else 1200
 """Batches that two ranks do not get through while a node is drained."""
 RANKS = ("--gpus-per-node", "2", "--cpus-per-gpu", "1")  # per node
 

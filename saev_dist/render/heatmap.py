@@ -6,9 +6,6 @@ patch with opacity `0.9 * score / upper`, `upper` being the feature's largest sc
 Names: `p` patches, `hwc` height, width and RGB, uint8.
 """
 
-import functools
-
-import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,7 +16,11 @@ PAPER = 245
 
 
 def highlight(
-    picture_hwc: NDArray[np.uint8], values_p: NDArray[np.float32], upper: float, place: Placement
+    picture_hwc: NDArray[np.uint8],
+    values_p: NDArray[np.float32],
+    upper: float,
+    place: Placement,
+    colours_c3: NDArray[np.float64],
 ) -> NDArray[np.uint8]:
     """Lay a feature's scores over a picture.
 
@@ -28,13 +29,14 @@ def highlight(
         values_p: float32 (n_patches,), row by row. Scores below zero (a raw TopK has them) count as zero.
         upper: score of full strength, above zero.
         place: the patch grid.
+        colours_c3: `plots.plasma()`; to make it here would have each drawing process import matplotlib.
 
     Returns:
         uint8, of the picture's shape.
     """
     height, width = picture_hwc.shape[:2]
     share_rc = np.clip(values_p.reshape(place.n_rows, place.n_cols) / upper, 0, 1)
-    colour_rc3 = (plasma()[np.minimum((share_rc * 256).astype(np.int64), 255)] * 255).astype(np.uint16)
+    colour_rc3 = (colours_c3[np.minimum((share_rc * 256).astype(np.int64), 255)] * 255).astype(np.uint16)
     alpha_rc1 = (OPACITY * share_rc * 255).astype(np.uint16)[:, :, None]
     # A cell more at the right and below, of alpha 0: for pixels behind the last patch, which belong to none.
     weighted_rc3 = np.pad(colour_rc3 * alpha_rc1, ((0, 1), (0, 1), (0, 0)))
@@ -49,13 +51,6 @@ def plain(place: Placement) -> NDArray[np.uint8]:
     """A ground for heatmaps where there is no picture."""
     width, height = place.size
     return np.full((height, width, 3), PAPER, np.uint8)
-
-
-@functools.cache
-def plasma() -> NDArray[np.float64]:
-    """The colour map as 256 colours, (256, 3), in 0 … 1."""
-    colours: NDArray[np.float64] = matplotlib.colormaps["plasma"](np.arange(256))[:, :3]
-    return colours
 
 
 def _cells(n_px: int, patch: float, n_cells: int) -> NDArray[np.int64]:

@@ -1,12 +1,16 @@
-"""PURE. Two figures of a whole run, as PNG: arrays in, bytes out. The same arrays give the same bytes.
+"""PURE. What matplotlib makes: two figures of a whole run, as PNG, and the colours of heatmaps.
+
+Arrays in, bytes out: the same arrays give the same bytes.
 
 Names: `s` features, `t` sampled tokens.
 """
 
 import math
+from functools import cache
 from io import BytesIO
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,6 +25,13 @@ MAX_ROWS = 32
 """Distributions drawn; more would be too low to read."""
 ROW_FILL = 0.9
 """Share of a row's height that its longest bar takes."""
+
+
+@cache
+def plasma() -> NDArray[np.float64]:
+    """The colour map of heatmaps as 256 colours, (256, 3), in 0 … 1."""
+    colours_c3: NDArray[np.float64] = matplotlib.colormaps["plasma"](np.arange(256))[:, :3]
+    return colours_c3
 
 
 def density_png(log10_freq_s: NDArray[np.floating], log10_mean_s: NDArray[np.floating]) -> bytes:

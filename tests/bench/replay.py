@@ -31,6 +31,7 @@ from saev_dist.config import Extract
 from saev_dist.finished import FinishedRun
 from saev_dist.reencode import Check, reencode, verify_tokens
 from saev_dist.render.geometry import Geometry
+from saev_dist.render.plots import plasma
 from saev_dist.sae.encoder import Encoder
 from tests.bench.extract import PRODUCT, Case, bare_product_s, make_inputs, read_all
 from tests.bench.record import emit
@@ -98,7 +99,15 @@ def draw_shares(images: Path, n: int, rounds: int) -> tuple[list[float], float]:
     with tempfile.TemporaryDirectory() as name:
         geometry = Geometry(fit="crop", n_patches=196)
         draw.start(
-            draw.Drawing(out_dpath=Path(name), root=images, in_data_set=False, geometry=geometry, format="webp", quality=80)
+            draw.Drawing(
+                out_dpath=Path(name),
+                root=images,
+                in_data_set=False,
+                geometry=geometry,
+                colours_c3=plasma(),
+                format="webp",
+                quality=80,
+            )
         )
 
         def bare_s(names: list[str]) -> float:
