@@ -17,23 +17,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes come first, or one of them is left at the end while the other workers have nothing to do."""
-    slow = (
-        "resume",
-        "lock",
-        "disk",
-        "damage",
-        "replay_resume",
-        "replay",
-        "replay_faults",
-        "slurm",
-        "world",
-        "local_jobs",
-        "pictures",
-        "launch",
-    )
-    slow += ("readme", "demo", "memory")
-    order = {f"test_{name}.py": place for place, name in enumerate(slow)}
+    """Files that take minutes come first, or one of them is left at the end while the other workers have nothing to do.
+
+    Those of Slurm, of ranks that die and of local jobs wait most of their time: one after another, while others compute.
+    """
+    slow = "slurm disk resume replay_resume replay world replay_faults memory readme demo local_jobs lock pictures launch"
+    order = {f"test_{name}.py": place for place, name in enumerate(slow.split())}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
