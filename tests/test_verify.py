@@ -321,7 +321,8 @@ def test_a_run_of_another_device_verifies_where_rounding_decides_what_a_code_kee
             np.testing.assert_allclose(drawn_n, image.slots_n["score"], rtol=1e-4)  # also those on the edge
     assert check.n_slots == len(slots) and check.n_on_edge > 0 and 0 < check.largest <= 1
     verify.run(Verify(run=tmp_path / "run", all=True, device="cpu", progress=False))
-    assert re.search(r"equal to the stored ones, [1-9]\d* more are on the edge", capsys.readouterr().out)
+    told = re.search(r"([\d,]+) equal to the stored ones, ([1-9]\d*) more are on the edge", capsys.readouterr().out)
+    assert sum(int(number.replace(",", "")) for number in told.groups()) == len(slots)
 
 
 def test_nothing_is_not_verified(tmp_path, capsys):
