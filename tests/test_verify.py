@@ -51,6 +51,10 @@ def test_every_fixture_run_verifies(tmp_path, name, capsys):
     said = capsys.readouterr().out
     values = torch.load(tmp_path / "run/top_values.pt", weights_only=True)
     assert f"{int((values > 0).sum()):,} equal to the stored ones" in said and "verdict             verified: " in said
+    n_fired = int((values[:, 0] > 0).sum())
+    for n_features, is_part in ((n_fired - 1, True), (n_fired, False)):
+        verify.run(Verify(run=tmp_path / "run", n_features=n_features, progress=False))
+        assert ("(--all checks those of every feature)" in capsys.readouterr().out) == is_part
 
 
 @pytest.mark.parametrize("activation", [RELU, TOPK, BATCH_TOPK], ids=lambda activation: activation["cls"])
