@@ -73,6 +73,8 @@ def test_a_batch_whose_rows_the_disk_does_not_take_is_not_written_and_none_after
     assert [(s.first, s.stop) for s in rows._written] == [(0, 2)]
     with pytest.raises(RunError, match=r"b\.00000-x\.bin: No space left"):  # on leaving, too
         rows.__exit__(None, None, None)
+    with pytest.raises(RunError, match=r"b\.00001-x\.bin: No space left"), Spill(tmp_path, "00001-x", {"b": 0}) as last:
+        last.append(2, [{"b": np.full(3, 2)}])  # of which nobody asks any more
 
 
 def test_no_more_than_some_batches_wait_and_leaving_waits_for_them(tmp_path, monkeypatch):
