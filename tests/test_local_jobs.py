@@ -137,7 +137,8 @@ def test_a_local_job_can_be_cancelled_before_it_is_at_work(tmp_path, setup):
     assert done.returncode == 1 and re.search(r"^extract \d+ cancelled\. Launch it again", done.stderr, re.M), done.stderr
 
 
-@pytest.mark.parametrize(("shell", "setup"), [("/bin/bash", ()), ("/bin/dash", ("true",))], ids=["bash", "dash, setup"])
+@pytest.mark.parametrize("shell", ["/bin/bash", "/bin/dash"])
+@pytest.mark.parametrize("setup", [(), ("true",)], ids=["", "setup"])
 def test_a_local_job_comes_back_as_often_as_it_may_and_is_known_by_its_number(tmp_path, monkeypatch, shell, setup):
     """submitit stops after six attempts; bash runs the last command of a shell in the shell's own place."""
 
