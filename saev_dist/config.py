@@ -56,7 +56,7 @@ class SaeRules:
     activation: OptionalText = None
     """relu, or topk:K (such as topk:32), in place of what the checkpoint says."""
     threshold: OptionalFloat = None
-    """Threshold of a BatchTopK or JumpReLU SAE, in place of the checkpoint's: features at or below it are 0."""
+    """Threshold of a BatchTopK or JumpReLU SAE, one for all features, in place of the checkpoint's: scores at or below it, or 0, are 0."""
     input_norm: Annotated[
         Norm | None, tyro.conf.arg(metavar="{none,layer_norm,constant_norm_rescale}", help_behavior_hint="")
     ] = None
@@ -91,7 +91,7 @@ class Extraction:
     layer: OptionalInt = None
     """Layer, as a value out of the metadata's "layers". Needed only when the shards hold several."""
     top_k: int = 128
-    """Slots per feature."""
+    """Slots per feature: how many of its strongest patches are kept; with --rank-by image, of its strongest images."""
     rank_by: Literal["patch", "image"] = "patch"
     """patch: rank every patch, so an image may hold several slots. image: only an image's best patch, so slots are distinct images."""
     percentile: float = 99.0
@@ -105,7 +105,7 @@ class Extraction:
     img_acts: bool = True
     """Write img_acts.npz (per image and feature). Its size grows with the images: turn it off where only slots are wanted."""
     self_check: Literal["off", "warn", "strict"] = "warn"
-    """Before the stream, try the SAE on some thousand tokens under other readings too. warn: say so where one of them reconstructs clearly better. strict: stop."""
+    """Before the stream, try the SAE on some thousand tokens under other readings too. warn: say so where one of them reconstructs clearly better, or the SAE no better than the mean activation. strict: stop then."""
     metrics: bool = False
     """Also measure the reconstruction error (normalized MSE) over all tokens. Reads one decoder row per code: on the CPU 8 µs (AMD Zen 5) or 25 µs (Zen 3) of one core per token at d_model 1,024 and 32 codes."""
 
@@ -116,15 +116,15 @@ class Extraction:
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Arithmetic of the encoder's product. tf32 needs CUDA; bf16 rounds scores to 8 bits."""
     screen: Literal["none", "bf16"] = "none"
-    """bf16: make the product in bfloat16 first, and in fp32 only where a code may be: no code is missed, every score is an fp32 one. On CPUs with AMX, or AMD's with AVX-512 BF16, 1.3 to 1.8 times as fast at 30 codes a token, 1.1 to 1.5 times at 300, slower at thousands; a warning says where it does not pay."""
+    """bf16: make the product in bfloat16 first, and in fp32 only where a code may be: no code is missed, every score is an fp32 one. On CPUs with AMX, or AMD's with AVX-512 BF16, 1.3 to 1.8 times as fast at 30 codes a token, 1.1 to 1.5 times at 300, slower at thousands. A warning says where the processor is too slow for it; none says that a token has too many codes."""
     read_ahead: int = 3
     """Buffers read ahead of the encoder: a batch each, or several of small shards."""
     timeout_s: int = 600
-    """Longest that a rank waits for the others inside one collective operation."""
+    """Seconds that the ranks have to meet at the start, and that one exchange of the merge may take. In between they may be hours apart."""
     snapshot_every: float = 300.0
     """Seconds from one snapshot of a rank's work to the next; 0: one after every batch. A kill costs at most the work since the last one."""
     skip_bad_shards: bool = False
-    """Leave shards out that are missing, too short or cannot be read, instead of stopping; the manifest and the summaries say which."""
+    """Leave out shards that are missing or too short, and batches that cannot be read, instead of stopping; the manifest and the summaries say which. NaN or infinity stops the run all the same."""
 
     dry_run: bool = False
     """Print the plan and what it needs (host, device, disk), then stop."""
@@ -171,7 +171,7 @@ class OfRun:
     shards: OptionalPath = None
     """Where the run's shards are now, if they have moved."""
     sae: OptionalPath = None
-    """Where the run's SAE is now, if it has moved."""
+    """Where the run's SAE is now, if it has moved: a path, or hf://owner/repo[/path][@revision] on another machine than the one that fetched it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,10 +204,10 @@ class Replay(OfRun):
     seed: int = 0
     """Seed of the random sample."""
     n_images: int = 12
-    """Strongest distinct images per feature."""
+    """Strongest distinct images per feature; fewer where its slots lie in fewer, as they may unless extract ranked by image."""
 
     fit: Literal["auto", "grid", "crop"] = "auto"
-    """How pictures were prepared for the model. grid: resized to whole patches at about their own aspect. crop: resized to --resize, then the middle --crop, by default as saev does it; --resize says what open_clip does. auto: crop for clip and siglip, and for dinov2 where it gives the shards' number of patches; grid for others."""
+    """How pictures were prepared for the model. grid: resized to whole patches at about their own aspect. crop: resized to --resize, then the middle --crop; the sizes by default are saev's, those of open_clip stand under --resize. auto: crop for clip and siglip, and for dinov2 where it gives the shards' number of patches; grid for others."""
     patch_size: OptionalInt = None
     """Edge of a patch in px. Default: 16 for grid; for crop what gives the shards' number of patches."""
     grid: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="INT INT", help_behavior_hint="")] = None
@@ -232,11 +232,11 @@ class Replay(OfRun):
     read_ahead: int = 16
     """Images read ahead of the encoder."""
     timeout_s: int = 600
-    """Longest that a rank waits for the others inside one collective operation."""
+    """Seconds that the ranks have to meet at the start."""
     dry_run: bool = False
     """Say what would be drawn, and about what it takes on the disk, then stop."""
     force: bool = False
-    """Draw again what is there already."""
+    """Draw again what is there already. A restart by torchrun or Slurm goes on with what was being drawn."""
     progress: bool = True
     """Show progress: a bar on a terminal, a line every 30 s elsewhere."""
 
@@ -276,7 +276,7 @@ class Verify(OfRun):
     read_ahead: int = 16
     """Images read ahead of the encoder."""
     timeout_s: int = 600
-    """Longest that a rank waits for the others inside one collective operation."""
+    """Seconds that the ranks have to meet at the start."""
     progress: bool = True
     """Show progress: a bar on a terminal, a line every 30 s elsewhere."""
 
@@ -304,7 +304,7 @@ class Inspection:
     shards: OptionalPath = None
     """Shards to try an SAE on: how well it gives their activations back, as it is read and under other readings."""
     layer: OptionalInt = None
-    """Layer of these shards, as for `extract`; of PATH, where that holds shards, default: all of them."""
+    """With --shards: the layer to try the SAE on, needed where they hold several. Where PATH is shards: the layer to look at; default: every one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import torch
 
 from saev_dist.accumulators.rows import GROUPS_ON_DEVICE, n_samples
 from saev_dist.config import Extract
+from saev_dist.csr import MAX_INT32
 from saev_dist.data.reader import buffer_examples, most_buffers
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, RunError, warn
@@ -81,7 +82,9 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     dense = block * block_features * (entry + 1)  # and a mask
     if isinstance(sae.input_norm, LayerNorm | ConstantNorm):  # float64 copies of the tokens under way
         dense += 3 * 8 * sae.d_model * block
-    row = 8 * min(sae.d_sae, shards.n_patches * per_token) + 8 if cfg.img_acts else 0
+    n_entries = min(sae.d_sae, shards.n_patches * per_token)  # of an image, in img_acts.npz
+    row = 8 * n_entries + 8 if cfg.img_acts else 0
+    is_wide = shards.n_examples * n_entries > MAX_INT32  # there the indices in the file are int64
     n_sampled = n_samples(shards.n_tokens, cfg.max_distribution_samples)
     state = state_bytes(cfg, sae, shards)
     samples = 4 * min(cfg.n_distributions, sae.d_sae) * n_sampled
@@ -130,7 +133,7 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
         device=on_device,
         partial=state,
         artifacts=state + sae.d_sae * cfg.top_k * 8 + samples,  # images and patches, of one place; the other files are smaller
-        img_acts=shards.n_examples * row,
+        img_acts=shards.n_examples * (row + (4 * n_entries if is_wide and cfg.img_acts else 0)),
     )
 
 

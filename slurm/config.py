@@ -46,7 +46,7 @@ class Launcher:
     tasks_per_node: OptionalInt = None
     """Ranks per node. Default: one per GPU; one without GPUs."""
     cpus_per_gpu: int = 4
-    """CPU cores per rank, also where there are no GPUs."""
+    """CPU cores per rank, also without GPUs; there so many threads of it encode, unless OMP_NUM_THREADS is set."""
     mem_gb: OptionalFloat = None
     """Host memory per node, GB as Slurm counts them (2^30 bytes). Default: the partition's."""
     time_h: float = 4.0
@@ -67,7 +67,7 @@ class Launcher:
     signal: Literal["USR1", "USR2"] = "USR2"
     """The signal that tells it, also at a preemption where the cluster sends one."""
     max_requeues: int = 20
-    """A job requeues itself at most this many times."""
+    """How often a job may be requeued, by itself or by Slurm, and still put itself back. 0: never, nor may Slurm."""
 
     logs: OptionalPath = None
     """Directory for logs. Default: slurm/ in --out or --run, of several runs beside them."""

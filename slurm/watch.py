@@ -73,7 +73,7 @@ def verdict(job: Job, state: State) -> tuple[bool, str]:
     match state.name:
         case "OUT_OF_MEMORY":
             given = f"had {job.mem_gb:g} GB per node" if job.mem_gb else "had the partition's default memory"
-            flags = "--batch-tokens" if job.kind == "extract" else "--workers or --img-scale"
+            flags = "--read-ahead" if job.kind == "extract" else "--workers or --img-scale"
             return False, f"failed: out of memory: it {given}. Raise --mem-gb, or lower {flags}.{log}"
         case "TIMEOUT" | "DEADLINE":
             return False, f"failed: the time limit of {job.time_h:g} h, with no requeue in time: raise --margin-s. {go_on}{log}"

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import CancelledError
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from saev_dist.extract import Clock, _encoded, run
 from saev_dist.plan import Plan
 from saev_dist.sae import pieces
 from saev_dist.sae.encoder import Encoder
-from saev_dist.sae.model import Relu, Sae, Threshold
+from saev_dist.sae.model import Relu, Sae, Threshold, TopK
 from saev_dist.sae.pieces import batches_ahead
 from saev_dist.sae.sieve import Sieve
 from tests.crash import wait_for
@@ -226,6 +227,17 @@ def test_no_more_is_stated_than_a_small_run_can_use(tmp_path):
     assert few == many
     assert few.n_threads == 3
     assert few.host["read buffers"] == 3 * shards.content_bytes
+
+
+def test_img_acts_of_very_many_entries_has_wide_indices(tmp_path):
+    """From 2^31 of them on SciPy's indices take 8 bytes each."""
+    sae = Sae(**make_weights(), activation=TopK(1), pre_bias=False, source="")
+    cfg = Extract(shards=tmp_path, sae=tmp_path, out=tmp_path)
+    of_three, of_many = Shards.open(make_shards(tmp_path / "shards", make_acts(3))), 2**31 // N_PATCHES + 1
+    shards = [replace(of_three, examples=(n,)) for n in (of_many - 1, of_many)]
+    small, large = (estimate.estimate(cfg, each, sae, Plan(each.examples, 1), CPU, 1).img_acts for each in shards)
+    assert small == (of_many - 1) * (8 * N_PATCHES + 8)
+    assert large == of_many * (12 * N_PATCHES + 8)
 
 
 def test_the_plan_tells_what_img_acts_can_take(tmp_path, capsys):

@@ -83,7 +83,7 @@ def test_a_failure_is_told_by_its_cause(job, state, ends, text):
     assert not well and found.startswith(text), found
 
 
-@pytest.mark.parametrize(("kind", "flags"), [("extract", "--batch-tokens"), ("replay", "--workers or --img-scale")])
+@pytest.mark.parametrize(("kind", "flags"), [("extract", "--read-ahead"), ("replay", "--workers or --img-scale")])
 def test_what_to_lower_for_want_of_memory_is_a_flag_of_the_job(job, kind, flags):
     found = verdict(replace(job, kind=kind), State(name="OUT_OF_MEMORY"))[1]
     assert f"Raise --mem-gb, or lower {flags}. Log: " in found
