@@ -4,6 +4,7 @@ Names: `s` features, `k` slots, `m` images of a feature, `n` chosen slots.
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,35 +36,31 @@ class FeatureTable:
 
 
 def choose_features(
-    log10_freq_s: NDArray[np.float64],
-    log10_mean_s: NDArray[np.float64],
-    max_s: NDArray[np.float32],
+    table: FeatureTable,
     *,
     always: Sequence[int],
     n_features: int,
-    sort: Sort,
     every: bool,
-    log_freq_range: tuple[float, float],
-    log_value_range: tuple[float, float],
     seed: int,
+    sort: Sort = "random",
+    log_freq_range: tuple[float, float] = (-math.inf, math.inf),
+    log_value_range: tuple[float, float] = (-math.inf, math.inf),
 ) -> list[int]:
     """The features to show, ascending.
 
     Args:
-        log10_freq_s: of the share of tokens on which a feature is above zero; -inf for one that never is.
-        log10_mean_s: of its mean over those tokens; NaN for one that never fired.
-        max_s: its largest score.
         always: features that are shown whatever the other rules say.
         n_features: how many of those in the ranges to take besides.
+        every: take all features that ever fired, whatever the ranges.
+        seed: of the sample.
         sort: random takes a seeded sample of them; the others take the first by that figure, the lower feature first
             among equals.
-        every: take all features that ever fired, whatever the ranges.
         log_freq_range, log_value_range: of log10_freq_s and log10_mean_s, bounds included.
-        seed: of the sample.
 
     Raises:
         ConfigError: a feature of `always` does not exist, or there is nothing to show.
     """
+    log10_freq_s, log10_mean_s = table.log10_freq_s, table.log10_mean_s
     d_sae = len(log10_freq_s)
     if unknown := [feature for feature in always if not 0 <= feature < d_sae]:
         raise ConfigError(f"--features {unknown[0]}: there is no such feature; the SAE has 0 to {d_sae - 1:,}.")
@@ -87,7 +84,7 @@ def choose_features(
     if sort == "random":
         order = np.random.default_rng(seed).permutation(candidates)
     else:
-        figures: dict[str, NDArray[Any]] = {"freq": log10_freq_s, "mean": log10_mean_s, "max": max_s}
+        figures: dict[str, NDArray[Any]] = {"freq": log10_freq_s, "mean": log10_mean_s, "max": table.max_s}
         figure_s = figures[sort]
         order = candidates[np.argsort(-figure_s[candidates], kind="stable")]
     return sorted({*always, *order[~np.isin(order, always)][:n_features].tolist()})

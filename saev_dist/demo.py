@@ -32,6 +32,7 @@ from saev_dist.data.images import list_images
 from saev_dist.data.shards import ShardWriter
 from saev_dist.errors import ConfigError, Preempted, RunError
 from saev_dist.files import replacing, writing
+from saev_dist.machine import one_thread
 from saev_dist.render.sheet import Row, Slot, contact_sheet
 from saev_dist.sae.saev import load_saev, save_saev
 from saev_dist.store import Run
@@ -120,12 +121,8 @@ def _run(cfg: Demo, source_dpath: Path) -> None:
     write_shards(acts_epd, shards_dpath, images_dpath)
     print(f"3. Train an SAE of {D_SAE} features, {TOP_K} active per patch: {sae_fpath}", flush=True)
     began = time.monotonic()
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # products are small: two threads gain little, and on a busy machine wait for each other
-    try:
+    with one_thread():  # products are small: two threads gain little, and on a busy machine wait for each other
         train(acts_epd.flatten(0, 1), sae_fpath, cfg)
-    finally:
-        torch.set_num_threads(n_threads)
     print(f"   {cfg.n_steps:,} steps in {time.monotonic() - began:.1f} s", flush=True)
 
     job = Extract(

@@ -7,7 +7,6 @@ image).
 import io
 import multiprocessing
 import os
-import signal
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from saev_dist.data.images import load_picture, version_of
 from saev_dist.files import replacing, writing
 from saev_dist.render.geometry import Geometry, Placement
 from saev_dist.render.heatmap import highlight, plain
-from saev_dist.signals import ASKING
+from saev_dist.signals import be_deaf
 
 Format = Literal["webp", "png"]
 
@@ -76,8 +75,7 @@ def start(drawing: Drawing) -> None:
     """Prepare this process."""
     global _drawing
     _drawing = drawing
-    for number in ASKING:  # they reach the whole group; the parent ends the pool
-        signal.signal(number, signal.SIG_IGN)
+    be_deaf()  # signals reach the whole group; the parent ends the pool
     threading.Thread(target=_leave_with_parent, daemon=True, name="parent").start()
 
 

@@ -1,7 +1,5 @@
 """What a run will need, before it starts: host memory, device memory, disk. Stated by --dry-run, refused if too much."""
 
-import os
-import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,10 @@ from saev_dist.csr import MAX_INT32
 from saev_dist.data.reader import buffer_examples, most_buffers
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, RunError, warn
+from saev_dist.files import free_disk
+from saev_dist.job import Job
 from saev_dist.machine import available_memory
+from saev_dist.output import gb
 from saev_dist.partials import newest
 from saev_dist.plan import Plan
 from saev_dist.sae.model import ConstantNorm, GroupMax, LayerNorm, Sae, TopK
@@ -137,24 +138,23 @@ def estimate(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.d
     )
 
 
-def within(
-    cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device, n_threads: int, room: float
-) -> tuple[Estimate, Estimate]:
-    """What `cfg` needs with `n_threads`, and with as many of them as `room` bytes of host memory suffice for, at least one."""
-    wanted = need = estimate(cfg, shards, sae, plan, device, n_threads)
+def within(job: Job, room: float) -> tuple[Estimate, Estimate]:
+    """What it needs with its threads, and with as many of them as `room` bytes of host memory suffice for, at least one."""
+    of_job = job.cfg, job.shards, job.sae, job.plan, job.device
+    wanted = need = estimate(*of_job, job.n_threads)
     while need.host_total > room and need.n_threads > 1:
-        need = estimate(cfg, shards, sae, plan, device, need.n_threads - 1)
+        need = estimate(*of_job, need.n_threads - 1)
     return wanted, need
 
 
-def fit(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device, n_threads: int, world: World) -> Estimate:
-    """What `cfg` needs on this rank, with as many of `n_threads` as host memory has room for. Refuse what cannot fit.
+def fit(job: Job, world: World) -> Estimate:
+    """What it needs on this rank, with as many threads as host memory has room for. Refuse what cannot fit.
 
     Raises:
         ConfigError: host memory of this machine's ranks, device memory, or the disk is too small; of the disk rank 0 says so.
     """
     available = available_memory()
-    wanted, need = within(cfg, shards, sae, plan, device, n_threads, available / world.local_size)
+    wanted, need = within(job, available / world.local_size)
     if need.host_total * world.local_size > available:
         raise ConfigError(
             f"this run needs about {gb(need.host_total)} of host memory{_of_each(world)}; "
@@ -165,16 +165,16 @@ def fit(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, device: torch.device
             f"{need.n_threads} of {wanted.n_threads} threads encode: all of them would need about {gb(wanted.host_total)} of "
             f"host memory{_of_each(world)}, and {gb(available)} are available."
         )
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch, for this process
+    if job.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(job.device)
+        free += torch.cuda.memory_reserved(job.device) - torch.cuda.memory_allocated(job.device)  # kept, for this process
         if need.device_total > free:
             raise ConfigError(
-                f"this run needs about {gb(need.device_total)} of device memory; {gb(free)} are free on {device}. "
+                f"this run needs about {gb(need.device_total)} of device memory; {gb(free)} are free on {job.device}. "
                 "Lower --batch-tokens."
             )
     if world.rank == 0:
-        _fit_disk(cfg, plan, need, world.size)
+        _fit_disk(job.cfg, job.plan, need, world.size)
     return need
 
 
@@ -189,7 +189,7 @@ def _fit_disk(cfg: Extract, plan: Plan, need: Estimate, n_ranks: int) -> None:
     partials = max(one_each, 2 * one_each - held)  # a first one, then another while that is there
     if need.artifacts + partials > free and not cfg.force:
         with suppress(RunError):  # a damaged one: its batches are to be done again
-            if _all_are_kept(cfg.out / "partials", plan):
+            if sum(partial.n_batches for partial in newest(cfg.out / "partials")) == plan.n_batches:
                 partials = 0  # what is left is to merge them
     if need.artifacts + partials > free:
         raise ConfigError(
@@ -204,11 +204,6 @@ def _fit_disk(cfg: Extract, plan: Plan, need: Estimate, n_ranks: int) -> None:
         )
 
 
-def _all_are_kept(dpath: Path, plan: Plan) -> bool:
-    """Whether the partials there cover all batches."""
-    return sum(segment.stop - segment.first for partial in newest(dpath) for segment in partial.segments) == plan.n_batches
-
-
 def _size(dpath: Path, pattern: str) -> int:
     """Bytes of files that an earlier attempt left. Partials go once new ones stand for them (a damaged one stays)."""
     sizes: dict[int, int] = {}
@@ -217,20 +212,3 @@ def _size(dpath: Path, pattern: str) -> int:
             found = fpath.stat()
             sizes[found.st_ino] = found.st_size  # one file may have two names
     return sum(sizes.values())
-
-
-def free_disk(dpath: Path) -> int:
-    """Free bytes where `dpath` is or will be."""
-    dpath = dpath.absolute()
-    while not os.path.exists(dpath):  # unlike Path.exists, False also where one may not look
-        dpath = dpath.parent
-    return shutil.disk_usage(dpath).free
-
-
-def gb(n_bytes: float) -> str:
-    """Bytes for people, in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:,.1f} TB"

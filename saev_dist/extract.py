@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from itertools import islice
 from typing import Any
 
@@ -77,20 +78,21 @@ def run(cfg: Extract) -> None:
                 store.tidy()
                 print(already_done(store))
             return
-        need = fit(replace(cfg, force=force), job.shards, job.sae, job.plan, job.device, job.n_threads, world)
+        planned = replace(job, cfg=replace(cfg, force=force))
+        need = fit(planned, world)
         job = replace(job, n_threads=need.n_threads)
         if world.rank == 0:
             _warn_of(cfg, job, store)
         if cfg.dry_run:
             if world.rank == 0:
-                print(describe_plan(replace(cfg, force=force), job.shards, job.sae, job.plan, need, world.size))
+                print(describe_plan(planned, need, world.size))
             return
         begun = None
         if world.rank == 0:
             if not world.patience_s:
-                store.refuse_busy()  # before the self-check takes its time
+                store.lock.refuse_held()  # before the self-check takes its time
             job = _inputs_checked(job, None if force else store.under_way(), world)
-            held.enter_context(store.lock(patience_s=world.patience_s, check=world.check))
+            held.enter_context(store.lock.hold(patience_s=world.patience_s, check=world.check))
             begun = store.begin(job.identity, _note(job), afresh=force)
         if world.tell(begun is None):  # finished by another process, while this one checked its inputs or waited
             if world.rank == 0:
@@ -407,11 +409,7 @@ def _rows(codes: Codes | DeviceCodes, cfg: Extract, d_sae: int, stride: int) -> 
 def _merge(bundle: Bundle, world: World) -> Bundle:
     """Merge the ranks' states by slices; the whole is on rank 0."""
     n_rows = {name: len(tensor) for name, tensor in bundle.state_dict().items()}
-    merged: Bundle | None = None
-    for state in world.exchange(bundle.state_dict()):
-        part = bundle.like(state)
-        merged = part if merged is None else merged.merge(part)
-    assert merged is not None
+    merged = reduce(Bundle.merge, map(bundle.like, world.exchange(bundle.state_dict())))
     return bundle.like(world.gather(merged.state_dict(), n_rows))
 
 

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,12 +51,9 @@ def read_part(fpath: Path, size: int, offset: int) -> bytes:
     """
 
     def read() -> bytes:
-        parts, start, left = [], offset, size
-        with open(fpath, "rb", buffering=0) as file:
-            while left and (part := os.pread(file.fileno(), left, start)):
-                parts.append(part)
-                start, left = start + len(part), left - len(part)
-        return b"".join(parts)
+        with open(fpath, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
 
     return retrying(read)
 
@@ -212,3 +210,11 @@ def fsync_dir(dpath: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def free_disk(dpath: Path) -> int:
+    """Free bytes where `dpath` is or will be."""
+    dpath = dpath.absolute()
+    while not os.path.exists(dpath):  # unlike Path.exists, False also where one may not look
+        dpath = dpath.parent
+    return shutil.disk_usage(dpath).free

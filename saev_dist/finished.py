@@ -6,11 +6,12 @@ Names: `s` features, `k` slots, `h` bins.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from saev_dist.accumulators.histogram import percentile_stem
 from saev_dist.accumulators.rows import n_samples
 from saev_dist.choose import FeatureTable
 from saev_dist.data.shards import Shards
@@ -104,7 +105,8 @@ class FinishedRun:
     @property
     def n_left_out(self) -> int:
         """Images that `--skip-bad-shards` left out."""
-        return left_out(self.manifest)
+        parts = self.manifest.get("left_out", list, [])
+        return sum(Fields(part, f"{self.manifest.where}, left_out", RunError).get("n_images", int) for part in parts)
 
     def statistics(self) -> "Statistics":
         """The figures of all features.
@@ -127,7 +129,7 @@ class FinishedRun:
                 log10_mean_s=np.log10(store.load_tensor("mean_values.pt", (d_sae,)).double().numpy()),
                 max_s=self.values_sk[:, 0],
                 percentile=percentile,
-                percentile_s=store.load_tensor(f"percentiles_p{percentile:.10g}.pt", (d_sae,)).numpy(),
+                percentile_s=store.load_tensor(f"{percentile_stem(percentile)}.pt", (d_sae,)).numpy(),
                 n_active_s=histograms["counts"].sum(dim=1).numpy(),
                 counts_sh=histograms["counts"].numpy(),
                 edges_h=histograms["edges"].numpy(),
@@ -186,18 +188,11 @@ def check_slots(
         )
 
 
-def left_out(manifest: Fields) -> int:
-    """Images that a run left out, as its manifest says."""
-    parts = manifest.get("left_out", list, [])
-    return sum(Fields(part, f"{manifest.where}, left_out", RunError).get("n_images", int) for part in parts)
-
-
 def _precision(identity: Fields) -> Precision:
     name = identity.get("precision", str)
-    for precision in get_args(Precision):
-        if name == precision:
-            return precision  # type: ignore[no-any-return]
-    raise RunError(f"{identity.where}: precision is {name!r}; expected one of {', '.join(get_args(Precision))}.")
+    if name not in get_args(Precision):
+        raise RunError(f"{identity.where}: precision is {name!r}; expected one of {', '.join(get_args(Precision))}.")
+    return cast(Precision, name)
 
 
 def _same(found: str, expected: str, path: Path, dpath: Path, what: str) -> None:

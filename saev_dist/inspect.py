@@ -12,10 +12,9 @@ from saev_dist.config import Inspect
 from saev_dist.data.reader import sample_images
 from saev_dist.data.shards import Shards, read_layers
 from saev_dist.errors import ConfigError, RunError, UnknownFormatError
-from saev_dist.estimate import gb
 from saev_dist.files import refuse_lacking
 from saev_dist.finished import check_slots
-from saev_dist.output import table
+from saev_dist.output import gb, table
 from saev_dist.report import describe_kept, describe_left_out, flags_of
 from saev_dist.sae.hub import is_hub_name, refuse_link
 from saev_dist.sae.load import Loaded, Overrides, load_sae, recognise
@@ -118,7 +117,7 @@ def describe_run(dpath: Path) -> list[tuple[str, str]]:
     store = Run(dpath)
     under_way, manifest = store.under_way(), store.manifest()
     if under_way is not None:
-        holder = store.holder()
+        holder = store.lock.holder()
         state = f"under way: {holder}" if holder else "unfinished; run the same extract again to continue"
         kept = describe_kept(store) + ("; snapshots add to it" if holder else "")
         return [

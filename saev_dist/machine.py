@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from saev_dist.errors import ConfigError
 
@@ -28,7 +29,7 @@ def arithmetic(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")  # the latter two on ARM
-    text = _read(CPUINFO)
+    text = read(CPUINFO)
     found = [(name, re.search(rf"^{name}\s*: (\S+)$", text, re.M)) for name in names]
     words = [f"{name} {value[1]}".removeprefix("vendor_id ") for name, value in found if value]
     return " ".join([*(words or [platform.machine()]), torch.backends.cpu.get_cpu_capability()])
@@ -40,6 +41,18 @@ def cpu_threads() -> int:
     if "OMP_NUM_THREADS" in os.environ:
         return n_threads
     return max(1, min([n_threads, *map(math.ceil, _cpu_quotas())]))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for each operation of torch and NumPy: no result depends on the machine, and our threads have the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1, "blas"):  # NumPy's
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def rank_cores(local_size: int) -> int:
@@ -68,7 +81,7 @@ def available_memory() -> int:
             limit, used = _number(dpath / limit_name), _number(dpath / used_name)
             if limit is not None and used is not None:
                 # The page cache counts as used there, but goes when memory is asked for.
-                stat = dict(re.findall(r"^(\w+) (\d+)$", _read(dpath / "memory.stat"), re.M))
+                stat = dict(re.findall(r"^(\w+) (\d+)$", read(dpath / "memory.stat"), re.M))
                 cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
                 available = min(available, limit - used + cached)
     return max(0, available)
@@ -111,7 +124,7 @@ def _cpu_quotas() -> list[float]:
     """CPUs that each of the groups may use, of those that have a limit."""
     found = []
     for dpath in _groups("cpu"):
-        both = re.fullmatch(r"(\d+) (\d+)", _read(dpath / "cpu.max"))
+        both = re.fullmatch(r"(\d+) (\d+)", read(dpath / "cpu.max"))
         quota, period = (
             map(int, both.groups()) if both else map(_number, (dpath / "cpu.cfs_quota_us", dpath / "cpu.cfs_period_us"))
         )
@@ -123,7 +136,7 @@ def _cpu_quotas() -> list[float]:
 def _groups(controller: str) -> list[Path]:
     """Directories of this process's group and those above it."""
     found: list[Path] = []
-    for _, controllers, path in re.findall(r"^(\d+):(.*?):(.*)$", _read(OWN_CGROUPS), re.M):
+    for _, controllers, path in re.findall(r"^(\d+):(.*?):(.*)$", read(OWN_CGROUPS), re.M):
         if controllers and controller not in controllers.split(","):
             continue
         root = CGROUPS / controller if controllers else CGROUPS
@@ -134,11 +147,11 @@ def _groups(controller: str) -> list[Path]:
 
 def _number(fpath: Path) -> int | None:
     """A file's number; None where there is no such file, or it says "max", or -1, for no limit."""
-    text = _read(fpath)
+    text = read(fpath)
     return int(text) if re.fullmatch(r"\d+", text) else None
 
 
-def _read(fpath: Path) -> str:
+def read(fpath: Path) -> str:
     """A file's text, "" where there is none that we may read. A name in it need not be UTF-8."""
     try:
         return os.fsdecode(fpath.read_bytes()).strip()

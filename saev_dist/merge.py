@@ -36,7 +36,7 @@ def run(cfg: Merge) -> None:
         store.refuse_others(job.identity, force=False)
         report = Report.from_json(under_way.obj.get("self_check"))
         job = replace(job, identity=under_way.get("identity", dict), self_check=report)
-        with store.lock():
+        with store.lock.hold():
             if store.under_way() is None:
                 raise RunError(f"{cfg.run} has just been finished by another process: there are no partials to merge.")
             work(job, store, world, encode=False)

@@ -17,6 +17,15 @@ def table(lines: Mapping[str, str]) -> str:
     return "\n".join(f"{name:<{width}}  {printable(text)}" for name, text in lines.items())
 
 
+def gb(n_bytes: float) -> str:
+    """Bytes for people, in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:,.1f} TB"
+
+
 @contextmanager
 def printing() -> Iterator[None]:
     """Inside, and at the end, an error of standard output is one of ours.

@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 import numpy as np
 
 from saev_dist.errors import DamagedError, RunError, warn
-from saev_dist.files import fsync_dir, read_part, reading, retrying, write_all, writing
+from saev_dist.files import fsync_dir, read_part, reading, replacing, retrying, writing
 from saev_dist.plan import Intervals, union
 from saev_dist.spill import COPY_BYTES, SPILL_PATTERN, Segment, Spill, as_bytes, check_extent, covered
 
@@ -84,6 +84,10 @@ class Partial:
     def name(self) -> str:
         return f"{self.owner}.{self.number:06d}.partial"
 
+    @property
+    def n_batches(self) -> int:
+        return sum(segment.stop - segment.first for segment in self.segments)
+
 
 def new_owner(rank: int) -> str:
     """A name that no other process has, for this rank of this attempt."""
@@ -104,20 +108,13 @@ def write(dpath: Path, partial: Partial, state: State) -> None:
     Raises:
         OSError: the disk does not take it; then the one before counts, or this one already does.
     """
-    fpath, unfinished = dpath / partial.name, dpath / f"{partial.name}.tmp"
     digest = hashlib.sha256()
-    try:
-        with open(unfinished, "wb", buffering=0) as file:
-            header = MAGIC + json.dumps(asdict(partial)).encode() + b"\n"
-            for piece in (memoryview(header), *(as_bytes(tensor.numpy()) for tensor in state.values())):
-                digest.update(piece)
-                write_all(file, piece)
-            write_all(file, memoryview(digest.digest()))
-            os.fsync(file.fileno())
-        os.replace(unfinished, fpath)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
+    with replacing(dpath / partial.name, durable=True) as file:
+        header = MAGIC + json.dumps(asdict(partial)).encode() + b"\n"
+        for piece in (memoryview(header), *(as_bytes(tensor.numpy()) for tensor in state.values())):
+            digest.update(piece)
+            file.write(piece)
+        file.write(digest.digest())
     fsync_dir(dpath)
 
 
@@ -149,9 +146,7 @@ def load(fpath: Path) -> tuple[Partial, State]:
             state = {}
             for name, (dtype, shape) in partial.tensors.items():
                 state[name] = torch.from_numpy(np.empty(shape, dtype))
-                view = as_bytes(state[name].numpy())
-                while len(view) and (n_bytes := file.readinto(view)):
-                    view = view[n_bytes:]
+                file.readinto(as_bytes(state[name].numpy()))
         return partial, state
 
     with reading(fpath):
@@ -285,7 +280,7 @@ def _disjoint(dpath: Path, found: list[Partial]) -> list[Partial]:
     """Partials that cover no batch twice, large ones first."""
     live: list[Partial] = []
     done: Intervals = ()
-    for partial in sorted(found, key=lambda p: -sum(s.stop - s.first for s in p.segments)):
+    for partial in sorted(found, key=lambda p: -p.n_batches):
         try:
             done = union([done, covered(partial.segments)])
             live.append(partial)

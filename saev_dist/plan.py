@@ -95,12 +95,8 @@ class Plan:
             """The first position in todo (counted in batches) with at least `target` examples before it."""
             interval_i = min(bisect_right(done, target), len(todo)) - 1
             first, stop = todo[interval_i]
-            base = self.examples_before(first) - done[interval_i]
-            low, high = first, stop
-            while low < high:
-                middle = (low + high) // 2
-                low, high = (middle + 1, high) if self.examples_before(middle) - base < target else (low, middle)
-            return position[interval_i] + low - first
+            wanted = target - done[interval_i] + self.examples_before(first)
+            return position[interval_i] + bisect_left(range(first, stop), wanted, key=self.examples_before)
 
         def between(low: int, high: int) -> Intervals:
             """The batches at positions low … high-1."""
@@ -132,9 +128,9 @@ def union(parts: Iterable[Intervals]) -> Intervals:
     return tuple(out)
 
 
-def complement(done: Intervals, n_batches: int) -> Intervals:
-    """The batches of 0 … n_batches-1 that `done` does not cover."""
-    edges = [0, *(edge for interval in done for edge in interval), n_batches]
+def complement(done: Intervals, stop: int, *, first: int = 0) -> Intervals:
+    """The batches first … stop-1 that `done`, which lies among them, does not cover."""
+    edges = [first, *(edge for interval in done for edge in interval), stop]
     return tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)
 
 
@@ -142,14 +138,6 @@ def subtract(intervals: Intervals, taken: Intervals) -> Intervals:
     """The batches of `intervals` that `taken` does not cover."""
     out: list[tuple[int, int]] = []
     for first, stop in intervals:
-        for low, high in taken:
-            if high <= first:
-                continue
-            if low >= stop:
-                break
-            if first < low:
-                out.append((first, low))
-            first = max(first, high)
-        if first < stop:
-            out.append((first, stop))
+        inside = tuple((max(first, low), min(stop, high)) for low, high in taken if low < stop and first < high)
+        out += complement(inside, stop, first=first)
     return tuple(out)

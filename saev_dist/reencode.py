@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from saev_dist.data.shards import Shards
 from saev_dist.errors import DataError, RunError
 from saev_dist.finished import FinishedRun
 from saev_dist.machine import cpu_threads
-from saev_dist.plan import Batch, Intervals, Plan, union
+from saev_dist.plan import Batch, Plan, union
 from saev_dist.sae.encoder import ActivationOverflow, Encoder
 from saev_dist.sae.model import GroupMax, TopK
 from saev_dist.sae.pieces import piece_tokens
@@ -69,19 +69,6 @@ def encoder_of(run: FinishedRun, device: torch.device) -> Encoder:
     return Encoder(run.sae, device, precision, cpu_threads() if device.type == "cpu" else 1)
 
 
-def describe_encoded(slots: Slots, n_encoded: int) -> str:
-    """How often the images of some slots were encoded, by all ranks together."""
-    n_images = len(np.unique(slots["img_i"]))
-    if n_encoded <= n_images:  # fewer: an earlier attempt did the others
-        return f"{n_encoded:,} encoded again"
-    return f"{n_images:,} encoded again ({n_encoded:,} times in all: by each rank those of its own features)"
-
-
-def describe_edge(n_on_edge: int) -> str:
-    """What to add to the number of scores that are equal."""
-    return f", {n_on_edge:,} more are on the edge: rounding alone keeps them in or out" if n_on_edge else ""
-
-
 def reencode(
     run: FinishedRun, slots: Slots, encoder: Encoder, check: Check, *, read_ahead: int, look: Callable[[], None]
 ) -> Iterator[Image]:
@@ -96,18 +83,13 @@ def reencode(
         RunError: a score is not the stored one.
         DataError: an activation is not finite.
     """
-    img_i, starts = np.unique(slots["img_i"], return_index=True)
-    groups = np.split(slots, starts[1:]) if len(img_i) else []
-    by_image = Plan(run.shards.examples, 1)
-    ahead = 2 * encoder.n_threads
-    todo, pin = _each(img_i), encoder.device.type == "cuda"
-    reader = Reader(run.shards, by_image, todo, depth=read_ahead, hold=ahead, pin=pin, check=look)
-    waiting: deque[tuple[Slots, NDArray[np.int64], Tensor, Future[Codes]]] = deque()
-    for (batch, acts_pd), slots_n in zip(reader, groups, strict=True):
+    ahead, pin = 2 * encoder.n_threads, encoder.device.type == "cuda"
+    waiting: deque[tuple[Batch, Slots, NDArray[np.int64], Tensor, Future[Codes]]] = deque()
+    for batch, acts_pd, slots_n in _read(run.shards, slots, depth=read_ahead, hold=ahead, pin=pin, check=look):
         feature_m = np.unique(slots_n["feature"])
         only = torch.from_numpy(feature_m).to(encoder.device)
         codes = encoder.submit(acts_pd, img_i=batch.img_i, n_patches=run.shards.n_patches, only=only)
-        waiting.append((slots_n, feature_m, acts_pd, codes))
+        waiting.append((batch, slots_n, feature_m, acts_pd, codes))
         if len(waiting) > ahead:
             yield _checked(run, encoder, check, *waiting.popleft())
     while waiting:
@@ -130,9 +112,6 @@ def verify_tokens(
         RunError: a score is not the stored one.
         DataError: an activation is not finite.
     """
-    img_i, starts = np.unique(slots["img_i"], return_index=True)
-    groups = iter(np.split(slots, starts[1:]) if len(img_i) else [])
-    reader = Reader(run.shards, Plan(run.shards.examples, 1), _each(img_i), depth=read_ahead, check=look)
     most = min(TOKENS_AT_ONCE, piece_tokens(encoder.sae.activation, encoder.sae.d_sae))
     waiting: deque[tuple[_Tokens, Future[Codes]]] = deque()
     images: list[_Tokens] = []
@@ -144,10 +123,9 @@ def verify_tokens(
         waiting.append((tokens, encoder.submit(tokens.acts_td, img_i=0, n_patches=1, only=only)))
 
     n_tokens = 0
-    for i, (batch, acts_pd) in enumerate(reader):
+    for i, (batch, acts_pd, slots_n) in enumerate(_read(run.shards, slots, depth=read_ahead, check=look)):
         if i:
             yield
-        slots_n = next(groups)
         patch_t, token_n = np.unique(slots_n["patch_i"], return_inverse=True)
         images.append(_Tokens([batch], slots_n, token_n, acts_pd[torch.from_numpy(patch_t)]))
         n_tokens += len(patch_t)
@@ -161,8 +139,17 @@ def verify_tokens(
     while waiting:
         look()
         _verify(run, encoder, check, *waiting.popleft())
-    if len(img_i):
+    if len(slots):
         yield
+
+
+def _read(shards: Shards, slots: Slots, **settings: Any) -> Iterator[tuple[Batch, Tensor, Slots]]:
+    """The images of `slots` (in the order of images): place, activations, slots. Settings: `Reader`'s."""
+    img_i, starts = np.unique(slots["img_i"], return_index=True)
+    todo = union(((i, i + 1),) for i in img_i.tolist())
+    groups = np.split(slots, starts[1:]) if len(slots) else []
+    for (batch, acts_pd), slots_n in zip(Reader(shards, Plan(shards.examples, 1), todo, **settings), groups, strict=True):
+        yield batch, acts_pd, slots_n
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,20 +205,20 @@ def _checked(
     run: FinishedRun,
     encoder: Encoder,
     check: Check,
+    batch: Batch,
     slots_n: Slots,
     feature_m: NDArray[np.int64],
     acts_pd: Tensor,
     codes: Future[Codes],
 ) -> Image:
-    img_i = int(slots_n["img_i"][0])
     try:
         values_mp = _dense(codes.result(), feature_m)
     except ActivationOverflow as err:
-        raise find_bad_value(acts_pd, Plan(run.shards.examples, 1)[img_i], run.shards, err.limit) from None
+        raise find_bad_value(acts_pd, batch, run.shards, err.limit) from None
     row_n, patch_n = np.searchsorted(feature_m, slots_n["feature"]), slots_n["patch_i"].copy()
     on_edge_x = _hold(run, encoder, check, slots_n, acts_pd, patch_n, values_mp[row_n, patch_n])
     values_mp[row_n[on_edge_x], patch_n[on_edge_x]] = slots_n["score"][on_edge_x]
-    return Image(img_i=img_i, slots_n=slots_n, feature_m=feature_m, values_mp=values_mp)
+    return Image(img_i=batch.img_i, slots_n=slots_n, feature_m=feature_m, values_mp=values_mp)
 
 
 def _hold(
@@ -307,8 +294,3 @@ def _dense(codes: Codes, feature_m: NDArray[np.int64]) -> NDArray[np.float32]:
     values_mp = np.zeros((len(feature_m), codes.n_patches), np.float32)
     values_mp[row_n[keep_n], codes.token_n.numpy()[keep_n]] = codes.value_n.numpy()[keep_n]
     return values_mp
-
-
-def _each(img_i: NDArray[np.int64]) -> Intervals:
-    """These images, as batches of one."""
-    return union(((i, i + 1),) for i in img_i.tolist())

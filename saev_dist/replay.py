@@ -31,6 +31,7 @@ from saev_dist.choose import Slots, deal
 from saev_dist.config import Replay
 from saev_dist.errors import RunError
 from saev_dist.files import writing
+from saev_dist.lock import Lock
 from saev_dist.machine import rank_cores
 from saev_dist.pages import write_features, write_page
 from saev_dist.progress import Progress
@@ -60,7 +61,7 @@ def run(cfg: Replay) -> None:
         world.agree(job.identity, would="draw another gallery", advice=advice)
         if world.tell(world.rank == 0 and _is_done(job)):
             if world.rank == 0:
-                with suppress(RunError), Run(cfg.run).lock():  # unless another replay is at work
+                with suppress(RunError), Lock(cfg.run).hold():  # unless another replay is at work
                     job.visuals.tidy()
                 print(already_done(job))
             return
@@ -71,10 +72,9 @@ def run(cfg: Replay) -> None:
             return
         # Two replays in one directory would mix their pictures, and an `extract --force` would change what is drawn.
         if world.rank == 0:
-            held.enter_context(Run(cfg.run).lock(patience_s=world.patience_s, check=world.check))
-        if world.rank == 0 and Run(cfg.run).manifest_sha256() != job.identity["manifest_sha256"]:
-            raise RunError(f"{cfg.run} has changed: another process computed it again. Run again.")
-        if world.rank == 0:
+            held.enter_context(Lock(cfg.run).hold(patience_s=world.patience_s, check=world.check))
+            if Run(cfg.run).manifest_sha256() != job.identity["manifest_sha256"]:
+                raise RunError(f"{cfg.run} has changed: another process computed it again. Run again.")
             job.visuals.bring_back()
         if world.tell(world.rank == 0 and _is_done(job)):  # since, by another process
             if world.rank == 0:

@@ -49,9 +49,7 @@ def open_job(cfg: Replay) -> Job:
     shards = finished.shards
     statistics = finished.statistics()
     features = choose_features(
-        statistics.log10_freq_s,
-        statistics.log10_mean_s,
-        statistics.max_s,
+        statistics,
         always=cfg.features,
         n_features=cfg.n_features,
         sort=cfg.sort,

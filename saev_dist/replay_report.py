@@ -9,11 +9,10 @@ import numpy as np
 
 from saev_dist.choose import Slots
 from saev_dist.errors import count, warn
-from saev_dist.estimate import free_disk, gb
-from saev_dist.output import table
-from saev_dist.reencode import describe_edge, describe_encoded
+from saev_dist.files import free_disk
+from saev_dist.output import gb, table
 from saev_dist.replay_job import Job
-from saev_dist.report import describe_left_out
+from saev_dist.report import describe_edge, describe_left_out
 
 BYTES_PER_PX = {"webp": 0.2, "png": 1.8}
 """Of photographs, about. WebP at quality 80: 0.09 where the demo's are drawn twice as large, up to 0.3; PNG: 1.07 there, more
@@ -85,7 +84,7 @@ def summary(job: Job, reports: list[dict[str, Any]]) -> str:
     lines = {
         "features": f"{len(job.features):,} of {job.finished.sae.d_sae:,}",
         **({"never fired": ", ".join(map(str, silent)) + ": nothing to draw"} if silent else {}),
-        "images": f"{describe_encoded(job.slots, total['n_images'])} in {seconds:,.1f} s",
+        "images": f"{_encoded(job.slots, total['n_images'])} in {seconds:,.1f} s",
         "verified": f"{total['n_slots'] - n_on_edge:,} scores equal the stored ones{describe_edge(n_on_edge)}",
         "drawn": f"{total['n_pictures']:,} heatmaps, {total['n_pictures'] / max(seconds, 1e-9):,.0f} per second",
         "pictures": _ground(job),
@@ -95,6 +94,14 @@ def summary(job: Job, reports: list[dict[str, Any]]) -> str:
     if job.finished.n_left_out:
         lines["left out"] = describe_left_out(job.finished.manifest)
     return table(lines)
+
+
+def _encoded(slots: Slots, n_encoded: int) -> str:
+    """How often the images of some slots were encoded, by all ranks together."""
+    n_images = len(np.unique(slots["img_i"]))
+    if n_encoded <= n_images:  # fewer: an earlier attempt did the others
+        return f"{n_encoded:,} encoded again"
+    return f"{n_images:,} encoded again ({n_encoded:,} times in all: by each rank those of its own features)"
 
 
 def _disk(job: Job) -> int:

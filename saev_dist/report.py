@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from saev_dist import partials
-from saev_dist.config import Extract
-from saev_dist.data.shards import Shards
 from saev_dist.errors import DamagedError, RunError, count
-from saev_dist.estimate import Estimate, free_disk, gb
+from saev_dist.estimate import Estimate
 from saev_dist.fields import Fields
-from saev_dist.output import table
-from saev_dist.plan import Plan, complement
+from saev_dist.files import free_disk
+from saev_dist.job import Job
+from saev_dist.output import gb, table
+from saev_dist.plan import complement
 from saev_dist.sae.hub import absolute
-from saev_dist.sae.model import Sae
 from saev_dist.store import Run
 
 
@@ -83,15 +82,21 @@ def describe_kept(store: Run) -> str:
         kept = partials.newest(store.partials_dpath)
     except DamagedError as err:  # the next attempt sets it aside
         return f"unknown: {str(err).split(';')[0]}. The same extract goes on without that one"
-    n_kept = sum(segment.stop - segment.first for partial in kept for segment in partial.segments)
+    n_kept = sum(partial.n_batches for partial in kept)
     n_batches = under_way.positive("n_batches")
     if not kept:
         return f"nothing yet of {n_batches:,} batches"
     return f"{n_kept:,} of {n_batches:,} batches ({n_kept / n_batches:.1%}), in {count(len(kept), 'partial')}"
 
 
-def describe_plan(cfg: Extract, shards: Shards, sae: Sae, plan: Plan, need: Estimate, n_ranks: int) -> str:
+def describe_edge(n_on_edge: int) -> str:
+    """What to add to the number of scores that are equal."""
+    return f", {n_on_edge:,} more are on the edge: rounding alone keeps them in or out" if n_on_edge else ""
+
+
+def describe_plan(job: Job, need: Estimate, n_ranks: int) -> str:
     """What --dry-run prints."""
+    cfg, shards, sae, plan = job.cfg, job.shards, job.sae, job.plan
     shares = [sum(stop - first for first, stop in share) for share in plan.deal(complement((), plan.n_batches), n_ranks)]
     batch_tokens = plan.largest_batch * shards.n_patches
     lines = {

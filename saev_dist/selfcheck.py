@@ -23,6 +23,7 @@ from torch import Tensor
 
 from saev_dist.accumulators.base import Codes, DeviceCodes
 from saev_dist.accumulators.reconstruction import Reconstruction
+from saev_dist.config import from_json
 from saev_dist.data.reader import sample_images
 from saev_dist.data.shards import Shards
 from saev_dist.errors import CheckpointError, ConfigError, MergeError, RunError, warn
@@ -74,23 +75,12 @@ class Report:
         """The report in a run.json; None: it has none, or one that this version would not write."""
         try:
             report = Fields(obj, "", RunError)
-            figures = []
-            for part in (Fields(each, "", RunError) for each in report.get("figures", list)):
-                error = None if part.obj.get("normalized_mse") is None else part.get("normalized_mse", float)
-                figures.append(
-                    Figures(
-                        reading=part.get("reading", str),
-                        flags=part.get("flags", str),
-                        normalized_mse=error,
-                        l0=part.get("l0", float),
-                        dead_share=part.get("dead_share", float),
-                    )
-                )
+            figures = [from_json(Figures, Fields(each, "", RunError).obj) for each in report.get("figures", list)]
             if not all(math.isfinite(x) for part in figures for x in (part.normalized_mse or 0.0, part.l0, part.dead_share)):
                 return None
             finding = None if report.obj.get("finding") is None else report.get("finding", str)
             return cls(n_tokens=report.get("n_tokens", int), figures=figures, finding=finding)
-        except RunError:
+        except (ConfigError, RunError, OverflowError):  # the last of an integer that no float is as large as
             return None
 
     def __str__(self) -> str:

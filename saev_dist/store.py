@@ -17,8 +17,8 @@ So:
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -62,6 +62,7 @@ class Run:
         self.dpath = dpath
         self.partials_dpath = dpath / "partials"
         self.manifest_fpath = dpath / "manifest.json"
+        self.lock = Lock(dpath)
 
     def manifest(self) -> Fields | None:
         """The manifest of a finished run, or None."""
@@ -165,18 +166,6 @@ class Run:
             )
         if under_way is None:
             refuse_lacking(self.dpath, holder)
-
-    def lock(self, *, patience_s: float = 0, check: Callable[[], None] = lambda: None) -> AbstractContextManager[None]:
-        """Keep other runs out of this directory; makes it. See `Lock.hold`."""
-        return Lock(self.dpath).hold(patience_s=patience_s, check=check)
-
-    def refuse_busy(self) -> None:
-        """Raise RunError where another process works here now. `lock` keeps it out for certain."""
-        Lock(self.dpath).refuse_held()
-
-    def holder(self) -> str:
-        """The process that works here now, as it calls itself; "" where none does, or nobody can tell. Changes nothing."""
-        return Lock(self.dpath).holder()
 
     def begin(self, identity: dict[str, Any], note: dict[str, Any], *, afresh: bool) -> dict[str, Any] | None:
         """Note what is under way here, or what is not noted yet of it. The lock must be held.
@@ -290,7 +279,7 @@ class Run:
     def tidy(self) -> None:
         """Remove what a run that died in its last instant left beside its artifacts, if that can be done."""
         if self.partials_dpath.exists():
-            with suppress(OSError, RunError), self.lock():
+            with suppress(OSError, RunError), self.lock.hold():
                 if not self.under_way():  # begun since, by another process
                     self._clear()
 

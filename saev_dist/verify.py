@@ -7,8 +7,8 @@ from saev_dist.config import Verify
 from saev_dist.finished import FinishedRun
 from saev_dist.output import table
 from saev_dist.progress import Progress
-from saev_dist.reencode import TOLERANCE, Check, describe_edge, encoder_of, verify_tokens
-from saev_dist.report import describe_left_out
+from saev_dist.reencode import TOLERANCE, Check, encoder_of, verify_tokens
+from saev_dist.report import describe_edge, describe_left_out
 from saev_dist.world import World
 
 NOTHING = "nothing to verify: none of these features ever fired"
@@ -23,18 +23,8 @@ def run(cfg: Verify) -> None:
     with World(cfg.timeout_s) as world:
         finished = FinishedRun.open(cfg.run, shards=cfg.shards, sae=cfg.sae)
         device = world.device(cfg.device)
-        statistics = finished.statistics()
         features = choose_features(
-            statistics.log10_freq_s,
-            statistics.log10_mean_s,
-            statistics.max_s,
-            always=cfg.features,
-            n_features=cfg.n_features,
-            sort="random",
-            every=cfg.all,
-            log_freq_range=(-np.inf, np.inf),
-            log_value_range=(-np.inf, np.inf),
-            seed=cfg.seed,
+            finished.statistics(), always=cfg.features, n_features=cfg.n_features, every=cfg.all, seed=cfg.seed
         )
         slots = choose_slots(features, finished.values_sk, finished.imgs_sk, finished.patches_sk, n_images=None)
         own = deal(slots, world.size)[world.rank]

@@ -8,13 +8,14 @@ between phases, in which a rank may be hours ahead of another.
 Names: `r` rows of a state tensor.
 """
 
+import itertools
 import json
 import os
 import platform
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -188,7 +189,7 @@ class World:
             n_gone = self._store.add("gone", 1)
             until = time.monotonic() + (LEAVE_S if isinstance(err, Preempted) else ACKNOWLEDGE_S)
             lingers = self.rank == 0 or not (err is None or isinstance(err, PeerError))
-            looks = self._look_for_dead(self._store)
+            looks = _look_for_dead(self._store, range(self.size), max(BEAT_S, self.size**2 / ASKS_PER_S))  # all may be looking
             while lingers and n_gone < self.size - max(bool(self._lost), len(dead)) and time.monotonic() < until:
                 time.sleep(max(0.05, min(CHECK_EVERY_S, self.size / ASKS_PER_S)))
                 n_gone, dead = self._store.add("gone", 0), next(looks)
@@ -348,38 +349,15 @@ class World:
 
     def _watch(self, store: dist.Store) -> None:
         """Give a sign of life, and watch the next rank's: each rank is watched by one, whatever the world size."""
-        watched, last = (self.rank + 1) % self.size, b""
-        since = looked = time.monotonic()
-        n_beats = 0
+        looks = _look_for_dead(store, [(self.rank + 1) % self.size], BEAT_S)
         with suppress(*STORE_ERRORS):
-            while not self._left.wait(BEAT_S):
-                n_beats += 1
+            for n_beats in itertools.count(1):
+                if self._left.wait(BEAT_S):
+                    break
                 store.set(f"beat/{self.rank}", str(n_beats))
-                beat = store.get(f"beat/{watched}") if store.check([f"beat/{watched}"]) else b""
-                now = time.monotonic()
-                has_slept, looked = now - looked > BEAT_S + SLEPT_S, now
-                if beat != last or has_slept:
-                    last, since = beat, now
-                elif beat != b"left" and now - since > LOST_AFTER_S:
-                    self._lost = _died(watched, self.size)
+                if dead := next(looks):
+                    self._lost = _died(dead[0], self.size)
             store.set(f"beat/{self.rank}", "left")
-
-    def _look_for_dead(self, store: dist.Store) -> Iterator[list[int]]:
-        """On each call, the ranks that neither left nor gave a sign of life; the store is read every `every_s` at most."""
-        looked = now = time.monotonic()
-        last, since = [b""] * self.size, [now] * self.size
-        every_s = max(BEAT_S, self.size**2 / ASKS_PER_S)  # all ranks may be looking
-        dead: list[int] = []
-        while True:
-            now = time.monotonic()
-            if now - looked > every_s:
-                has_slept, looked = now - looked > every_s + SLEPT_S, now
-                for rank in range(self.size):
-                    beat = store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b""
-                    if beat != last[rank] or has_slept:
-                        last[rank], since[rank] = beat, now
-                dead = [rank for rank in range(self.size) if last[rank] != b"left" and now - since[rank] > LOST_AFTER_S]
-            yield dead
 
     def _ask(self, question: Callable[[dist.Store], Any], *, obey: bool = True) -> Any:
         """Put a question to the store, after a look at whether a peer has failed. None in a single process.
@@ -408,6 +386,23 @@ class World:
                 f"rank {self.rank} lost contact with the host of all ranks' store: rank 0, or torchrun on its node, died "
                 f"({first}). Run the same command again to continue."
             ) from None
+
+
+def _look_for_dead(store: dist.Store, ranks: Sequence[int], every_s: float) -> Iterator[list[int]]:
+    """On each call, those ranks that neither left nor gave a sign of life; the store is read every `every_s` at most."""
+    looked = now = time.monotonic()
+    last, since = dict.fromkeys(ranks, b""), dict.fromkeys(ranks, now)
+    dead: list[int] = []
+    while True:
+        now = time.monotonic()
+        if now - looked > every_s:
+            has_slept, looked = now - looked > every_s + SLEPT_S, now
+            for rank in ranks:
+                beat = store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b""
+                if beat != last[rank] or has_slept:
+                    last[rank], since[rank] = beat, now
+            dead = [rank for rank in ranks if last[rank] != b"left" and now - since[rank] > LOST_AFTER_S]
+        yield dead
 
 
 def _put(store: dist.Store, key: str, message: Any) -> None:

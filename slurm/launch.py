@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeVar
 
 import tyro
 
@@ -22,7 +21,7 @@ from saev_dist.data.images import open_pictures
 from saev_dist.data.shards import Shards
 from saev_dist.errors import ConfigError, Preempted, RunError, SaevDistError, count, of_file, tell, warn
 from saev_dist.files import writing
-from saev_dist.output import printing
+from saev_dist.output import gb, printing
 from saev_dist.sae.hub import is_hub_name
 from slurm.config import Cancel, Launcher, Status
 from slurm.jobs import Job, cancelled_fpath, latest, remember, tail, warnings
@@ -35,7 +34,6 @@ from slurm.watch import describe_state, follow, verdict
 COMMANDS = ("extract", "replay", "pipeline", "status", "cancel")
 SWITCHES = ("--wait", "--no-wait", "--dry-run", "--no-dry-run")
 PROG = "python -m slurm.launch"
-Flags = TypeVar("Flags")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,7 +58,7 @@ def run(argv: list[str]) -> bool:
     """Do what the arguments say; False if a job that was waited for failed."""
     flags, command, rest = split(argv)
     _refuse_misplaced(command, rest)
-    launcher: Launcher = _parse(Launcher, PROG, with_toml(flags, Launcher))
+    launcher = tyro.cli(Launcher, prog=PROG, args=with_toml(flags, Launcher))
     match command:
         case "extract":
             return launch(launcher, configs(Extract, rest), [])
@@ -74,14 +72,10 @@ def run(argv: list[str]) -> bool:
             (pattern,) = configs(Replay, [*rest[at + 1 :], "--run", str(extracts[0].out)])
             return launch(launcher, extracts, [replace(pattern, run=cfg.out) for cfg in extracts])
         case "status":
-            return status(_parse(Status, f"{PROG} status", rest))
+            return status(tyro.cli(Status, prog=f"{PROG} status", args=rest))
         case "cancel":
-            return cancel(_parse(Cancel, f"{PROG} cancel", rest))
+            return cancel(tyro.cli(Cancel, prog=f"{PROG} cancel", args=rest))
     raise AssertionError("without a command there was --help, which has been given")
-
-
-def _parse(command: type[Flags], prog: str, args: Sequence[str]) -> Flags:
-    return tyro.cli(command, prog=prog, args=args)
 
 
 def split(argv: list[str]) -> tuple[list[str], str, list[str]]:
@@ -317,7 +311,7 @@ def plan_text(cfg: Extract, launcher: Launcher) -> str:
     """What `saev-dist extract --dry-run` would print on the cluster; this machine need have no GPU."""
     import torch
 
-    from saev_dist.estimate import gb, within
+    from saev_dist.estimate import within
     from saev_dist.job import open_job
     from saev_dist.report import describe_plan
     from saev_dist.sae.encoder import batch_threads
@@ -332,13 +326,14 @@ def plan_text(cfg: Extract, launcher: Launcher) -> str:
     device = torch.device("cuda" if on_gpu else "cpu")
     n_threads = batch_threads(device) if on_gpu or launcher.cluster == "debug" else launcher.n_threads
     room = launcher.mem_gb * 2**30 / launcher.ranks_per_node if launcher.mem_gb else math.inf
-    _, need = within(cfg, job.shards, job.sae, job.plan, device, n_threads, room)
+    job = replace(job, cfg=cfg, device=device, n_threads=n_threads)
+    _, need = within(job, room)
     if need.host_total > room:
         warn(
             f"--mem-gb {launcher.mem_gb:g} is less than the {count(launcher.ranks_per_node, 'rank')} of a node need: about "
             f"{gb(need.host_total * launcher.ranks_per_node)}, so the job would be refused when it starts."
         )
-    return describe_plan(cfg, job.shards, job.sae, job.plan, need, launcher.n_ranks)
+    return describe_plan(job, need, launcher.n_ranks)
 
 
 def status(cfg: Status) -> bool:

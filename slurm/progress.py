@@ -44,7 +44,7 @@ class Kept:
 
     def __init__(self, n_batches: int, partials: list[tuple["Partial", float]], attempt_s: float) -> None:
         self._n_batches, self._attempt_s = n_batches, attempt_s
-        self._n_kept = sum(segment.stop - segment.first for partial, _ in partials for segment in partial.segments)
+        self._n_kept = sum(partial.n_batches for partial, _ in partials)
         self._new: dict[int, tuple[int, float]] = {}
         for partial, age_s in partials:
             if age_s < attempt_s:

@@ -3,7 +3,6 @@
 Batches favour zeros, ties, empty features, single images and negative codes.
 """
 
-import copy
 from collections.abc import Callable
 
 import hypothesis.strategies as st
@@ -97,8 +96,4 @@ def same(a: Accumulator, b: Accumulator) -> bool:
 
 def sliced(acc: Accumulator, low: float, high: float) -> Accumulator:
     """The accumulator over a share of the rows of each tensor."""
-    part = copy.copy(acc)
-    if isinstance(acc, Bundle):
-        part = Bundle({name: copy.copy(inner) for name, inner in acc.parts.items()})
-    part.load_state_dict({k: v[int(low * len(v)) : int(high * len(v))].clone() for k, v in acc.state_dict().items()})
-    return part
+    return acc.like({k: v[int(low * len(v)) : int(high * len(v))].clone() for k, v in acc.state_dict().items()})

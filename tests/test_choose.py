@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saev_dist.choose import SLOT, choose_features, choose_slots, deal
+from saev_dist.choose import SLOT, FeatureTable, choose_features, choose_slots, deal
 from saev_dist.errors import ConfigError
 
 FREQ = np.log10(np.array([0.5, 1e-7, 0.01, 1e-3, 1e-3, 1.0]) + 0.0)
@@ -23,8 +23,10 @@ DEFAULTS = {
 }
 
 
-def choose(**settings):
-    return choose_features(FREQ, MEAN, MAX, **DEFAULTS | settings)
+def choose(part=slice(None), **settings):
+    unread = {"percentile_s": np.zeros(0, np.float32), "n_active_s": np.zeros(0, np.int64)}
+    table = FeatureTable(log10_freq_s=FREQ[part], log10_mean_s=MEAN[part], max_s=MAX[part], **unread)
+    return choose_features(table, **DEFAULTS | settings)
 
 
 def test_features_outside_the_ranges_and_dead_ones_are_left_out_unless_named():
@@ -61,10 +63,9 @@ def test_nothing_to_show_and_unknown_features_are_errors():
         choose(n_features=0)
     assert choose(log_freq_range=(2, 3), always=(6,)) == [6]
     assert choose(n_features=0, always=(6, 0)) == [0, 6]
-    dead = {"log10_freq_s": FREQ[6:], "log10_mean_s": MEAN[6:], "max_s": MAX[6:]}
     with pytest.raises(ConfigError, match="no feature of this run ever fired"):
-        choose_features(**dead, **DEFAULTS)
-    assert choose_features(**dead, **DEFAULTS | {"always": (0,)}) == [0]
+        choose(slice(6, None))
+    assert choose(slice(6, None), always=(0,)) == [0]
 
 
 @st.composite

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -28,18 +30,19 @@ from tests.synthetic import make_acts, make_shards
 def test_a_second_try_opens_the_file_anew(tmp_path, monkeypatch):
     """What an NFS server's failover made stale stays stale."""
     (tmp_path / "file").write_bytes(b"0123456789")
-    pread, stale = os.pread, []
+    opened = []
 
-    def failing(fd: int, size: int, offset: int) -> bytes:
-        if not stale:
-            stale.append(os.fstat(fd).st_ino)
-            os.dup2(os.open("/dev/null", os.O_RDONLY), fd)
+    class Stale(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
             raise OSError(errno.ESTALE, "stale")
-        return pread(fd, min(size, 4), offset)
 
-    monkeypatch.setattr(files.os, "pread", failing)
+    def failing(fpath: Path, mode: str) -> BinaryIO:
+        opened.append(fpath)
+        return open(fpath, mode) if len(opened) > 1 else Stale()
+
+    monkeypatch.setattr(files, "open", failing, raising=False)
     monkeypatch.setattr(files, "DELAYS_S", (0.0,))
-    assert files.read_part(tmp_path / "file", 7, 2) == b"2345678" and stale
+    assert files.read_part(tmp_path / "file", 7, 2) == b"2345678" and len(opened) == 2
     assert files.read_part(tmp_path / "file", 7, 6) == b"6789"
 
 

@@ -33,7 +33,7 @@ def test_a_look_at_the_lock_keeps_nobody_out(tmp_path, monkeypatch):
 
         monkeypatch.setattr(lock.time, "sleep", wait)
         monkeypatch.setattr(lock, "GLANCE_S", 600 * lock.GLANCE_S)
-        with Run(tmp_path).lock():
+        with Run(tmp_path).lock.hold():
             assert len(waited) == 1
     assert not (tmp_path / "partials").exists()
 
@@ -72,8 +72,8 @@ def test_a_lock_that_another_machine_has_removed_is_had_anew(tmp_path, monkeypat
         return real(*args)
 
     monkeypatch.setattr(module, where, once)
-    with Run(tmp_path).lock():
-        assert not stale and Run(tmp_path).holder().startswith(f"process {os.getpid()} on ")
+    with Run(tmp_path).lock.hold():
+        assert not stale and Run(tmp_path).lock.holder().startswith(f"process {os.getpid()} on ")
     assert capsys.readouterr().err == ""
 
 
@@ -128,11 +128,11 @@ def test_a_run_of_other_settings_that_another_process_has_just_begun_is_not_take
     store = Run(tmp_path)
     store.refuse_others(identity, force=False)
     assert not store.is_finished()
-    with Run(tmp_path).lock():
+    with Run(tmp_path).lock.hold():
         Run(tmp_path).begin(others, {}, afresh=False)  # and dies
-    with pytest.raises(RunError, match=r"an unfinished run with other settings \(top_k: there 5, here 4\)"), store.lock():
+    with pytest.raises(RunError, match=r"an unfinished run with other settings \(top_k: there 5, here 4\)"), store.lock.hold():
         store.begin(identity, {}, afresh=False)
-    with store.lock():
+    with store.lock.hold():
         assert store.begin(others, {}, afresh=False) == others, "that one goes on"
 
 
@@ -140,20 +140,20 @@ def test_a_restarted_job_waits_for_the_lock_of_the_attempt_before(tmp_path, monk
     """A file server may hold that of a node that crashed for a while."""
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     held = ExitStack()
-    held.enter_context(Run(tmp_path).lock())
+    held.enter_context(Run(tmp_path).lock.hold())
     Run(tmp_path).begin({}, {}, afresh=False)
     tell = lock.tell
     monkeypatch.setattr(lock, "tell", lambda text: (tell(text), threading.Timer(0.5, held.close).start()))
-    with Run(tmp_path).lock(patience_s=World(600).patience_s):
+    with Run(tmp_path).lock.hold(patience_s=World(600).patience_s):
         pass
     said = rf"saev-dist: {tmp_path} is in use by process {os.getpid()} on .*\. Waiting for it, 120 s at most\.\n"
     assert re.fullmatch(said, capsys.readouterr().err)
 
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     with (
-        Run(tmp_path).lock(),
+        Run(tmp_path).lock.hold(),
         pytest.raises(RunError, match="is in use by"),
-        Run(tmp_path).lock(patience_s=World(600).patience_s),
+        Run(tmp_path).lock.hold(patience_s=World(600).patience_s),
     ):
         pass
 
@@ -165,7 +165,7 @@ def test_a_job_that_waits_for_the_lock_obeys_signals(tmp_path, server, whole, jo
     if job == "replay":
         assert server.run(*args, out)[0] == [0]
         command = ("replay", "--run", out)
-    with Run(out).lock():
+    with Run(out).lock.hold():
         waiting = server.start(*command, before='import os; os.environ["SLURM_RESTART_COUNT"] = "1"')
         wait_for(lambda: "Waiting for it, 120 s at most." in waiting.output())
         server.kill(waiting, signal.SIGTERM)

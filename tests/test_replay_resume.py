@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import signal
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +16,8 @@ from PIL import Image
 from saev_dist import extract, pages, replay, visuals
 from saev_dist.config import Extract, Replay
 from saev_dist.errors import Preempted, RunError
+from saev_dist.lock import Lock
 from saev_dist.records import Records
-from saev_dist.store import Run
 from saev_dist.visuals import Visuals
 from tests.crash import wait_for
 from tests.ranks import fails, run_ranks, server
@@ -144,7 +144,7 @@ def test_what_a_replay_left_beside_its_gallery_goes_unless_one_is_at_work(tmp_pa
     cfg = make_replay(run, pictures=False, all=False, features=(3,), n_features=0)
     replay.run(cfg)
     (run / "visuals/records.0.bin").touch()
-    with Run(run).lock():
+    with Lock(run).hold():
         replay.run(cfg)
         assert (run / "visuals/records.0.bin").exists()
     replay.run(cfg)
@@ -263,17 +263,14 @@ def test_what_a_crash_of_the_machine_took_is_drawn_again(tmp_path, capsys, lost)
 
 def test_a_run_that_was_computed_again_meanwhile_is_not_drawn(tmp_path, monkeypatch):
     run = make_run(tmp_path)
-    lock = Run.lock
 
-    @contextmanager
-    def late(store, **settings):
-        extract.run(
-            Extract(shards=tmp_path / "shards", sae=tmp_path / "sae.pt", out=run, layer=4, top_k=8, progress=False, force=True)
-        )
-        with lock(store, **settings):
-            yield
+    class Late(Lock):
+        def hold(self, **settings):
+            again = {"out": run, "layer": 4, "top_k": 8, "progress": False, "force": True}
+            extract.run(Extract(shards=tmp_path / "shards", sae=tmp_path / "sae.pt", **again))
+            return super().hold(**settings)
 
-    monkeypatch.setattr(replay, "Run", type("Late", (Run,), {"lock": late}))
+    monkeypatch.setattr(replay, "Lock", Late)
     with pytest.raises(RunError, match="has changed: another process computed it again"):
         replay.run(make_replay(run))
     assert not list(run.glob("visuals*"))
@@ -308,7 +305,7 @@ def test_a_replay_that_is_killed_outright_goes_on_with_any_number_of_ranks(tmp_p
 def test_a_second_replay_of_one_run_is_refused(tmp_path, capsys):
     """Each would take the other's pictures for its own."""
     run = make_run(tmp_path)
-    with Run(run).lock():
+    with Lock(run).hold():
         assert f"{run} is in use by process {os.getpid()} on " in fails(capsys, "replay", "--run", run, "--no-progress")
         assert not (run / "visuals.partial").exists()
     replay.run(make_replay(run))

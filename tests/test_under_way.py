@@ -22,6 +22,7 @@ from saev_dist.data.reader import Reader
 from saev_dist.data.shards import Shards
 from saev_dist.errors import DataError
 from saev_dist.extract import Clock, _encoded, run
+from saev_dist.output import gb
 from saev_dist.plan import Plan
 from saev_dist.sae import pieces
 from saev_dist.sae.encoder import Encoder
@@ -248,7 +249,7 @@ def test_the_plan_tells_what_img_acts_can_take(tmp_path, capsys):
     args = ["extract", "--shards", str(shards), "--sae", str(sae), "--dry-run", "--out", str(tmp_path / "run")]
     main(args)
     d_sae = make_weights()["w_enc_ds"].shape[1]
-    most = estimate.gb(N_IMGS * (8 * min(d_sae, 2 * N_PATCHES) + 8))
+    most = gb(N_IMGS * (8 * min(d_sae, 2 * N_PATCHES) + 8))
     assert f", and img_acts.npz up to about {most}, twice that while it is put together; " in capsys.readouterr().out
     main([*args, "--no-img-acts"])
     assert "img_acts" not in capsys.readouterr().out
@@ -294,7 +295,7 @@ def test_a_disk_that_the_image_means_may_fill_is_warned_of(tmp_path, monkeypatch
         capsys.readouterr()
         main([*args, *flags])
         err = capsys.readouterr().err
-        most = estimate.gb(need.img_acts)
+        most = gb(need.img_acts)
         said = f"warning: img_acts.npz may take about {most}, twice that while it is put together; "
         assert (said in err) == is_warned and ("--no-img-acts leaves it out." in err) == is_warned, err
 

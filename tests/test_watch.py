@@ -221,7 +221,9 @@ def test_a_requeue_that_looks_like_an_end_for_a_moment_is_none(monkeypatch, job,
 def test_a_rate_is_that_of_this_attempt():
     def header(rank: int, owner: str, first: int, stop: int) -> SimpleNamespace:
         owner = f"{rank:05d}-{owner}"
-        return SimpleNamespace(owner=owner, segments=[SimpleNamespace(first=first, stop=stop, owner=owner)])
+        return SimpleNamespace(
+            owner=owner, n_batches=stop - first, segments=[SimpleNamespace(first=first, stop=stop, owner=owner)]
+        )
 
     old, new = header(0, "aa", 0, 400), header(1, "bb", 400, 500)
     text = Kept(1000, [(old, 5000.0), (new, 100.0)], attempt_s=200.0).text()

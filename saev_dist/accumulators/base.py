@@ -9,6 +9,7 @@ Names: `b` tokens, `d` model width, `n` codes, `s` features.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -44,6 +45,11 @@ class _Codes:
     def n_tokens(self) -> int:
         return self.n_imgs * self.n_patches
 
+    @cached_property
+    def all_above(self) -> bool:
+        """Whether all values are above zero. It waits for a device."""
+        return not len(self.value_n) or bool(self.value_n.amin() > 0)
+
 
 class Codes(_Codes):
     """The nonzero codes of a batch, or of a piece of one, on the CPU: by feature, then by token.
@@ -55,11 +61,6 @@ class Codes(_Codes):
     def is_first_n(self) -> NDArray[np.bool_]:
         """Whether a code is the first of its feature, bool (n,)."""
         return changes(self.feature_n.numpy())
-
-    @cached_property
-    def all_above(self) -> bool:
-        """Whether all values are above zero."""
-        return not len(self.value_n) or bool(self.value_n.numpy().min() > 0)
 
     def by_token(self) -> tuple[Tensor, Tensor, Tensor]:
         """Token, feature and value, ordered by token, then by feature."""
@@ -73,11 +74,6 @@ class DeviceCodes(_Codes):
 
     x_bd: Tensor
     """`acts_bd` on the device."""
-
-    @cached_property
-    def all_above(self) -> bool:
-        """Whether all values are above zero. It waits for the device."""
-        return bool((self.value_n > 0).all())
 
     def split(self, n_imgs: int) -> "Iterator[DeviceCodes]":
         """The codes of so many images at a time, as batches of their own."""
@@ -207,6 +203,12 @@ class Accumulator(ABC):
                 raise MergeError(f"{type(self).__name__}.{name}: found {found}; expected {mine.dtype} {tuple(mine.shape)}.")
         for name in self.STATE:
             setattr(self, name, state[name])
+
+    def like(self, state: dict[str, Tensor]) -> Self:
+        """An accumulator of these settings and that state."""
+        other = copy(self)
+        other.load_state_dict(state)
+        return other
 
     def check_same_kind(self, other: "Accumulator") -> None:
         """Flush both, and raise MergeError unless `other` is of this type, these settings, and tensors of these shapes."""

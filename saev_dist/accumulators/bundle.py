@@ -1,6 +1,5 @@
 """PURE. The product of a run's accumulators, which is an accumulator."""
 
-from copy import copy
 from typing import Any, Self
 
 from torch import Tensor
@@ -40,16 +39,10 @@ class Bundle(Accumulator):
         return {f"{name}.{key}": tensor for name, part in self.parts.items() for key, tensor in part.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, part in self.parts.items():
-            prefix = f"{name}."
-            part.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-
-    def like(self, state: dict[str, Tensor]) -> Self:
-        """A bundle with these parts' settings and that state."""
-        parts = {name: copy(part) for name, part in self.parts.items()}
-        other = type(self)(parts)
-        other.load_state_dict(state)
-        return other
+        self.parts = {
+            name: part.like({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")})
+            for name, part in self.parts.items()
+        }
 
     def finalize(self, n_tokens: int) -> dict[str, Any]:
         self.flush()

@@ -96,9 +96,7 @@ class Histogram(Accumulator):
 
     def merge(self, other: Self) -> Self:
         self.check_same_kind(other)
-        merged = type(self)(0, self.percentile)
-        merged.counts_sh = self.counts_sh + other.counts_sh
-        return merged
+        return self.like({"counts_sh": self.counts_sh + other.counts_sh})
 
     def finalize(self, n_tokens: int) -> dict[str, Any]:
         found = (

@@ -73,10 +73,7 @@ class Moments(Accumulator):
 
     def merge(self, other: Self) -> Self:
         self.check_same_kind(other)
-        merged = type(self)(0)
-        merged.count_s = self.count_s + other.count_s
-        merged.sum_s2 = fixed_point.add(self.sum_s2, other.sum_s2)
-        return merged
+        return self.like({"count_s": self.count_s + other.count_s, "sum_s2": fixed_point.add(self.sum_s2, other.sum_s2)})
 
     def finalize(self, n_tokens: int) -> dict[str, Any]:
         mean_s = fixed_point.to_float(self.sum_s2) / self.count_s  # 0 / 0 = NaN: a feature that never fired

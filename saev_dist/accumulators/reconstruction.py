@@ -73,10 +73,7 @@ class Reconstruction(Accumulator):
 
     def merge(self, other: Self) -> Self:
         self.check_same_kind(other)
-        merged = type(self)(self.w_dec_sd, self.b_dec_d, self.undo_norm)
-        for name in self.STATE:
-            setattr(merged, name, fixed_point.add(getattr(self, name), getattr(other, name)))
-        return merged
+        return self.like({name: fixed_point.add(getattr(self, name), getattr(other, name)) for name in self.STATE})
 
     def finalize(self, n_tokens: int) -> dict[str, Any]:
         d_model = len(self.sum_d2)

@@ -125,14 +125,12 @@ class TopK(Accumulator):
 
     def merge(self, other: Self) -> Self:
         self.check_same_kind(other)
-        merged = type(self)(0, self.values_sk.shape[1], self.n_patches, self.rank_by)
-        merged.values_sk, merged.places_sk = _strongest(
+        values_sk, places_sk = _strongest(
             torch.cat([self.values_sk, other.values_sk], dim=1),
             torch.cat([self.places_sk, other.places_sk], dim=1),
             self.values_sk.shape[1],
         )
-        merged._raise_bar()
-        return merged
+        return self.like({"values_sk": values_sk, "places_sk": places_sk})
 
     def finalize(self, n_tokens: int) -> dict[str, Any]:
         self.flush()

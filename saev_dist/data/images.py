@@ -110,7 +110,7 @@ def open_pictures(root: Path, n_examples: int) -> Pictures:
     elif os.path.exists(root / "dataset_dict.json"):
         raise DataError(f"{root} holds several splits; --images takes one of its folders, such as {root / 'train'}.")
     else:
-        nested = tuple(str(fpath.relative_to(root)) for fpath in list_images(root, allow_none=True))
+        nested = tuple(str(fpath.relative_to(root)) for fpath in list_images(root))
         flat = tuple(_flat(root))
         candidates = [
             Pictures(root=root, kind=kind, names=names, n=len(names))
@@ -127,7 +127,7 @@ def open_pictures(root: Path, n_examples: int) -> Pictures:
     )
 
 
-def list_images(root: Path, *, allow_none: bool = False) -> list[Path]:
+def list_images(root: Path) -> list[Path]:
     """Return the images under `root` so that item `img_i` is the image whose activations are example `img_i`.
 
     The order is that of torchvision's `ImageFolder` (torchvision/datasets/folder.py, `find_classes` and
@@ -143,17 +143,13 @@ def list_images(root: Path, *, allow_none: bool = False) -> list[Path]:
 
     Args:
         root: folder whose folders are the classes.
-        allow_none: return an empty list where no class has an image.
 
     Returns:
         Paths that start with `root`.
 
     Raises:
-        DataError: `root` is not a folder, cannot be read, or has no image in any class.
+        DataError: `root` cannot be read.
     """
-    if not root.is_dir():
-        found = "a file" if root.exists() else "nothing"
-        raise DataError(f"{root}: found {found}, expected a folder of images with one folder per class. Name another.")
 
     def refuse(error: OSError) -> None:
         raise error
@@ -166,13 +162,6 @@ def list_images(root: Path, *, allow_none: bool = False) -> list[Path]:
                 fpaths += [Path(dpath, name) for name in sorted(names) if name.lower().endswith(EXTENSIONS)]
     except OSError as error:
         raise _cannot_list(error, root) from error
-    if not fpaths and not allow_none:
-        loose = sum(path.name.lower().endswith(EXTENSIONS) for path in root.iterdir())
-        raise DataError(
-            f"{root}: found {len(class_dpaths)} class folders and no image in them ({loose} images beside them), "
-            f"expected {root.name}/<class>/<image> with an extension out of {' '.join(EXTENSIONS)}. "
-            "Name the folder above the classes."
-        )
     return fpaths
 
 

@@ -25,13 +25,12 @@ from typing import Self
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from saev_dist.accumulators.base import Codes, DeviceCodes, stable_order
 from saev_dist.errors import CheckpointError
 from saev_dist.fused import kernels_on
-from saev_dist.machine import cpu_threads
+from saev_dist.machine import cpu_threads, one_thread
 from saev_dist.sae.model import ConstantNorm, Gated, Given, GroupMax, LayerNorm, Precision, Sae, Threshold, TopK
 from saev_dist.sae.pieces import LANES, block_shape, encodes_at_once, feature_blocks, piece_images
 from saev_dist.sae.product import NumpyProduct, Product, TorchProduct, uses_numpy
@@ -87,7 +86,7 @@ class Encoder:
         self._shift_d = shift_d
         w_ds = sae.w_enc_ds if self._scale == 1 else sae.w_enc_ds * self._scale
         gain_s = torch.empty(sae.d_sae, dtype=torch.float64)
-        with _one_thread():
+        with one_thread():
             for first in range(0, sae.d_sae, FOLD_FEATURES):
                 part = slice(first, first + FOLD_FEATURES)
                 if shift_d.any():  # (scale x - shift) @ W + b = x @ (scale W) + (b - shift @ W), folded once in float64
@@ -116,15 +115,12 @@ class Encoder:
         """None where a product has them."""
         self._threshold: float | Tensor = 0.0
         if isinstance(sae.activation, Threshold):
-            threshold = sae.activation.threshold
-            if isinstance(threshold, Tensor):
-                self._threshold = _not_above(threshold.clamp(min=0), self.dtype).to(device)
-            else:
-                self._threshold = float(_not_above(torch.tensor(max(threshold, 0.0)), self.dtype))
+            threshold = _not_above(torch.as_tensor(sae.activation.threshold).clamp(min=0), self.dtype)
+            self._threshold = threshold.to(device) if threshold.dim() else float(threshold)
         self._product: Product | None = None
         if screen:
             assert device.type == "cpu" and precision == "fp32"
-            with _one_thread():
+            with one_thread():
                 self._product, self._w_ds = Screen(weights_ds, self._b_s, self._threshold), None
         self._by_numpy = uses_numpy(device, precision, screen=screen)
         self._making = threading.Lock()
@@ -138,7 +134,7 @@ class Encoder:
             index = self.device.index if self.device.index is not None else torch.cuda.current_device()
             kernels_on(torch.device("cuda", index))  # tried once, before there are threads
         self._stack = ExitStack()
-        self._stack.enter_context(_one_thread())
+        self._stack.enter_context(one_thread())
         self._pool = ThreadPoolExecutor(self.n_threads, thread_name_prefix="encoder", initializer=_begin, initargs=(index,))
         self._stack.callback(self._pool.shutdown, wait=True, cancel_futures=True)
         return self
@@ -413,18 +409,6 @@ def _begin(index: int | None) -> None:
     torch.set_num_threads(1)
     if index is not None:
         torch.cuda.set_device(index)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for each operation of torch and NumPy: no result depends on the machine, and our threads have the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1, "blas"):  # NumPy's
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def batch_threads(device: torch.device) -> int:

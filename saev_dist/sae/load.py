@@ -68,15 +68,8 @@ class Overrides:
     def of(cls, rules: SaeRules) -> "Overrides":
         """From the flags."""
         mean = _read_mean(rules.input_mean).numpy().astype("<f4").tobytes() if rules.input_mean else None
-        return cls(
-            sae_format=None if rules.sae_format == "auto" else rules.sae_format,
-            pre_bias=rules.pre_bias,
-            activation=rules.activation,
-            threshold=rules.threshold,
-            input_norm=rules.input_norm,
-            input_scale=rules.input_scale,
-            input_mean=mean,
-        )
+        said = {name: getattr(rules, name) for name in cls.__dataclass_fields__}
+        return cls(**said | {"sae_format": None if rules.sae_format == "auto" else rules.sae_format, "input_mean": mean})
 
     def to_json(self) -> dict[str, Any]:
         """What was said, for the manifest; `from_json` reads it back."""

@@ -18,7 +18,7 @@ import torch
 from threadpoolctl import threadpool_info
 from torch import Tensor
 
-from saev_dist.machine import CPUINFO
+from saev_dist.machine import CPUINFO, read
 from saev_dist.sae.model import Precision
 from saev_dist.sae.sieve import Margin
 
@@ -90,9 +90,6 @@ def numpy_is_faster() -> bool:
     built: dict[str, Any] = np.show_config(mode="dicts")  # type: ignore[assignment]
     name = built.get("Build Dependencies", {}).get("blas", {}).get("name")
     is_ours = any(lib["internal_api"] == "openblas" and lib["threading_layer"] == "pthreads" for lib in threadpool_info())
-    try:
-        cpu = CPUINFO.read_text()
-    except OSError:  # not Linux
-        return False
+    cpu = read(CPUINFO)
     flags = set(" ".join(re.findall(r"^flags\s*:(.*)$", cpu, re.M)[:1]).split())
     return name == "scipy-openblas" and is_ours and "AuthenticAMD" in cpu and "avx2" in flags

@@ -23,17 +23,17 @@ w^, `n` candidates, `x` rows.
 """
 
 import threading
-import time
 import warnings
 from dataclasses import dataclass
+from timeit import repeat
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from saev_dist.errors import ConfigError, RunError
+from saev_dist.machine import one_thread
 from saev_dist.sae.product import numpy_is_faster
 from saev_dist.sae.sieve import Candidates, Margin
 
@@ -186,20 +186,8 @@ def speedup(d_model: int) -> float:
     x_bd, w_sd = torch.ones(512, d_model), torch.ones(512, d_model)
     fast_x_be, fast_w_se = (torch.ones(512, _padded(d_model + 2), dtype=torch.bfloat16) for _ in range(2))
     plain = (lambda: x_bd.numpy() @ w_sd.numpy().T) if numpy_is_faster() else lambda: x_bd @ w_sd.T
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        seconds = []
-        with threadpool_limits(1, "blas"):
-            for multiply in (plain, lambda: fast_x_be @ fast_w_se.T):
-                taken = []
-                for _ in range(4):  # the first one prepares
-                    began = time.perf_counter()
-                    multiply()
-                    taken.append(time.perf_counter() - began)
-                seconds.append(min(taken))
-    finally:
-        torch.set_num_threads(before)
+    with one_thread():  # of four times the first one prepares
+        seconds = [min(repeat(multiply, number=1, repeat=4)) for multiply in (plain, lambda: fast_x_be @ fast_w_se.T)]
     return seconds[0] / seconds[1]
 
 
