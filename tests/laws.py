@@ -6,6 +6,7 @@ Batches favour zeros, ties, empty features, single images and negative codes.
 from collections.abc import Callable
 
 import hypothesis.strategies as st
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,3 +98,24 @@ def same(a: Accumulator, b: Accumulator) -> bool:
 def sliced(acc: Accumulator, low: float, high: float) -> Accumulator:
     """The accumulator over a share of the rows of each tensor."""
     return acc.like({k: v[int(low * len(v)) : int(high * len(v))].clone() for k, v in acc.state_dict().items()})
+
+
+def as_dense(group: list[Codes]) -> np.ndarray:
+    """All images of contiguous batches, float32 (images, patches, features)."""
+    dense = np.zeros((sum(codes.n_imgs for codes in group), N_PATCHES, D_SAE), np.float32)
+    base = 0
+    for codes in sorted(group, key=lambda codes: codes.img_i):
+        token = codes.token_n.numpy()
+        dense[base + token // N_PATCHES, token % N_PATCHES, codes.feature_n.numpy()] = codes.value_n.numpy()
+        base += codes.n_imgs
+    return dense
+
+
+def contiguous(group: list[Codes]) -> list[Codes]:
+    """The same batches with no images left out between them."""
+    out, img_i = [], 0
+    for codes in sorted(group, key=lambda codes: codes.img_i):
+        dense = as_dense([codes])
+        out.append(make_codes(img_i, dense.tolist()))
+        img_i += codes.n_imgs
+    return out

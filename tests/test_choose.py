@@ -33,6 +33,7 @@ def test_features_outside_the_ranges_and_dead_ones_are_left_out_unless_named():
     assert choose() == [0, 3, 4, 5]  # 1 is too rare, 2 too strong; bounds count as inside
     assert choose(always=(6, 1)) == [0, 1, 3, 4, 5, 6]
     assert choose(every=True) == [0, 1, 2, 3, 4, 5]
+    assert choose(every=True, always=(6,)) == [0, 1, 2, 3, 4, 5, 6]
     assert choose(log_freq_range=(-8, -6.5)) == [1]
     assert choose(log_value_range=(0, 1)) == [0, 3]
 
@@ -42,7 +43,7 @@ def test_sorting_takes_the_first_by_the_figure_and_the_lower_feature_of_equals()
     assert choose(sort="freq", n_features=3) == [0, 3, 5]
     assert choose(sort="mean", n_features=1) == [3]
     assert choose(sort="max", n_features=2) == [3, 5]
-    assert choose(sort="max", n_features=1, always=[3]) == [3, 5], "besides"
+    assert choose(sort="max", n_features=1, always=[5]) == [3, 5], "besides"
 
 
 def test_the_sample_depends_on_the_seed_alone():
@@ -102,6 +103,22 @@ def test_slots_are_those_of_the_strongest_distinct_images_and_each_goes_to_one_r
     assert sum(map(len, owners)) == len(set().union(*owners))
     for share in shares:
         assert (np.diff(share["img_i"]) >= 0).all()
+
+
+def test_a_share_is_in_the_order_of_images_features_and_slots():
+    imgs = np.array([[1, 0, 1, -1], [0, -1, -1, -1], [0, 1, 2, 2]])
+    (share,) = deal(choose_slots(range(3), -imgs.astype(np.float32), imgs, np.zeros_like(imgs), None), 1)
+    rows = share[["img_i", "feature", "slot"]].tolist()
+    assert rows == sorted(rows) and len(rows) == 8
+
+
+def test_slots_count_beyond_16_bits_and_images_beyond_32():
+    numbers = np.arange(70_000)[None]
+    scores = 1 / (1 + numbers).astype(np.float32)
+    slots = choose_slots([0], scores, numbers + 2**31, numbers, None)
+    assert slots["place"].tolist() == slots["slot"].tolist() == slots["patch_i"].tolist() == numbers[0].tolist()
+    assert slots["img_i"].tolist() == (numbers[0] + 2**31).tolist()
+    assert slots["score"].tolist() == scores[0].tolist()
 
 
 def test_ranks_get_about_equally_many_images():

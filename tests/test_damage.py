@@ -172,3 +172,11 @@ def test_a_look_at_a_run_bears_with_a_damaged_partial_as_the_run_itself_does(tmp
         codes, output = server.run(*look)
         assert codes == [0] and re.search(r"^kept +unknown: .*its header is not one of a partial", output, re.M), output
     assert server.run(*args, out)[0] == [0] and artifact_hashes(out) == expected
+
+
+def test_a_partial_of_a_former_version_does_not_say_what_computed_it(tmp_path, monkeypatch):
+    partial = partials.Partial(fingerprint="f", owner="00000-x", number=0, absorbed=(), segments=(), arithmetic=(), tensors={})
+    fields = partials.asdict
+    monkeypatch.setattr(partials, "asdict", lambda obj: {k: v for k, v in fields(obj).items() if k != "arithmetic"})
+    partials.write(tmp_path, partial, {})
+    assert partials.load(tmp_path / partial.name)[0] == partial

@@ -38,6 +38,40 @@ def test_a_look_at_the_lock_keeps_nobody_out(tmp_path, monkeypatch):
     assert not (tmp_path / "partials").exists()
 
 
+def test_one_who_looks_takes_no_other_who_looks_for_a_run_but_one_without_a_name(tmp_path):
+    (tmp_path / "partials").mkdir()
+    with open(tmp_path / "partials/lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert lock.Lock(tmp_path).holder() == ""
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert lock.Lock(tmp_path).holder() == "another process"
+
+
+def test_where_there_are_no_locks_a_run_is_warned_and_goes_on(tmp_path, monkeypatch, capsys):
+    def none(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", none)
+    with lock.Lock(tmp_path).hold():
+        pass
+    assert "partials/lock: cannot lock (No locks available); see to it that no other run uses" in capsys.readouterr().err
+
+
+def test_a_lock_that_goes_from_a_linked_directory_is_had_anew(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "run").symlink_to("there")
+    fstat, gone = os.fstat, [True]
+
+    def once(*args):
+        if gone and gone.pop():
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+        return fstat(*args)
+
+    monkeypatch.setattr(lock.os, "fstat", once)
+    with lock.Lock(tmp_path / "run").hold():
+        assert not gone and (tmp_path / "there/partials/lock").exists()
+
+
 def test_a_file_in_the_place_of_its_directory_is_not_waited_for(tmp_path):
     (tmp_path / "partials").touch()
     with pytest.raises(RunError, match="partials leads to no directory"), lock.Lock(tmp_path).hold():

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from saev_dist import replay
-from saev_dist.data.images import load_picture, open_pictures
+from saev_dist.data.images import EXTENSIONS, Pictures, load_picture, open_pictures
 from saev_dist.errors import DataError
 from tests.ranks import fails, run_ranks
 from tests.replays import N_IMGS, make_pictures, make_replay, make_run, tree
@@ -198,6 +198,49 @@ def test_pictures_of_every_mode_are_read_as_rgb(tmp_path, mode, extension):
     picture.save(tmp_path / f"x.{extension}")
     read = load_picture(tmp_path, f"x.{extension}", in_data_set=False)
     assert (read.mode, read.size) == ("RGB", (6, 4))
+
+
+@pytest.mark.parametrize("extension", [*EXTENSIONS, ".gif"])  # the last in data sets
+def test_pictures_of_every_format_are_read(tmp_path, extension):
+    Image.new("RGB", (6, 4)).save(tmp_path / f"x{extension}")
+    assert load_picture(tmp_path, f"x{extension}", in_data_set=False).size == (6, 4)
+
+
+def test_want_of_memory_is_no_fault_of_the_picture(tmp_path, monkeypatch):
+    def full(*args, **settings):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", full)
+    (tmp_path / "x.png").touch()
+    with pytest.raises(MemoryError):
+        load_picture(tmp_path, "x.png", in_data_set=False)
+
+
+def test_pictures_are_told_apart_by_their_names_sizes_and_times(tmp_path):
+    one, other = (Pictures(root=tmp_path, kind="", names=names, n=2) for names in (("a", "bc"), ("ab", "c")))
+    assert one.fingerprint() != other.fingerprint()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (6, 4)).save(tmp_path / name)
+    pictures = open_pictures(tmp_path, 2)
+    before = pictures.version(0)
+    os.utime(tmp_path / "a.png", ns=(1, 1))
+    assert pictures.version(0) != before == pictures.version(0)[:1] + before[1:] and before[0] > 0
+
+
+def test_class_folders_come_before_loose_pictures_and_too_many_are_refused(tmp_path):
+    for name in ("a.png", "c/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (6, 4)).save(tmp_path / name)
+    assert open_pictures(tmp_path, 1).names == ("c/b.png",)
+    (tmp_path / "a.png").rename(tmp_path / "c/c.png")
+    with pytest.raises(DataError, match=r"found 2 \(class folders\) pictures; the shards have 1 examples"):
+        open_pictures(tmp_path, 1)
+
+
+def test_a_data_set_of_several_splits_is_told_of(tmp_path):
+    (tmp_path / "dataset_dict.json").touch()
+    with pytest.raises(DataError, match="holds several splits; --images takes one of its folders"):
+        open_pictures(tmp_path, 1)
 
 
 def test_a_damage_that_pillow_does_not_expect_is_told_as_any_other(tmp_path):

@@ -17,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from saev_dist import draw, extract, replay
+from saev_dist import draw, extract, replay, replay_report, report
+from saev_dist.choose import SLOT
 from saev_dist.cli import parse
 from saev_dist.config import Extract
 from saev_dist.errors import RunError
@@ -315,3 +316,11 @@ def test_the_gallery_remembers_what_it_was_made_of(tmp_path):
     replay.run(make_replay(run, all=False, n_features=5, seed=3))
     identity = json.loads((run / "visuals/replay.json").read_text())
     assert len(identity["features"]) == 5 and identity["geometry"]["fit"] == "grid"
+
+
+def test_what_a_summary_says_of_images_and_of_scores_on_the_edge():
+    slots = np.zeros(3, SLOT)
+    slots["img_i"] = [0, 0, 1]
+    assert replay_report._encoded(slots, 2) == "2 encoded again"
+    assert replay_report._encoded(slots, 3).startswith("2 encoded again (3 times in all: ")
+    assert report.describe_edge(0) == "" and report.describe_edge(1).startswith(", 1 more")

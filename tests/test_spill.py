@@ -198,3 +198,20 @@ def test_a_snapshot_is_of_the_instant_it_was_asked_for(tmp_path, monkeypatch):
     assert kept["a"].tolist() == [0, 1, 2, 3]
     assert [(s.first, s.stop, s.extents["r"][:2]) for s in partial.segments] == [(0, 1, (0, 24))]
     assert partials.fault(fpath) == ""
+
+
+def test_an_error_of_a_snapshot_is_met_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(partials, "write", lambda *args: 1 / 0)
+    with Spill(tmp_path, "00000-x", {"r": 0}) as rows, partials.Keeper(rows, "f", [], "CPU", 1e-9) as keeper:
+        rows.append(0, [{"r": np.zeros(3)}])
+        keeper.save_if_due(dict)
+        wait_for(lambda: keeper._writing.done())
+        with pytest.raises(ZeroDivisionError):
+            keeper.save_if_due(dict)
+
+
+def test_what_is_kept_is_not_written_again(tmp_path):
+    with Spill(tmp_path, "00000-x", {"r": 0}) as rows, partials.Keeper(rows, "f", [], "CPU", 0) as keeper:
+        rows.append(0, [{"r": np.zeros(3)}])
+        assert keeper.save({}) and keeper.save({})
+    assert [fpath.name for fpath in tmp_path.glob("*.partial")] == ["00000-x.000000.partial"]

@@ -1,12 +1,9 @@
 """What is under way between the disk and the accumulators: enough for every thread, no more than there are buffers for."""
 
 import json
-import os
 import time
 from collections import defaultdict
 from concurrent.futures import CancelledError
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,16 +19,14 @@ from saev_dist.data.reader import Reader
 from saev_dist.data.shards import Shards
 from saev_dist.errors import DataError
 from saev_dist.extract import Clock, _encoded, run
-from saev_dist.output import gb
-from saev_dist.plan import Plan
 from saev_dist.sae import pieces
 from saev_dist.sae.encoder import Encoder
-from saev_dist.sae.model import Relu, Sae, Threshold, TopK
+from saev_dist.sae.model import Relu, Sae, Threshold
 from saev_dist.sae.pieces import batches_ahead
 from saev_dist.sae.sieve import Sieve
 from tests.crash import wait_for
 from tests.ranks import artifact_hashes
-from tests.synthetic import N_IMGS, N_PATCHES, RELU, make_acts, make_sae, make_shards, make_weights
+from tests.synthetic import RELU, make_acts, make_sae, make_shards
 
 CPU = torch.device("cpu")
 
@@ -218,86 +213,6 @@ def test_threads_are_as_many_as_memory_has_room_for(tmp_path, monkeypatch, capsy
     main([*args, "--out", str(tmp_path / "all")])
     assert "warning" not in capsys.readouterr().err
     assert artifact_hashes(tmp_path / "run") == artifact_hashes(tmp_path / "all")
-
-
-def test_no_more_is_stated_than_a_small_run_can_use(tmp_path):
-    """Threads without pieces and buffers without batches take no memory."""
-    shards, sae = Shards.open(make_shards(tmp_path / "shards", make_acts(3))), Sae(**make_weights(), activation=Relu(), pre_bias=False, source="")  # fmt: skip
-    cfg, plan = Extract(shards=tmp_path, sae=tmp_path, out=tmp_path), Plan(shards.examples, 1)
-    few, many = (estimate.estimate(cfg, shards, sae, plan, CPU, n) for n in (3, 64))
-    assert few == many
-    assert few.n_threads == 3
-    assert few.host["read buffers"] == 3 * shards.content_bytes
-
-
-def test_img_acts_of_very_many_entries_has_wide_indices(tmp_path):
-    """From 2^31 of them on SciPy's indices take 8 bytes each."""
-    sae = Sae(**make_weights(), activation=TopK(1), pre_bias=False, source="")
-    cfg = Extract(shards=tmp_path, sae=tmp_path, out=tmp_path)
-    of_three, of_many = Shards.open(make_shards(tmp_path / "shards", make_acts(3))), 2**31 // N_PATCHES + 1
-    shards = [replace(of_three, examples=(n,)) for n in (of_many - 1, of_many)]
-    small, large = (estimate.estimate(cfg, each, sae, Plan(each.examples, 1), CPU, 1).img_acts for each in shards)
-    assert small == (of_many - 1) * (8 * N_PATCHES + 8)
-    assert large == of_many * (12 * N_PATCHES + 8)
-
-
-def test_the_plan_tells_what_img_acts_can_take(tmp_path, capsys):
-    shards, sae = (
-        make_shards(tmp_path / "shards", make_acts()),
-        make_sae(tmp_path / "sae.pt", {"cls": "TopK", "params": {"top_k": 2}}),
-    )
-    args = ["extract", "--shards", str(shards), "--sae", str(sae), "--dry-run", "--out", str(tmp_path / "run")]
-    main(args)
-    d_sae = make_weights()["w_enc_ds"].shape[1]
-    most = gb(N_IMGS * (8 * min(d_sae, 2 * N_PATCHES) + 8))
-    assert f", and img_acts.npz up to about {most}, twice that while it is put together; " in capsys.readouterr().out
-    main([*args, "--no-img-acts"])
-    assert "img_acts" not in capsys.readouterr().out
-
-
-def planned(tmp_path, monkeypatch) -> tuple[list[str], estimate.Estimate]:
-    """A dry run's command, beside partials to be, and what it said that the run needs."""
-    shards, sae = make_shards(tmp_path / "shards", make_acts()), make_sae(tmp_path / "sae.pt")
-    args = ["extract", "--shards", str(shards), "--sae", str(sae), "--dry-run", "--out", str(tmp_path / "run")]
-    estimated, asked = estimate.estimate, []
-    monkeypatch.setattr(estimate, "estimate", lambda *args: asked.append(estimated(*args)) or asked[-1])
-    main(args)
-    need = asked[0]
-    (tmp_path / "run/partials").mkdir(parents=True)
-    return args, need
-
-
-def test_partials_that_will_go_are_no_want_of_disk(tmp_path, monkeypatch):
-    """A first snapshot needs room beside them, the second replaces it when they are gone."""
-    args, need = planned(tmp_path, monkeypatch)
-    for held, free, fits in ((0, 2, True), (0, 1.9, False), (0.5, 1.5, True), (0.5, 1.4, False), (3, 1, True), (3, 0.9, False)):
-        (tmp_path / "run/partials/00000-a.000000.partial").write_bytes(bytes(int(held * need.partial)))
-        monkeypatch.setattr(estimate, "free_disk", lambda dpath, free=free: need.artifacts + free * need.partial + 1)
-        with nullcontext() if fits else pytest.raises(SystemExit, match=r"^1$"):
-            main(args)
-
-
-def test_a_disk_that_the_image_means_may_fill_is_warned_of(tmp_path, monkeypatch, capsys):
-    args, need = planned(tmp_path, monkeypatch)
-    for spilled, free, flags, is_warned in (
-        (0, 2, [], False),
-        (0, 1.9, [], True),
-        (0, 0, ["--no-img-acts"], False),
-        (0.5, 1.5, [], False),
-        (0.5, 1.4, [], True),
-    ):
-        spill_fpath, staged_fpath = (tmp_path / "run/partials" / n for n in ("img_acts_data.00000-a.bin", "img_acts.npz"))
-        spill_fpath.write_bytes(bytes(int(spilled * need.img_acts)))
-        staged_fpath.unlink(missing_ok=True)
-        os.link(spill_fpath, staged_fpath)  # one file by two names, of a run killed as it made its artifacts
-        room = need.artifacts + need.partial * 2 + int(free * need.img_acts) + 1
-        monkeypatch.setattr(estimate, "free_disk", lambda dpath, room=room: room)
-        capsys.readouterr()
-        main([*args, *flags])
-        err = capsys.readouterr().err
-        most = gb(need.img_acts)
-        said = f"warning: img_acts.npz may take about {most}, twice that while it is put together; "
-        assert (said in err) == is_warned and ("--no-img-acts leaves it out." in err) == is_warned, err
 
 
 def test_nobody_waits_for_what_nobody_wants(monkeypatch):

@@ -19,7 +19,7 @@ from saev_dist.finished import FinishedRun
 from saev_dist.reencode import TOLERANCE, Check, _is_on_edge, reencode, verify_tokens
 from saev_dist.sae import product
 from saev_dist.sae.encoder import Encoder
-from saev_dist.sae.model import Gated, Sae, Threshold, TopK
+from saev_dist.sae.model import Gated, GroupMax, Sae, Threshold, TopK
 from saev_dist.sae.saev import save_saev
 from tests.ranks import fails, run_ranks
 from tests.synthetic import BATCH_TOPK, RELU, TOPK, dense_codes, make_acts, make_sae, make_shards, make_weights
@@ -329,6 +329,13 @@ def test_a_run_of_another_device_verifies_where_rounding_decides_what_a_code_kee
     assert sum(int(number.replace(",", "")) for number in told.groups()) == len(slots)
 
 
+def test_where_there_are_no_slots_there_is_no_step(tmp_path):
+    run = FinishedRun.open(make_run(tmp_path))
+    slots = choose_slots((), run.values_sk, run.imgs_sk, run.patches_sk, None)
+    with Encoder(run.sae, torch.device("cpu"), "fp32", 1) as encoder:
+        assert not list(verify_tokens(run, slots, encoder, Check(), read_ahead=2, look=no_look))
+
+
 def test_nothing_is_not_verified(tmp_path, capsys):
     out = make_run(tmp_path)
     dead = int((torch.load(out / "sparsity.pt", weights_only=True) == 0).nonzero()[0])
@@ -363,8 +370,8 @@ SLOT = [("feature", int), ("patch_i", int), ("img_i", int), ("score", float)]
         ("bf16", 1023, 0, False),
     ],
 )
-@pytest.mark.parametrize("at_once", [4096, 1])
-def test_the_score_that_wins_by_rounding_may_be_the_larger_sum(monkeypatch, precision, ahead, off, on_edge, at_once):
+@pytest.mark.parametrize(("at_once", "cls"), [(4096, TopK), (1, TopK), (4096, GroupMax)])
+def test_the_score_that_wins_by_rounding_may_be_the_larger_sum(monkeypatch, precision, ahead, off, on_edge, at_once, cls):
     """Feature 0 is exactly 1, stored `off` tolerances too high; feature 1, of terms of thousands, is ahead by less than they
     round, or by more."""
     magnitude, sizes = Encoder.magnitude, []
@@ -372,7 +379,7 @@ def test_the_score_that_wins_by_rounding_may_be_the_larger_sum(monkeypatch, prec
     monkeypatch.setattr(Encoder, "magnitude", lambda *args: sizes.append(len(args[2])) or magnitude(*args))
     w_enc = torch.tensor([[1.0, 8192.0], [0.0, 8191.0 - ahead]])
     sae = Sae(
-        w_enc_ds=w_enc, b_enc_s=torch.zeros(2), w_dec_sd=w_enc.T.contiguous(), b_dec_d=torch.zeros(2), activation=TopK(1),
+        w_enc_ds=w_enc, b_enc_s=torch.zeros(2), w_dec_sd=w_enc.T.contiguous(), b_dec_d=torch.zeros(2), activation=cls(1),
         pre_bias=False, source="",
     )  # fmt: skip
     acts_pd = torch.tensor([[1.0, -1.0]])
