@@ -11,11 +11,41 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
+from saev_dist import world
 from saev_dist.errors import ConfigError
-from saev_dist.world import BEAT_S, LOST_AFTER_S, World, _slice_sizes
+from saev_dist.world import BEAT_S, LOST_AFTER_S, World, _look_for_dead, _slice_sizes
 from tests.crash import wait_for
 from tests.ranks import ENV, Attempt, artifact_hashes, run_ranks, server
 from tests.synthetic import make_command
+
+
+class Beats(dict):
+    """A store, of signs of life by rank."""
+
+    def check(self, keys: list[str]) -> bool:
+        return keys[0] in self
+
+
+def test_who_is_silent_is_dead_but_not_who_left_nor_to_one_that_stood_still_itself(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(world.time, "monotonic", lambda: clock[0])
+    store = Beats({"beat/1": b"1", "beat/2": b"1", "beat/3": b"left"})  # rank 4 never came
+    looks = _look_for_dead(store, range(1, 5), BEAT_S)
+
+    def look_until(seconds: float) -> list[int]:
+        dead = next(looks)
+        while clock[0] < seconds:
+            clock[0] += BEAT_S + 0.1
+            store["beat/1"] += b"1"
+            dead = next(looks)
+        return dead
+
+    assert look_until(LOST_AFTER_S - 1) == []
+    assert look_until(LOST_AFTER_S + 2 * BEAT_S) == [2, 4]
+    clock[0] += 10 * LOST_AFTER_S  # a job that was suspended, all of it
+    assert look_until(clock[0] + LOST_AFTER_S - BEAT_S) == []
+    assert look_until(clock[0] + 2 * BEAT_S) == [2, 4]
+
 
 SLOW = """
 import os, time
