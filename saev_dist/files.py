@@ -51,9 +51,12 @@ def read_part(fpath: Path, size: int, offset: int) -> bytes:
     """
 
     def read() -> bytes:
-        with open(fpath, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        parts, start, left = [], offset, size
+        with open(fpath, "rb", buffering=0) as file:  # a buffered one is silent where it should try again (EAGAIN)
+            while left and (part := os.pread(file.fileno(), left, start)):
+                parts.append(part)
+                start, left = start + len(part), left - len(part)
+        return b"".join(parts)
 
     return retrying(read)
 

@@ -40,7 +40,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -54,6 +54,8 @@ if TYPE_CHECKING:  # the launcher, too, looks at partials
 
 MAGIC = b"saev-dist partial 1\n"
 DIGEST_BYTES = 32
+HEADER_BYTES = 2**16
+"""Read at first; then four times as many, until the header is whole."""
 MAX_HEADER_BYTES = 2**28
 RANK_PATTERNS = ("*.partial", "*.partial.tmp", SPILL_PATTERN)
 """What ranks write."""
@@ -124,12 +126,7 @@ def read_header(fpath: Path) -> Partial:
     Raises:
         DamagedError: it is none. OSError: it cannot be read.
     """
-
-    def read() -> Partial:
-        with open(fpath, "rb") as file:
-            return _parse(fpath, file)
-
-    return retrying(read)
+    return _read_header(fpath)[0]
 
 
 def load(fpath: Path) -> tuple[Partial, State]:
@@ -140,18 +137,21 @@ def load(fpath: Path) -> tuple[Partial, State]:
     """
     import torch
 
-    def read() -> tuple[Partial, State]:
-        with open(fpath, "rb") as file:
-            partial = _parse(fpath, file)
-            state = {}
-            for name, (dtype, shape) in partial.tensors.items():
-                state[name] = torch.from_numpy(np.empty(shape, dtype))
-                file.readinto(as_bytes(state[name].numpy()))
-        return partial, state
-
     with reading(fpath):
         check_digest(fpath)
-        return retrying(read)
+        partial, offset = _read_header(fpath)
+        state = {}
+        for name, (dtype, shape) in partial.tensors.items():
+            state[name] = torch.from_numpy(np.empty(shape, dtype))
+            view = as_bytes(state[name].numpy())
+            for start in range(0, len(view), COPY_BYTES):
+                part = view[start : start + COPY_BYTES]
+                content = read_part(fpath, len(part), offset + start)
+                if len(content) < len(part):
+                    raise DamagedError(f"{fpath} was cut short while it was read; run again to compute its batches again.")
+                part[:] = content
+            offset += len(view)
+    return partial, state
 
 
 def check_digest(fpath: Path) -> None:
@@ -167,11 +167,15 @@ def check_digest(fpath: Path) -> None:
         raise DamagedError(f"{fpath}: its checksum is wrong; run again to compute its batches again.")
 
 
-def _parse(fpath: Path, file: BinaryIO) -> Partial:
+def _read_header(fpath: Path) -> tuple[Partial, int]:
+    """The header, and where the tensors begin."""
+    content = read_part(fpath, size := HEADER_BYTES, 0)
+    while not (end := content.find(b"\n", len(MAGIC)) + 1) and len(content) == size < MAX_HEADER_BYTES:
+        content = read_part(fpath, size := 4 * size, 0)
     try:
-        if file.readline(len(MAGIC)) != MAGIC:
+        if not content.startswith(MAGIC):
             raise ValueError
-        obj = json.loads(file.readline(MAX_HEADER_BYTES))
+        obj = json.loads(content[len(MAGIC) : end])
         partial = Partial(
             fingerprint=obj["fingerprint"],
             owner=obj["owner"],
@@ -185,7 +189,7 @@ def _parse(fpath: Path, file: BinaryIO) -> Partial:
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedError(f"{fpath}: its header is not one of a partial; run again to compute its batches again.") from None
-    return partial
+    return partial, end
 
 
 # ---- the directory, at the start of an attempt

@@ -137,7 +137,8 @@ def complement(done: Intervals, stop: int, *, first: int = 0) -> Intervals:
 def subtract(intervals: Intervals, taken: Intervals) -> Intervals:
     """The batches of `intervals` that `taken` does not cover."""
     out: list[tuple[int, int]] = []
+    lows, highs = [low for low, _ in taken], [high for _, high in taken]
     for first, stop in intervals:
-        inside = tuple((max(first, low), min(stop, high)) for low, high in taken if low < stop and first < high)
-        out += complement(inside, stop, first=first)
+        inside = taken[bisect_right(highs, first) : bisect_left(lows, stop)]
+        out += complement(tuple((max(first, low), min(stop, high)) for low, high in inside), stop, first=first)
     return tuple(out)

@@ -326,7 +326,7 @@ def test_a_directory_called_partials_keeps_what_no_run_wrote(tmp_path, capsys):
     (out / "partials/more").mkdir(parents=True)
     case.flags |= {"--out": out, "--sae": case.sae.rename(out / "partials/sae.pt")}
     (out / "partials/acts000000.bin").touch()
-    leftovers = [out / "partials" / name for name in ("distributions.00007-abc.bin", "x.partial.tmp", "top_values.pt")]
+    leftovers = [out / "partials" / name for name in ("distributions.00007-abc.bin", ".x.partial.tmp", "top_values.pt")]
     for more in ([], ["--force"]):
         for fpath in leftovers:
             fpath.touch()

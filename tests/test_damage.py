@@ -1,5 +1,8 @@
 """Damaged partials, rows and artifacts: nothing is silently wrong, and nothing whole is lost."""
 
+import errno
+import itertools
+import os
 import re
 from pathlib import Path
 
@@ -7,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from saev_dist import partials
+from saev_dist import files, partials
 from saev_dist.errors import DamagedError, RunError
 from saev_dist.store import Run
 from tests.crash import Fault, killed, unfinished
@@ -145,9 +148,10 @@ def test_torn_ends_and_leftovers_are_removed(tmp_path, server, whole):
         file.write(b"torn")
     orphan = rows.with_name("distributions.00007-abc.bin")
     orphan.write_bytes(b"of an attempt that died before its first snapshot")
-    (fpath.parent / "x.partial.tmp").write_bytes(b"half")
+    for name in ("x.partial.tmp", ".x.partial.tmp"):  # the former is what earlier versions called it
+        (fpath.parent / name).write_bytes(b"half")
     killed(server, args, out, at=1)
-    assert rows.stat().st_size <= size and not orphan.exists() and not (fpath.parent / "x.partial.tmp").exists()
+    assert rows.stat().st_size <= size and not orphan.exists() and not list(fpath.parent.glob("*x.partial.tmp"))
     assert server.run(*args, out)[0] == [0]
     assert artifact_hashes(out) == expected
 
@@ -180,3 +184,29 @@ def test_a_partial_of_a_former_version_does_not_say_what_computed_it(tmp_path, m
     monkeypatch.setattr(partials, "asdict", lambda obj: {k: v for k, v in fields(obj).items() if k != "arithmetic"})
     partials.write(tmp_path, partial, {})
     assert partials.load(tmp_path / partial.name)[0] == partial
+
+
+def test_a_partial_is_read_whole_from_a_disk_that_stumbles(tmp_path, monkeypatch):
+    """It gives less than it is asked for, and nothing for now: no error to whoever reads through a buffer."""
+    state = {"small.x": torch.arange(3), "large.x": torch.arange(9_000).view(-1, 2)}
+    tensors = {name: ("int64", tuple(tensor.shape)) for name, tensor in state.items()}
+    absorbed = tuple(f"{rank:05d}-y" for rank in range(9_000))  # a header larger than what is read at first
+    empty = {"fingerprint": "f", "segments": (), "arithmetic": ()}
+    partial = partials.Partial(**empty, owner="00000-x", number=0, absorbed=absorbed, tensors=tensors)
+    partials.write(tmp_path, partial, state)
+    pread, n = os.pread, itertools.count()
+
+    def stumbling(fd: int, size: int, offset: int) -> bytes:
+        if next(n) % 7 == 0:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return pread(fd, min(size, 2**16 - 1), offset)
+
+    monkeypatch.setattr(files.os, "pread", stumbling)
+    monkeypatch.setattr(files, "DELAYS_S", (0.0,) * 3)
+    found, tensors = partials.load(tmp_path / partial.name)
+    assert found == partial and next(n) > 14
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in state.items())
+    monkeypatch.setattr(partials, "check_digest", lambda fpath: None)  # as it was when that looked
+    os.truncate(tmp_path / partial.name, os.path.getsize(tmp_path / partial.name) - 1_000)
+    with pytest.raises(DamagedError, match="was cut short while it was read"):
+        partials.load(tmp_path / partial.name)

@@ -3,7 +3,6 @@
 import ctypes
 import errno
 import hashlib
-import io
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import shutil
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -30,19 +28,18 @@ from tests.synthetic import make_acts, make_shards
 def test_a_second_try_opens_the_file_anew(tmp_path, monkeypatch):
     """What an NFS server's failover made stale stays stale."""
     (tmp_path / "file").write_bytes(b"0123456789")
-    opened = []
+    pread, stale = os.pread, []
 
-    class Stale(io.BytesIO):
-        def read(self, size: int | None = -1) -> bytes:
+    def failing(fd: int, size: int, offset: int) -> bytes:
+        if not stale:
+            stale.append(os.fstat(fd).st_ino)
+            os.dup2(os.open("/dev/null", os.O_RDONLY), fd)
             raise OSError(errno.ESTALE, "stale")
+        return pread(fd, min(size, 4), offset)
 
-    def failing(fpath: Path, mode: str) -> BinaryIO:
-        opened.append(fpath)
-        return open(fpath, mode) if len(opened) > 1 else Stale()
-
-    monkeypatch.setattr(files, "open", failing, raising=False)
+    monkeypatch.setattr(files.os, "pread", failing)
     monkeypatch.setattr(files, "DELAYS_S", (0.0,))
-    assert files.read_part(tmp_path / "file", 7, 2) == b"2345678" and len(opened) == 2
+    assert files.read_part(tmp_path / "file", 7, 2) == b"2345678" and stale
     assert files.read_part(tmp_path / "file", 7, 6) == b"6789"
 
 
