@@ -67,7 +67,7 @@ class Launcher:
     signal: Literal["USR1", "USR2"] = "USR2"
     """The signal that tells it, also at a preemption where the cluster sends one."""
     max_requeues: int = 20
-    """A job puts itself back while it has been requeued, by itself or by Slurm, less often. 0: never, nor does Slurm."""
+    """A job that was requeued this often, by itself or by Slurm, does not put itself back. 0: never, nor does Slurm."""
 
     logs: OptionalPath = None
     """Directory for logs. Default: slurm/ in --out or --run, of several runs beside them."""
