@@ -407,10 +407,12 @@ def _rows(codes: Codes | DeviceCodes, cfg: Extract, d_sae: int, stride: int) -> 
 
 
 def _merge(bundle: Bundle, world: World) -> Bundle:
-    """Merge the ranks' states by slices; the whole is on rank 0."""
-    n_rows = {name: len(tensor) for name, tensor in bundle.state_dict().items()}
-    merged = reduce(Bundle.merge, map(bundle.like, world.exchange(bundle.state_dict())))
-    return bundle.like(world.gather(merged.state_dict(), n_rows))
+    """The ranks' states as one, on rank 0."""
+
+    def merge(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return reduce(Bundle.merge, map(bundle.like, states)).state_dict()
+
+    return bundle.like(world.merge(bundle.state_dict(), merge))
 
 
 class Clock:

@@ -1,15 +1,19 @@
-"""The ranks of a run: who there is, how they fail together, and how they exchange state.
+"""The ranks of a run: who there is, how they fail together, and how they merge their states.
 
 The only file that imports torch.distributed. A single process has no process group at all. Elsewhere (torchrun, srun)
 the ranks meet through the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), exchange CPU tensors
 with gloo, and share a small key-value store. The store carries what must not hang: the first error, and the waits
 between phases, in which a rank may be hours ahead of another.
 
+Gloo connects each rank of a group with each other. The ranks of a run are a grid, and each is in the groups of its row and its
+column: of 1,024 ranks it is connected with 62.
+
 Names: `r` rows of a state tensor.
 """
 
 import itertools
 import json
+import math
 import os
 import platform
 import resource
@@ -17,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +54,63 @@ MAX_VALUE = 4 * 2**20
 STORE_ERRORS = (ConnectionError, RuntimeError)  # what a store raises when its host is gone
 
 
+class _Disconnected(Exception):
+    """A peer hung up, died, or is silent for too long."""
+
+
+@dataclass
+class _Group:
+    """Ranks that are all connected, as one of them sees it."""
+
+    name: str
+    place: int
+    """Of this rank, from 0."""
+    size: int
+    _gloo: Any = None
+    """`ProcessGroupGloo`, whose stubs leave out half of it."""
+
+    def meet(self, store: dist.Store, timeout: timedelta) -> None:
+        self._gloo = dist.ProcessGroupGloo(dist.PrefixStore(self.name, store), self.place, self.size, timeout)
+
+    def part(self) -> None:
+        """Hang up, which a peer inside a collective is told. Only this may refer to gloo's group: a traceback would hold it."""
+        self._gloo = None
+
+    def exchange(self, state: State) -> list[State]:
+        """Send each rank its slice of the rows; return this rank's slice of every rank's state, in their order."""
+        slices: list[State] = [{} for _ in range(self.size)]
+        for name, tensor in state.items():
+            sizes = _slice_sizes(len(tensor), self.size)
+            own = sizes[self.place]
+            received = tensor.new_empty((own * self.size, *tensor.shape[1:]))
+            self._all_to_all(received, tensor, [own] * self.size, sizes)
+            for place in range(self.size):
+                slices[place][name] = received[own * place : own * (place + 1)]
+        return slices
+
+    def gather(self, state: State, n_rows: dict[str, int]) -> State:
+        """Put slices together on the first rank; elsewhere the result has no rows.
+
+        Args:
+            state: this rank's slice.
+            n_rows: rows of each whole tensor.
+        """
+        whole: State = {}
+        for name, tensor in state.items():
+            incoming = [0] * self.size if self.place else _slice_sizes(n_rows[name], self.size)
+            whole[name] = tensor.new_empty((sum(incoming), *tensor.shape[1:]))
+            self._all_to_all(whole[name], tensor, incoming, [len(tensor)] + [0] * (self.size - 1))
+        return whole
+
+    def _all_to_all(self, out: Tensor, tensor: Tensor, out_rows: list[int], in_rows: list[int]) -> None:
+        """`torch.distributed.all_to_all_single`."""
+        tensor = tensor.contiguous()
+        try:
+            self._gloo.alltoall_base(out, tensor, out_rows, in_rows).wait()
+        except RuntimeError as err:
+            raise _Disconnected(str(err).splitlines()[0]) from None
+
+
 class World:
     """This process among its peers. Use as a context; on the way out an error is made known to the peers.
 
@@ -67,6 +129,7 @@ class World:
         self.local_size = _env("LOCAL_WORLD_SIZE", 1, least=1)
         self._timeout = timedelta(seconds=timeout_s)
         self._store: dist.Store | None = None
+        self._groups = _groups(self.rank, self.size)
         self._n_phases = 0
         self._checked = time.monotonic()
         self._left = threading.Event()
@@ -143,22 +206,22 @@ class World:
         if _env("MASTER_PORT", 0, least=1) > MAX_PORT:
             raise ConfigError(f"environment variable MASTER_PORT is {os.environ['MASTER_PORT']}; ports end at {MAX_PORT:,}.")
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection to each rank, and rank 0 another one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # rank 0 holds a connection to each rank
         try:
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=self._timeout))
             # After a restart by torchrun the store still holds the keys of the attempt before.
             attempt = _env("TORCHELASTIC_RESTART_COUNT", 0)
             self._store = dist.PrefixStore(f"saev_dist/{attempt}", store)
-            dist.init_process_group(
-                "gloo", store=dist.PrefixStore("gloo", self._store), rank=self.rank, world_size=self.size, timeout=self._timeout
-            )
+            for group in self._groups:
+                group.meet(self._store, self._timeout)
+            if self._store.add("met", 1) == self.size:
+                self._store.set("all met", "")
+            self._store.wait(["all met"], self._timeout)  # before that nobody leaves, or is missed
             self._watcher = threading.Thread(target=self._watch, args=(self._store,), daemon=True, name="watch")
             self._watcher.start()
         except STORE_ERRORS as err:
-            with suppress(*STORE_ERRORS):
-                if self._store is not None and self._store.check(["error"]):  # a peer that was here first has left already
-                    self._store.add("gone", 1)
-                    raise PeerError(self._store.get("error").decode()) from err
+            for group in self._groups:
+                group.part()
             first = str(err).splitlines()[0].rstrip(".")
             limit_s = self._timeout.total_seconds()
             raise RunError(
@@ -183,7 +246,8 @@ class World:
                 if first:
                     self._store.set("error", f"rank {self.rank}: {err}")
             # A peer that waits for this rank inside a collective must not wait until it has lingered: gloo tells it now.
-            dist.destroy_process_group()
+            for group in self._groups:
+                group.part()
             # Whoever hosts the store must not take it away before the others have read it, and a launcher that sees
             # a rank fail ends the others: it may not do so while they write their last partials.
             n_gone = self._store.add("gone", 1)
@@ -299,53 +363,42 @@ class World:
         reports: list[Any] = self._ask(lambda store: [_get(store, f"{key}/{rank}") for rank in ranks])
         return reports
 
-    def exchange(self, state: State) -> list[State]:
-        """Send each rank its slice of the rows; return this rank's slice of every rank's state, in rank order.
+    def merge(self, state: State, merge: Callable[[list[State]], State]) -> State:
+        """All ranks' states as one, on rank 0; elsewhere the result has no rows.
 
-        What arrives is one state's worth of bytes, whatever the world size.
-        """
-        if self.size == 1:
-            return [state]
-        slices: list[State] = [{} for _ in range(self.size)]
-        for name, tensor in state.items():
-            sizes = _slice_sizes(len(tensor), self.size)
-            own = sizes[self.rank]
-            received = tensor.new_empty((own * self.size, *tensor.shape[1:]))
-            self._all_to_all(received, tensor, [own] * self.size, sizes)
-            for rank in range(self.size):
-                slices[rank][name] = received[own * rank : own * (rank + 1)]
-        return slices
-
-    def gather(self, state: State, n_rows: dict[str, int]) -> State:
-        """Put slices together on rank 0; elsewhere the result has no rows.
+        A rank merges its slice of its row's states, then its slice of that of its column's. What arrives in all is one state's
+        worth of bytes, whatever the world size. Then the slices go to the first rank of each column, and from there to rank 0.
 
         Args:
-            state: this rank's slice.
-            n_rows: rows of each whole tensor.
+            state: this rank's; the same names and shapes everywhere.
+            merge: makes several states one, row by row.
         """
-        if self.size == 1:
-            return state
-        whole: State = {}
-        for name, tensor in state.items():
-            sizes = _slice_sizes(n_rows[name], self.size)
-            incoming = sizes if self.rank == 0 else [0] * self.size
-            whole[name] = tensor.new_empty((sum(incoming), *tensor.shape[1:]))
-            self._all_to_all(whole[name], tensor, incoming, [len(tensor)] + [0] * (self.size - 1))
-        return whole
+        n_rows = []
+        for group in self._groups:
+            n_rows.append({name: len(tensor) for name, tensor in state.items()})
+            with self._in_contact():
+                slices = group.exchange(state)
+            state = merge(slices)
+            del slices  # memory
+        for group, whole in zip(reversed(self._groups), reversed(n_rows), strict=True):
+            with self._in_contact():
+                state = group.gather(state, whole)
+            if group.place:
+                break
+        return state
 
-    def _all_to_all(self, out: Tensor, tensor: Tensor, out_rows: list[int], in_rows: list[int]) -> None:
+    @contextmanager
+    def _in_contact(self) -> Iterator[None]:
         try:
-            dist.all_to_all_single(out, tensor.contiguous(), out_rows, in_rows)
-        except RuntimeError as err:
+            yield
+        except _Disconnected as err:
             # A peer that failed closes its connections. Its own error, or its silence, says more than gloo does.
             # Who watches it counts its silence anew after standing still itself, so there is time for several such counts.
             pause_s = max(0.1, min(CHECK_EVERY_S, self.size / ASKS_PER_S))
             for _ in range(int(4 * LOST_AFTER_S / pause_s)):  # looks, and no clock: this rank may stand still, too
                 self._ask(lambda store: None)
                 time.sleep(pause_s)
-            raise RunError(
-                f"rank {self.rank} lost contact with another rank in the merge: {str(err).splitlines()[0]}"
-            ) from None
+            raise RunError(f"rank {self.rank} lost contact with another rank in the merge: {err}") from None
 
     def _watch(self, store: dist.Store) -> None:
         """Give a sign of life, and watch the next rank's: each rank is watched by one, whatever the world size."""
@@ -434,6 +487,15 @@ def _env(name: str, default: int, *, least: int = 0) -> int:
     if not text.isdecimal() or int(text) < least:
         raise ConfigError(f"environment variable {name} is {text!r}; it should be an integer of at least {least}.")
     return int(text)
+
+
+def _groups(rank: int, size: int) -> list[_Group]:
+    """Those that a rank is in. In a row are neighbours, as many as divide the world evenly and at most the square root of it:
+    a prime number of ranks is one column."""
+    width = max(divisor for divisor in range(1, math.isqrt(size) + 1) if size % divisor == 0)
+    row, column = divmod(rank, width)
+    both = _Group(f"row {row}", column, width), _Group(f"column {column}", row, size // width)
+    return [group for group in both if group.size > 1]
 
 
 def _slice_sizes(n_rows: int, n_ranks: int) -> list[int]:

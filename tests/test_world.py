@@ -13,7 +13,7 @@ from torch.distributed import TCPStore
 
 from saev_dist import world
 from saev_dist.errors import ConfigError
-from saev_dist.world import BEAT_S, LOST_AFTER_S, World, _look_for_dead, _slice_sizes
+from saev_dist.world import BEAT_S, LOST_AFTER_S, World, _groups, _look_for_dead, _slice_sizes
 from tests.crash import wait_for
 from tests.ranks import ENV, Attempt, artifact_hashes, run_ranks, server
 from tests.synthetic import make_command
@@ -60,10 +60,10 @@ job.{phase} = slow
 """
 
 
-def start_ranks(slow_rank: int, delay_s: float, *args: object, phase: str = "_stream") -> Attempt:
-    """Three ranks that no torchrun watches, as srun starts them. One of them sleeps before a phase of `extract`."""
+def start_ranks(slow_rank: int, delay_s: float, *args: object, phase: str = "_stream", n_ranks: int = 3) -> Attempt:
+    """Ranks that no torchrun watches, as srun starts them. One of them sleeps before a phase of `extract`."""
     before = SLOW.format(rank=slow_rank, delay_s=delay_s, phase=phase)
-    return server().start(*args, n_ranks=3, before=before, apart=True)
+    return server().start(*args, n_ranks=n_ranks, before=before, apart=True)
 
 
 @pytest.fixture
@@ -85,9 +85,10 @@ def test_ranks_that_arrive_late_are_waited_for_without_torchrun(tmp_path, args, 
 
 @pytest.mark.parametrize(("victim", "phase"), [(0, "_stream"), (1, "_stream"), (0, "_merge"), (1, "_merge")])
 def test_a_killed_rank_stops_the_others_and_is_named(tmp_path, args, victim, phase):
-    """Also where the one that watches it stands still for a while, as on a busy machine."""
-    ranks = start_ranks(victim, 300, *args, tmp_path / "run", phase=phase)
-    n_partials = 2 if phase == "_stream" else 3
+    """Also those that exchange nothing with it, and where the one that watches it stands still for a while, as on a busy
+    machine."""
+    ranks = start_ranks(victim, 300, *args, tmp_path / "run", phase=phase, n_ranks=4)
+    n_partials = 3 if phase == "_stream" else 4
     wait_for(lambda: ranks.logs[victim].read_text() == "delayed\n", say=ranks.output)
     wait_for(lambda: len(list((tmp_path / "run/partials").glob("*.partial"))) == n_partials, say=ranks.output)
     time.sleep(1)
@@ -96,12 +97,12 @@ def test_a_killed_rank_stops_the_others_and_is_named(tmp_path, args, victim, pha
         for number in (signal.SIGSTOP, signal.SIGCONT):
             time.sleep(6)
             os.kill(ranks.pids[0], number)
-    codes = [1, 1]
+    codes = [1, 1, 1]
     codes.insert(victim, -signal.SIGKILL)
     assert server().wait(ranks, timeout_s=50) == codes
     errors = [log.read_text() for log in ranks.error_logs]
     shown = [line for err in errors for line in err.splitlines()]
-    message = "lost contact with the host of all ranks" if victim == 0 else "rank 1 of 3 died or hangs"
+    message = "lost contact with the host of all ranks" if victim == 0 else "rank 1 of 4 died or hangs"
     assert shown and all(line.startswith("saev-dist: error: ") and message in line for line in shown), errors
     assert not list((tmp_path / "run").glob("*.*"))
     # What the others had done is there, and so is the victim's where it had finished its share.
@@ -141,25 +142,21 @@ def test_ranks_that_torchrun_tells_to_leave_do_not_wait_for_the_dead_one(tmp_pat
         assert f"rank {victim} of 3 died or hangs" in ranks.error_logs[0].read_text()
 
 
-MEETS_THOSE_WHO_LEFT = """
-import os, time, torch.distributed as d
-meet = d.init_process_group
-def meet_late(*args, store, **kwargs):
-    meet(*args, store=store, **kwargs)
-    if os.environ["RANK"] == "2":
-        while not store.underlying_store.check(["error"]):
-            time.sleep(0.05)
-        raise RuntimeError("Connection closed")
-d.init_process_group = meet_late
+MEETS_LATE = """
+import os, time, saev_dist.world as w
+w.BEAT_S, w.LOST_AFTER_S = 0.2, 3.0
+meet = w._Group.meet
+def meet_late(self, *args):
+    if os.environ["RANK"] == "3" and self.name == "column 1":
+        time.sleep(6)
+    meet(self, *args)
+w._Group.meet = meet_late
 """
 
 
-def test_a_rank_that_meets_a_peer_that_failed_already_leaves_the_message_to_it(tmp_path, args):
-    """The others are still about to connect when one finds that its SAE is damaged, and goes."""
-    args[args.index("--sae") + 1] = tmp_path / "nowhere.pt"
-    ranks = server().start(*args, tmp_path / "run", n_ranks=3, before=MEETS_THOSE_WHO_LEFT, apart=True)
-    assert server().wait(ranks) == [1, 1, 1]
-    assert len(ranks.error_logs[2].read_text()) == 0 and "".join(log.read_text() for log in ranks.error_logs).count("\n") == 1
+def test_a_rank_that_is_late_to_meet_is_not_missed_by_those_that_have_met_all_of_theirs(tmp_path, args):
+    ranks = server().start(*args, tmp_path / "run", n_ranks=4, before=MEETS_LATE, apart=True)
+    assert server().wait(ranks) == [0, 0, 0, 0], [log.read_text() for log in ranks.error_logs]
 
 
 LEAVES = """
@@ -174,7 +171,7 @@ try:
     with World(600) as world, world.obeying_signals(Path("kept")):
         world.wait()
         if world.rank:
-            world.exchange(dict(a=torch.zeros(1000)))
+            world.merge(dict(a=torch.zeros(1000)), lambda states: states[0])
         time.sleep(1)
         if {how!r} == "signal":
             os.kill(os.getpid(), signal.SIGTERM)
@@ -188,11 +185,12 @@ raise SystemExit(0)
 
 @pytest.mark.parametrize(
     ("how", "said"),
-    [("signal", ["Preempted SIGTERM on rank 0"] * 3), ("error", ["RunError disk full"] + ["PeerError rank 0: disk full"] * 2)],
+    [("signal", ["Preempted SIGTERM on rank 0"] * 4), ("error", ["RunError disk full"] + ["PeerError rank 0: disk full"] * 3)],
 )
 def test_ranks_inside_a_collective_leave_with_the_one_that_stays_outside(how, said):
-    ranks = server().start(n_ranks=3, before=LEAVES.format(how=how), apart=True)
-    assert server().wait(ranks) == [0, 0, 0], [log.read_text() for log in ranks.error_logs]
+    """Two wait for it, and the last one for one of these."""
+    ranks = server().start(n_ranks=4, before=LEAVES.format(how=how), apart=True)
+    assert server().wait(ranks) == [0, 0, 0, 0], [log.read_text() for log in ranks.error_logs]
     assert [log.read_text().strip() for log in ranks.logs] == said
 
 
@@ -234,8 +232,42 @@ def test_a_single_process_has_no_process_group():
     with World(10) as world:
         assert not torch.distributed.is_initialized()
         state = {"a": torch.arange(3)}
-        assert world.exchange(state) == [state]
+        assert world.merge(state, lambda states: {}) == state
         assert world.tell({"x": 1}) == {"x": 1} and world.collect(2) == [2]
+
+
+MERGES = """
+import torch
+from saev_dist.world import World
+with World(60) as world:
+    state = dict(a=torch.arange(7) * 10**world.rank, b=torch.full((1, 2), 10.0**world.rank), c=torch.zeros(0))
+    whole = world.merge(state, lambda states: {name: sum(state[name] for state in states) for name in states[0]})
+    print([tensor.tolist() for tensor in whole.values()])
+raise SystemExit(0)
+"""
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4, 5, 6])
+def test_all_states_are_merged_on_rank_0(n_ranks):
+    ranks = server().start(n_ranks=n_ranks, before=MERGES, apart=True)
+    assert server().wait(ranks) == [0] * n_ranks, [log.read_text() for log in ranks.error_logs]
+    ones = int("1" * n_ranks)
+    first, *others = (log.read_text().strip() for log in ranks.logs)
+    assert first == str([[i * ones for i in range(7)], [[float(ones)] * 2], []])
+    assert others == [str([[], [], []])] * (n_ranks - 1)
+
+
+@pytest.mark.parametrize(("size", "most_peers"), [(1, 0), (2, 1), (7, 6), (12, 2 + 3), (64, 7 + 7), (1024, 31 + 31)])
+def test_a_rank_is_connected_with_few(size, most_peers):
+    """Yet each is in one row and one column, the same for all in it, in which rank 0 is first."""
+    ranks_by_place: dict[tuple[str, int], dict[int, int]] = {}
+    for rank in range(size):
+        groups = _groups(rank, size)
+        assert sum(group.size - 1 for group in groups) == most_peers
+        for group in groups:
+            assert ranks_by_place.setdefault((group.name, group.size), {}).setdefault(group.place, rank) == rank
+    assert all(sorted(ranks) == list(range(n_ranks)) for (_, n_ranks), ranks in ranks_by_place.items())
+    assert all(group.place == 0 for group in _groups(0, size))
 
 
 @pytest.mark.parametrize("n_rows", [0, 1, 7, 1024])

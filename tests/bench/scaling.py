@@ -2,7 +2,7 @@
 
     ranks    one rank on one core against two ranks on two, the same data: half of the one's time over the two's
     merge    bytes, memory and CPU time per rank of the exchange and gather, from 2 to 64 ranks, processes on loopback
-    meeting  time, CPU time and bytes from the moment at which all ranks are there until all have met, up to 256 of them
+    meeting  time, CPU time and bytes from the moment at which all ranks are there until all have met, up to 1,024 of them
 
 Answers are asserted: artifacts are the same bytes from one rank and from two, a merged state equals that of one process
 which saw everything, and ranks that have met hear each other. Bytes are what the kernel counts on each process's own sockets,
@@ -30,7 +30,7 @@ from saev_dist.accumulators.histogram import Histogram
 from saev_dist.accumulators.moments import Moments
 from saev_dist.accumulators.reconstruction import Reconstruction
 from saev_dist.accumulators.topk import TopK
-from saev_dist.world import World
+from saev_dist.world import World, _groups
 from tests.bench.extract import Case, bare_product_s, make_inputs
 from tests.bench.forks import FORK, forget_peak, in_forks, status
 from tests.bench.record import emit
@@ -38,7 +38,7 @@ from tests.ranks import artifact_hashes, run_cli
 
 RANKS = Case(n_imgs=3_984, d_model=512, d_sae=8_192)
 WORLDS = (2, 4, 8, 16, 32, 64)
-MEETINGS = (16, 64, 256)
+MEETINGS = (16, 64, 256, 1_024)
 D_SAE, TOP_K, N_PATCHES, N_IMGS = 4_096, 32, 64, 8
 
 
@@ -167,18 +167,25 @@ def merge_rank(rank: int, n_ranks: int, port: int) -> dict[str, float]:
 
 
 def measure_merge() -> None:
-    """All world sizes; sent and received in states: what a rank sends is its state less its own slice, then its merged slice."""
+    """All world sizes; sent and received in states: what a rank sends is its state less its own slice, then its merged slice,
+    or that of its column."""
     rows = []
     for n_ranks in WORLDS:
         port = free_port()
         first, *others = in_forks(merge_rank, *((rank, n_ranks, port) for rank in range(n_ranks)))
-        law = {"sent0": 1 - 1 / n_ranks, "received0": 2 - 2 / n_ranks, "sent": 1.0, "received": 1 - 1 / n_ranks}
+        groups = _groups(0, n_ranks)
+        hands_on = 1 / groups[0].size if len(groups) == 2 else 1 / n_ranks
+        law = {"sent0": 1 - 1 / n_ranks, "received0": 2 - 2 / n_ranks}
+        law |= {"sent": 1 - 1 / n_ranks + hands_on, "received": 1 - 2 / n_ranks + hands_on}
         row = {"ranks": n_ranks, "sent0": first["sent"], "received0": first["received"], "peak0": first["peak"]}
         row |= {key: max(other[key] for other in others) for key in ("sent", "received", "peak", "cpu_s")}
         assert all(abs(row[key] - expected) < 0.02 for key, expected in law.items()), (row, law)
         rows.append({key: round(value, 3) for key, value in row.items()})
     shapes = {"d_sae": D_SAE, "top_k": TOP_K, "state_mb": round(first["state_mb"], 1)}
-    law_words = "in states, n ranks: rank 0 sends 1 - 1/n and receives 2 - 2/n; another sends 1 and receives 1 - 1/n"
+    law_words = (
+        "in states, n ranks in rows of w: rank 0 sends 1 - 1/n and receives 2 - 2/n; another sends at most 1 - 1/n + 1/w "
+        "and receives 1 - 2/n + 1/w; where all are in one group 1 and 1 - 1/n"
+    )
     emit("scaling", "scaling: merge, per rank", shapes, law=law_words, rows=rows)
 
 
@@ -195,8 +202,8 @@ def meeting_rank(rank: int, n_ranks: int, port: int, start: Barrier) -> dict[str
     with World(timeout_s=300) as world:
         world.wait()
         seconds, cpu_s, (sent, received) = time.perf_counter() - began, time.process_time() - cpu_s, socket_bytes()
-        states = world.exchange({"rank": torch.full((n_ranks,), rank)})
-        assert [int(state["rank"]) for state in states] == list(range(n_ranks))
+        whole = world.merge({"ranks": torch.ones(n_ranks)}, lambda states: {"ranks": sum(state["ranks"] for state in states)})
+        assert rank or torch.equal(whole["ranks"], torch.full((n_ranks,), float(n_ranks)))
     return {"seconds": seconds, "cpu_s": cpu_s, "sent_mb": sent / 1e6, "received_mb": received / 1e6}
 
 
