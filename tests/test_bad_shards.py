@@ -61,11 +61,11 @@ def test_bad_shards_are_left_out_counted_and_listed(tmp_path, server, with_bad_s
     kept = np.r_[0:7, 21:23]
     codes_eps = dense_codes(make_acts(), make_weights(), RELU)
     sparsity = (codes_eps[kept] > 0).mean((0, 1))
-    assert np.allclose(torch.load(out / "sparsity.pt").numpy(), sparsity)
-    assert set(torch.load(out / "top_img_i.pt").unique().tolist()) <= {-1, *kept.tolist()}
+    assert np.allclose(torch.load(out / "sparsity.pt", weights_only=True).numpy(), sparsity)
+    assert set(torch.load(out / "top_img_i.pt", weights_only=True).unique().tolist()) <= {-1, *kept.tolist()}
     csr = scipy.sparse.load_npz(out / "img_acts.npz")
     assert csr.shape[0] == N_IMGS and csr[7:21].nnz == 0 and csr[:7].nnz > 0
-    samples = torch.load(out / "distributions.pt").view(24, N_IMGS, N_PATCHES).numpy()
+    samples = torch.load(out / "distributions.pt", weights_only=True).view(24, N_IMGS, N_PATCHES).numpy()
     assert np.isnan(samples[:, 7:21]).all() and np.array_equal(samples[:, kept], codes_eps[kept].transpose(2, 0, 1))
     assert json.loads((out / "metrics.json").read_text())["n_tokens"] == 45
 

@@ -307,9 +307,9 @@ def test_slots_are_those_of_fp32_on_the_fixtures(tmp_path, name):
             )
         )  # fmt: skip
     for stem in ("top_img_i", "top_patch_i", "sparsity"):
-        exact, screened = (torch.load(tmp_path / how / f"{stem}.pt") for how in ("none", "bf16"))
+        exact, screened = (torch.load(tmp_path / how / f"{stem}.pt", weights_only=True) for how in ("none", "bf16"))
         assert torch.equal(exact, screened), stem
-    exact, screened = (torch.load(tmp_path / how / "top_values.pt") for how in ("none", "bf16"))
+    exact, screened = (torch.load(tmp_path / how / "top_values.pt", weights_only=True) for how in ("none", "bf16"))
     torch.testing.assert_close(exact, screened, rtol=1e-5, atol=1e-5)
     manifest = json.loads((tmp_path / "bf16/manifest.json").read_text())
     assert manifest["identity"]["screen"] == "bf16"

@@ -125,7 +125,8 @@ world.World.finish = lambda self: (print("finishes", flush=True), finish(self))
 def test_ranks_that_torchrun_tells_to_leave_do_not_wait_for_the_dead_one(tmp_path, args, victim, phase):
     """Else it would kill them after 30 s. Whoever hosts the store, as torchrun itself may, goes on."""
     host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(host.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(host.port)}
+    meet |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     before = SLOW.format(rank=victim, delay_s=300, phase=phase) + SAYING_THAT_IT_FINISHES
     ranks = server().start(*args, tmp_path / "run", n_ranks=3, before=before, apart=True, envs=[meet] * 3)
     others = [rank for rank in range(3) if rank != victim]
