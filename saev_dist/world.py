@@ -1,19 +1,13 @@
 """The ranks of a run: who there is, how they fail together, and how they merge their states.
 
-The only file that imports torch.distributed. A single process has no process group at all. Elsewhere (torchrun, srun)
-the ranks meet through the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), exchange CPU tensors
+With `grid` the only file that imports torch.distributed. A single process has no process group at all. Elsewhere (torchrun,
+srun) the ranks meet through the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), exchange CPU tensors
 with gloo, and share a small key-value store. The store carries what must not hang: the first error, and the waits
 between phases, in which a rank may be hours ahead of another.
-
-Gloo connects each rank of a group with each other. The ranks of a run are a grid, and each is in the groups of its row and its
-column: of 1,024 ranks it is connected with 62.
-
-Names: `r` rows of a state tensor.
 """
 
 import itertools
 import json
-import math
 import os
 import platform
 import resource
@@ -21,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -29,13 +22,11 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from saev_dist.errors import ConfigError, PeerError, Preempted, RunError
+from saev_dist.grid import INTERFACE, Disconnected, Grid, State
 from saev_dist.identity import contrast, differing
 from saev_dist.signals import Signals
-
-State = dict[str, Tensor]
 
 CHECK_EVERY_S = 1.0
 ASKS_PER_S = 300  # of all ranks that wait: few ranks may ask often, many must not keep rank 0 busy
@@ -52,63 +43,6 @@ MAX_PORT = 65_535
 MAX_VALUE = 4 * 2**20
 """Bytes in a value of the store, which hangs up on those of more than 8 MiB (MAX_PAYLOAD_LEN of torch's TCPStore)."""
 STORE_ERRORS = (ConnectionError, RuntimeError)  # what a store raises when its host is gone
-
-
-class _Disconnected(Exception):
-    """A peer hung up, died, or is silent for too long."""
-
-
-@dataclass
-class _Group:
-    """Ranks that are all connected, as one of them sees it."""
-
-    name: str
-    place: int
-    """Of this rank, from 0."""
-    size: int
-    _gloo: Any = None
-    """`ProcessGroupGloo`, whose stubs leave out half of it."""
-
-    def meet(self, store: dist.Store, timeout: timedelta) -> None:
-        self._gloo = dist.ProcessGroupGloo(dist.PrefixStore(self.name, store), self.place, self.size, timeout)
-
-    def part(self) -> None:
-        """Hang up, which a peer inside a collective is told. Only this may refer to gloo's group: a traceback would hold it."""
-        self._gloo = None
-
-    def exchange(self, state: State) -> list[State]:
-        """Send each rank its slice of the rows; return this rank's slice of every rank's state, in their order."""
-        slices: list[State] = [{} for _ in range(self.size)]
-        for name, tensor in state.items():
-            sizes = _slice_sizes(len(tensor), self.size)
-            own = sizes[self.place]
-            received = tensor.new_empty((own * self.size, *tensor.shape[1:]))
-            self._all_to_all(received, tensor, [own] * self.size, sizes)
-            for place in range(self.size):
-                slices[place][name] = received[own * place : own * (place + 1)]
-        return slices
-
-    def gather(self, state: State, n_rows: dict[str, int]) -> State:
-        """Put slices together on the first rank; elsewhere the result has no rows.
-
-        Args:
-            state: this rank's slice.
-            n_rows: rows of each whole tensor.
-        """
-        whole: State = {}
-        for name, tensor in state.items():
-            incoming = [0] * self.size if self.place else _slice_sizes(n_rows[name], self.size)
-            whole[name] = tensor.new_empty((sum(incoming), *tensor.shape[1:]))
-            self._all_to_all(whole[name], tensor, incoming, [len(tensor)] + [0] * (self.size - 1))
-        return whole
-
-    def _all_to_all(self, out: Tensor, tensor: Tensor, out_rows: list[int], in_rows: list[int]) -> None:
-        """`torch.distributed.all_to_all_single`."""
-        tensor = tensor.contiguous()
-        try:
-            self._gloo.alltoall_base(out, tensor, out_rows, in_rows).wait()
-        except RuntimeError as err:
-            raise _Disconnected(str(err).splitlines()[0]) from None
 
 
 class World:
@@ -129,7 +63,7 @@ class World:
         self.local_size = _env("LOCAL_WORLD_SIZE", 1, least=1)
         self._timeout = timedelta(seconds=timeout_s)
         self._store: dist.Store | None = None
-        self._groups = _groups(self.rank, self.size)
+        self._grid = Grid(self.rank, self.size)
         self._n_phases = 0
         self._checked = time.monotonic()
         self._left = threading.Event()
@@ -212,16 +146,17 @@ class World:
             # After a restart by torchrun the store still holds the keys of the attempt before.
             attempt = _env("TORCHELASTIC_RESTART_COUNT", 0)
             self._store = dist.PrefixStore(f"saev_dist/{attempt}", store)
-            for group in self._groups:
-                group.meet(self._store, self._timeout)
-            if self._store.add("met", 1) == self.size:
-                self._store.set("all met", "")
-            self._store.wait(["all met"], self._timeout)  # before that nobody leaves, or is missed
+            self._grid.meet(self._store, self._timeout)
             self._watcher = threading.Thread(target=self._watch, args=(self._store,), daemon=True, name="watch")
             self._watcher.start()
+        except Disconnected as err:
+            self._grid.part()
+            raise RunError(
+                f"rank {self.rank} could not connect to all of its peers ({err}). Set {INTERFACE} to the name of a network "
+                "interface by which all machines reach each other, on each of them."
+            ) from None
         except STORE_ERRORS as err:
-            for group in self._groups:
-                group.part()
+            self._grid.part()
             first = str(err).splitlines()[0].rstrip(".")
             limit_s = self._timeout.total_seconds()
             raise RunError(
@@ -246,8 +181,7 @@ class World:
                 if first:
                     self._store.set("error", f"rank {self.rank}: {err}")
             # A peer that waits for this rank inside a collective must not wait until it has lingered: gloo tells it now.
-            for group in self._groups:
-                group.part()
+            self._grid.part()
             # Whoever hosts the store must not take it away before the others have read it, and a launcher that sees
             # a rank fail ends the others: it may not do so while they write their last partials.
             n_gone = self._store.add("gone", 1)
@@ -364,34 +298,10 @@ class World:
         return reports
 
     def merge(self, state: State, merge: Callable[[list[State]], State]) -> State:
-        """All ranks' states as one, on rank 0; elsewhere the result has no rows.
-
-        A rank merges its slice of its row's states, then its slice of that of its column's. What arrives in all is one state's
-        worth of bytes, whatever the world size. Then the slices go to the first rank of each column, and from there to rank 0.
-
-        Args:
-            state: this rank's; the same names and shapes everywhere.
-            merge: makes several states one, row by row.
-        """
-        n_rows = []
-        for group in self._groups:
-            n_rows.append({name: len(tensor) for name, tensor in state.items()})
-            with self._in_contact():
-                slices = group.exchange(state)
-            state = merge(slices)
-            del slices  # memory
-        for group, whole in zip(reversed(self._groups), reversed(n_rows), strict=True):
-            with self._in_contact():
-                state = group.gather(state, whole)
-            if group.place:
-                break
-        return state
-
-    @contextmanager
-    def _in_contact(self) -> Iterator[None]:
+        """All ranks' states as one, on rank 0; elsewhere the result has no rows. See `Grid.merge`."""
         try:
-            yield
-        except _Disconnected as err:
+            return self._grid.merge(state, merge)
+        except Disconnected as err:
             # A peer that failed closes its connections. Its own error, or its silence, says more than gloo does.
             # Who watches it counts its silence anew after standing still itself, so there is time for several such counts.
             pause_s = max(0.1, min(CHECK_EVERY_S, self.size / ASKS_PER_S))
@@ -487,17 +397,3 @@ def _env(name: str, default: int, *, least: int = 0) -> int:
     if not text.isdecimal() or int(text) < least:
         raise ConfigError(f"environment variable {name} is {text!r}; it should be an integer of at least {least}.")
     return int(text)
-
-
-def _groups(rank: int, size: int) -> list[_Group]:
-    """Those that a rank is in. In a row are neighbours, as many as divide the world evenly and at most the square root of it:
-    a prime number of ranks is one column."""
-    width = max(divisor for divisor in range(1, math.isqrt(size) + 1) if size % divisor == 0)
-    row, column = divmod(rank, width)
-    both = _Group(f"row {row}", column, width), _Group(f"column {column}", row, size // width)
-    return [group for group in both if group.size > 1]
-
-
-def _slice_sizes(n_rows: int, n_ranks: int) -> list[int]:
-    """Rows in each rank's slice."""
-    return [n_rows * (rank + 1) // n_ranks - n_rows * rank // n_ranks for rank in range(n_ranks)]

@@ -20,6 +20,7 @@ LEVELS = [
         "records",
         "draw",
         "world",
+        "grid",
         "store",
         "visuals",
         "lock",

@@ -13,7 +13,7 @@ from torch.distributed import TCPStore
 
 from saev_dist import world
 from saev_dist.errors import ConfigError
-from saev_dist.world import BEAT_S, LOST_AFTER_S, World, _groups, _look_for_dead, _slice_sizes
+from saev_dist.world import BEAT_S, LOST_AFTER_S, World, _look_for_dead
 from tests.crash import wait_for
 from tests.ranks import ENV, Attempt, artifact_hashes, run_ranks, server
 from tests.synthetic import make_command
@@ -145,19 +145,28 @@ def test_ranks_that_torchrun_tells_to_leave_do_not_wait_for_the_dead_one(tmp_pat
 
 MEETS_LATE = """
 import os, time, saev_dist.world as w
+from saev_dist.grid import Group
 w.BEAT_S, w.LOST_AFTER_S = 0.2, 3.0
-meet = w._Group.meet
+meet = Group.meet
 def meet_late(self, *args):
     if os.environ["RANK"] == "3" and self.name == "column 1":
         time.sleep(6)
     meet(self, *args)
-w._Group.meet = meet_late
+Group.meet = meet_late
 """
 
 
 def test_a_rank_that_is_late_to_meet_is_not_missed_by_those_that_have_met_all_of_theirs(tmp_path, args):
     ranks = server().start(*args, tmp_path / "run", n_ranks=4, before=MEETS_LATE, apart=True)
     assert server().wait(ranks) == [0, 0, 0, 0], [log.read_text() for log in ranks.error_logs]
+
+
+def test_an_error_that_all_ranks_find_is_said_once(tmp_path, args):
+    args[args.index("--sae") + 1] = tmp_path / "nowhere.pt"
+    ranks = server().start(*args, tmp_path / "run", n_ranks=4, apart=True)
+    assert server().wait(ranks) == [1, 1, 1, 1]
+    (line,) = "".join(log.read_text() for log in ranks.error_logs).splitlines()
+    assert line.startswith("saev-dist: error: rank ") and "nowhere.pt" in line
 
 
 LEAVES = """
@@ -231,51 +240,10 @@ def test_a_rank_that_meets_nobody_says_so_in_one_line(args, tmp_path):
 def test_a_single_process_has_no_process_group():
     assert os.environ.get("WORLD_SIZE") is None
     with World(10) as world:
-        assert world._store is None and world._groups == []
+        assert world._store is None and world._grid.groups == []
         state = {"a": torch.arange(3)}
         assert world.merge(state, lambda states: {}) == state
         assert world.tell({"x": 1}) == {"x": 1} and world.collect(2) == [2]
-
-
-MERGES = """
-import torch
-from saev_dist.world import World
-with World(60) as world:
-    state = dict(a=torch.arange(7) * 10**world.rank, b=torch.full((1, 2), 10.0**world.rank), c=torch.zeros(0))
-    whole = world.merge(state, lambda states: {name: sum(state[name] for state in states) for name in states[0]})
-    print([tensor.tolist() for tensor in whole.values()])
-raise SystemExit(0)
-"""
-
-
-@pytest.mark.parametrize("n_ranks", [2, 4, 5, 6])
-def test_all_states_are_merged_on_rank_0(n_ranks):
-    ranks = server().start(n_ranks=n_ranks, before=MERGES, apart=True)
-    assert server().wait(ranks) == [0] * n_ranks, [log.read_text() for log in ranks.error_logs]
-    ones = int("1" * n_ranks)
-    first, *others = (log.read_text().strip() for log in ranks.logs)
-    assert first == str([[i * ones for i in range(7)], [[float(ones)] * 2], []])
-    assert others == [str([[], [], []])] * (n_ranks - 1)
-
-
-@pytest.mark.parametrize(("size", "most_peers"), [(1, 0), (2, 1), (7, 6), (12, 2 + 3), (64, 7 + 7), (1024, 31 + 31)])
-def test_a_rank_is_connected_with_few(size, most_peers):
-    """Yet each is in one row and one column, the same for all in it, in which rank 0 is first."""
-    ranks_by_place: dict[tuple[str, int], dict[int, int]] = {}
-    for rank in range(size):
-        groups = _groups(rank, size)
-        assert sum(group.size - 1 for group in groups) == most_peers
-        for group in groups:
-            assert ranks_by_place.setdefault((group.name, group.size), {}).setdefault(group.place, rank) == rank
-    assert all(sorted(ranks) == list(range(n_ranks)) for (_, n_ranks), ranks in ranks_by_place.items())
-    assert all(group.place == 0 for group in _groups(0, size))
-
-
-@pytest.mark.parametrize("n_rows", [0, 1, 7, 1024])
-@pytest.mark.parametrize("n_ranks", [1, 2, 5, 64])
-def test_slices_cover_all_rows_evenly(n_rows, n_ranks):
-    sizes = _slice_sizes(n_rows, n_ranks)
-    assert sum(sizes) == n_rows and max(sizes) - min(sizes) <= 1
 
 
 @pytest.mark.parametrize(("local_rank", "n_gpus", "index"), [(0, 1, 0), (3, 1, 0), (0, 4, 0), (3, 4, 3)])

@@ -30,7 +30,8 @@ from saev_dist.accumulators.histogram import Histogram
 from saev_dist.accumulators.moments import Moments
 from saev_dist.accumulators.reconstruction import Reconstruction
 from saev_dist.accumulators.topk import TopK
-from saev_dist.world import World, _groups
+from saev_dist.grid import Grid
+from saev_dist.world import World
 from tests.bench.extract import Case, bare_product_s, make_inputs
 from tests.bench.forks import FORK, forget_peak, in_forks, status
 from tests.bench.record import emit
@@ -173,7 +174,7 @@ def measure_merge() -> None:
     for n_ranks in WORLDS:
         port = free_port()
         first, *others = in_forks(merge_rank, *((rank, n_ranks, port) for rank in range(n_ranks)))
-        groups = _groups(0, n_ranks)
+        groups = Grid(0, n_ranks).groups
         hands_on = 1 / groups[0].size if len(groups) == 2 else 1 / n_ranks
         law = {"sent0": 1 - 1 / n_ranks, "received0": 2 - 2 / n_ranks}
         law |= {"sent": 1 - 1 / n_ranks + hands_on, "received": 1 - 2 / n_ranks + hands_on}
