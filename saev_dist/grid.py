@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from fcntl import ioctl
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address
 from typing import Any
 
 import torch.distributed as dist
@@ -170,13 +170,11 @@ def _interface(store: dist.Store, size: int, timeout: timedelta) -> str | None:
     return None
 
 
-def _own_address_towards(host: str) -> IPv4Address | IPv6Address | None:
-    """What this machine is called where it speaks to another."""
-    with suppress(OSError):
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM):
-            with socket.socket(family, kind, protocol) as probe, suppress(OSError):
-                probe.connect(address)  # of datagrams: it sends nothing
-                return ip_address(probe.getsockname()[0])
+def _own_address_towards(host: str) -> IPv4Address | None:
+    """Where another machine reaches this one, as far as the way there tells; None where it has only IPv6."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 1))  # of datagrams: it sends nothing
+        return IPv4Address(probe.getsockname()[0])
     return None
 
 
