@@ -87,25 +87,26 @@ def test_who_leaves_without_a_last_snapshot_does_not_say_that_all_is_kept(tmp_pa
     assert "what is done is kept" not in said
 
 
-@pytest.mark.parametrize("when", ["amid the stream", "after its share"])
-def test_rank_0_says_so_of_another_ranks_loss(tmp_path, server, long_run, when):
+@pytest.mark.parametrize(
+    ("when", "n_ranks", "whose"),
+    [("amid the stream", 2, "rank 1"), ("amid the stream", 3, "2 ranks"), ("after its share", 2, "rank 1")],
+)
+def test_rank_0_says_so_of_another_ranks_loss(tmp_path, server, long_run, when, n_ranks, whose):
     out = tmp_path / "run"
     full = "\nimport os, saev_dist.partials as p\nw = p.write\ndef full(*_): raise OSError(28, 'No space left on device')"
     full += (
-        "\nif os.environ['RANK'] == '1': p.write = full; e._rows = f"
+        "\nif os.environ['RANK'] != '0': p.write = full; e._rows = f"
         if when == "after its share"
-        else "\nif os.environ['RANK'] == '1': p.write = full"
+        else "\nif os.environ['RANK'] != '0': p.write = full"
     )
-    attempt = server.start(*long_run, out, n_ranks=2, before=SLOW + full)
+    attempt = server.start(*long_run, out, n_ranks=n_ranks, before=SLOW + full)
     if when == "after its share":
         wait_for(lambda: "no snapshot: " in attempt.output())
-    wait_for(lambda: all(list(out.glob(f"partials/*.{rank:05d}-*.bin")) for rank in range(2)))
+    wait_for(lambda: all(list(out.glob(f"partials/*.{rank:05d}-*.bin")) for rank in range(n_ranks)))
     os.kill(attempt.pids[0], signal.SIGTERM)
-    assert server.wait(attempt) == [75, 75], attempt.output()
+    assert server.wait(attempt) == [75] * n_ranks, attempt.output()
     (line,) = (line for line in attempt.output().splitlines() if "stopped, and" in line)
-    assert line.endswith("(But the disk did not take the last snapshot of rank 1: what came since the one before is lost.)"), (
-        line
-    )
+    assert line.endswith(f"(But the disk did not take the last snapshot of {whose}: what came since the one before is lost.)")
 
 
 def test_a_signal_is_obeyed_between_partials(tmp_path, server, whole):
