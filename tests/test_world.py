@@ -169,6 +169,22 @@ def test_an_error_that_all_ranks_find_is_said_once(tmp_path, args):
     assert line.startswith("saev-dist: error: rank ") and "nowhere.pt" in line
 
 
+CONNECTS = """
+import resource
+from saev_dist.world import World
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))  # 1024 is usual
+with World(60):
+    print(resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most))
+raise SystemExit(0)
+"""
+
+
+def test_there_may_be_as_many_connections_as_the_machine_allows():
+    ranks = server().start(n_ranks=2, before=CONNECTS, apart=True)
+    assert server().wait(ranks) == [0, 0] and [log.read_text().strip() for log in ranks.logs] == ["True"] * 2
+
+
 LEAVES = """
 import os, signal, time
 from pathlib import Path
