@@ -102,8 +102,8 @@ class Group:
     """Of this rank, from 0."""
     size: int
     _gloo: Any = None
-    """`ProcessGroupGloo`, whose stubs leave out half of it. Gloo hangs up when nothing refers to it any more, not even a
-    traceback's frame."""
+    """`ProcessGroupGloo`, whose stubs leave out half of it. It hangs up when nothing refers to it any more, neither a frame of
+    a traceback nor a `Work` that it was given."""
 
     def meet(self, store: dist.Store, timeout: timedelta) -> None:
         self._gloo = dist.ProcessGroupGloo(dist.PrefixStore(self.name, store), self.place, self.size, timeout)

@@ -149,20 +149,21 @@ class World:
             self._grid.meet(self._store, self._timeout)
             self._watcher = threading.Thread(target=self._watch, args=(self._store,), daemon=True, name="watch")
             self._watcher.start()
-        except Disconnected as err:
+        except (Disconnected, *STORE_ERRORS) as err:
             self._grid.part()
-            raise RunError(
-                f"rank {self.rank} could not connect to all of its peers ({err}). Set {INTERFACE} to the name of a network "
-                "interface by which all machines reach each other, on each of them."
-            ) from None
-        except STORE_ERRORS as err:
-            self._grid.part()
-            first = str(err).splitlines()[0].rstrip(".")
-            limit_s = self._timeout.total_seconds()
-            raise RunError(
-                f"could not meet all {self.size} ranks ({first}; the limit is {limit_s:.0f} s, --timeout-s). Start all "
-                "ranks with the same MASTER_ADDR and MASTER_PORT, a port that nothing else uses."
-            ) from None
+            if isinstance(err, Disconnected):
+                said = (
+                    f"rank {self.rank} could not connect to all of its peers ({err}). Set {INTERFACE} to the name of a network "
+                )
+                said += "interface by which all machines reach each other, on each of them."
+            else:
+                first, limit_s = str(err).splitlines()[0].rstrip("."), self._timeout.total_seconds()
+                said = f"could not meet all {self.size} ranks ({first}; the limit is {limit_s:.0f} s, --timeout-s). Start all "
+                said += "ranks with the same MASTER_ADDR and MASTER_PORT, a port that nothing else uses."
+            with suppress(*STORE_ERRORS):  # who comes too late is to know
+                if self._store is not None and not self._is_first_to_fail(said):
+                    raise PeerError(said) from None
+            raise RunError(said) from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
@@ -177,9 +178,7 @@ class World:
         first, dead, loss = True, list[int](), ""
         with suppress(*STORE_ERRORS):
             if err is not None and not isinstance(err, (PeerError, Preempted)):
-                first = self._store.add("errors", 1) == 1
-                if first:
-                    self._store.set("error", f"rank {self.rank}: {err}")
+                first = self._is_first_to_fail(str(err))
             # A peer that waits for this rank inside a collective must not wait until it has lingered: gloo tells it now.
             self._grid.part()
             # Whoever hosts the store must not take it away before the others have read it, and a launcher that sees
@@ -195,6 +194,7 @@ class World:
                 n = self._store.add("losses", 0)
                 whose = f"{n} ranks" if n > 1 else self._store.get("loss").decode()
                 loss = f" (But the disk did not take the last snapshot of {whose}: what came since the one before is lost.)"
+        self._grid.part()  # also where the store is gone
         self._store = None
         if not first:  # the same fault was found, and shown, by another rank
             raise PeerError(str(err)) from err
@@ -202,6 +202,14 @@ class World:
             raise Preempted(f"{err} ({_died(dead[0], self.size)}){loss}") from err
         if loss:
             raise Preempted(f"{err}{loss}") from err
+
+    def _is_first_to_fail(self, message: str) -> bool:
+        """Make it known to the peers, unless one of them has failed already."""
+        assert self._store is not None
+        if self._store.add("errors", 1) > 1:
+            return False
+        self._store.set("error", f"rank {self.rank}: {message}")
+        return True
 
     def device(self, wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
         """This rank's device: its own GPU by local rank, also where the cluster shows each rank only one.
@@ -306,7 +314,8 @@ class World:
             # Who watches it counts its silence anew after standing still itself, so there is time for several such counts.
             pause_s = max(0.1, min(CHECK_EVERY_S, self.size / ASKS_PER_S))
             for _ in range(int(4 * LOST_AFTER_S / pause_s)):  # looks, and no clock: this rank may stand still, too
-                self._ask(lambda store: None)
+                lost = self._ask(lambda store: store.get("lost").decode() if store.check(["lost"]) else "")
+                self._lost = lost or self._lost
                 time.sleep(pause_s)
             raise RunError(f"rank {self.rank} lost contact with another rank in the merge: {err}") from None
 
@@ -320,6 +329,7 @@ class World:
                 store.set(f"beat/{self.rank}", str(n_beats))
                 if dead := next(looks):
                     self._lost = _died(dead[0], self.size)
+                    store.set("lost", self._lost)  # for those that exchanged with it: this rank may be waiting for one of them
             store.set(f"beat/{self.rank}", "left")
 
     def _ask(self, question: Callable[[dist.Store], Any], *, obey: bool = True) -> Any:
