@@ -54,7 +54,8 @@ class Grid:
             Disconnected: not all peers are reached.
             RuntimeError: of the store, also where not all ranks come.
         """
-        interface = os.environ.get(INTERFACE) or _interface(store, self.size, timeout)
+        found = _interface(store, self.size, timeout)  # all ranks take part
+        interface = os.environ.get(INTERFACE) or found
         with _listening_on(interface):
             for group in self.groups:
                 try:
@@ -77,7 +78,7 @@ class Grid:
 
         Args:
             state: this rank's; the same names and shapes everywhere.
-            merge: makes several states one, row by row.
+            merge: makes several states one, each row of a tensor by itself.
 
         Raises:
             Disconnected: a peer is gone.
