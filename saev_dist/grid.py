@@ -62,7 +62,7 @@ class Grid:
                     group.meet(store, timeout)
                 except RuntimeError as err:
                     where = f"interface {interface}" if interface else "the address of its own name"
-                    raise Disconnected(f"it listens on {where}: {_first_line(err)}") from None
+                    raise Disconnected(f"this one listens on {where}: {_first_line(err)}") from None
         _wait_for_all(store, "met", self.size, timeout)
 
     def part(self) -> None:

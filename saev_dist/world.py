@@ -151,15 +151,7 @@ class World:
             self._watcher.start()
         except (Disconnected, *STORE_ERRORS) as err:
             self._grid.part()
-            if isinstance(err, Disconnected):
-                said = (
-                    f"rank {self.rank} could not connect to all of its peers ({err}). Set {INTERFACE} to the name of a network "
-                )
-                said += "interface by which all machines reach each other, on each of them."
-            else:
-                first, limit_s = str(err).splitlines()[0].rstrip("."), self._timeout.total_seconds()
-                said = f"could not meet all {self.size} ranks ({first}; the limit is {limit_s:.0f} s, --timeout-s). Start all "
-                said += "ranks with the same MASTER_ADDR and MASTER_PORT, a port that nothing else uses."
+            said = self._why_not_met(err)
             with suppress(*STORE_ERRORS):  # who comes too late is to know
                 if self._store is not None and not self._is_first_to_fail(said):
                     raise PeerError(said) from None
@@ -202,6 +194,18 @@ class World:
             raise Preempted(f"{err} ({_died(dead[0], self.size)}){loss}") from err
         if loss:
             raise Preempted(f"{err}{loss}") from err
+
+    def _why_not_met(self, err: Exception) -> str:
+        if isinstance(err, Disconnected):
+            return (
+                f"could not connect with other ranks ({err}). Set {INTERFACE} to the name of a network interface by which all "
+                "machines reach each other, on each of them."
+            )
+        first, limit_s = str(err).splitlines()[0].rstrip("."), self._timeout.total_seconds()
+        return (
+            f"could not meet all {self.size} ranks ({first}; the limit is {limit_s:.0f} s, --timeout-s). Start all "
+            "ranks with the same MASTER_ADDR and MASTER_PORT, a port that nothing else uses."
+        )
 
     def _is_first_to_fail(self, message: str) -> bool:
         """Make it known to the peers, unless one of them has failed already."""
@@ -317,7 +321,7 @@ class World:
                 lost = self._ask(lambda store: store.get("lost").decode() if store.check(["lost"]) else "")
                 self._lost = lost or self._lost
                 time.sleep(pause_s)
-            raise RunError(f"rank {self.rank} lost contact with another rank in the merge: {err}") from None
+            raise RunError(f"lost contact with another rank in the merge: {err}") from None
 
     def _watch(self, store: dist.Store) -> None:
         """Give a sign of life, and watch the next rank's: each rank is watched by one, whatever the world size."""
@@ -356,7 +360,7 @@ class World:
         except STORE_ERRORS as err:
             first = str(err).splitlines()[0]
             raise RunError(
-                f"rank {self.rank} lost contact with the host of all ranks' store: rank 0, or torchrun on its node, died "
+                f"lost contact with the host of all ranks' store: rank 0, or torchrun on its node, died "
                 f"({first}). Run the same command again to continue."
             ) from None
 

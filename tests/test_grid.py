@@ -102,5 +102,5 @@ def test_machines_whose_own_names_lead_to_themselves_meet_on_the_way_to_the_firs
 def test_an_interface_by_which_machines_do_not_meet_is_named(machines):
     ends = meet(machines, ["10.213.0.1"] * 2, timeout_s=4, interfaces=("lo", "lo"))
     for code, said in ends:
-        assert code == 1 and "could not connect to all of its peers (it listens on interface lo: " in said
+        assert code == 1 and "could not connect with other ranks (this one listens on interface lo: " in said
         assert "Set GLOO_SOCKET_IFNAME to the name of a network interface" in said
