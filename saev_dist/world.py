@@ -151,11 +151,12 @@ class World:
             self._watcher.start()
         except (Disconnected, *STORE_ERRORS) as err:
             self._grid.part()
-            said = self._why_not_met(err)
-            with suppress(*STORE_ERRORS):  # who comes too late is to know
-                if self._store is not None and not self._is_first_to_fail(said):
-                    raise PeerError(said) from None
-            raise RunError(said) from None
+            said, first = self._why_not_met(err), True
+            with suppress(*STORE_ERRORS):
+                if self._store is not None:  # who comes too late is to know, and not to wait for this rank
+                    first = self._is_first_to_fail(said)
+                    self._store.add("gone", 1)
+            raise (RunError if first else PeerError)(said) from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:

@@ -169,6 +169,37 @@ def test_an_error_that_all_ranks_find_is_said_once(tmp_path, args):
     assert line.startswith("saev-dist: error: rank ") and "nowhere.pt" in line
 
 
+COMES_TOO_LATE = """
+import os, time
+from saev_dist import grid
+from saev_dist.errors import SaevDistError
+from saev_dist.world import World
+wait = grid._wait_for_all
+def late(store, what, *args):
+    if (what, os.environ["RANK"]) == ("met", "0"):
+        time.sleep(6)
+    wait(store, what, *args)
+grid._wait_for_all = late
+try:
+    with World(3) as world:
+        world.wait()
+except SaevDistError as err:
+    print(type(err).__name__, err)
+raise SystemExit(0)
+"""
+
+
+def test_who_comes_when_the_others_have_given_up_is_told_so():
+    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(host.port)}
+    meet |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    ranks = server().start(n_ranks=3, before=COMES_TOO_LATE, apart=True, envs=[meet] * 3)
+    assert server().wait(ranks, timeout_s=LOST_AFTER_S) == [0, 0, 0]
+    late, *others = (log.read_text() for log in ranks.logs)
+    assert late.startswith("PeerError rank ") and "could not meet all 3 ranks" in late
+    assert sorted(said.split()[0] for said in others) == ["PeerError", "RunError"]
+
+
 CONNECTS = """
 import resource
 from saev_dist.world import World
