@@ -2,8 +2,6 @@
 
 Gloo connects each rank of a group with each other, by way of the store. So the ranks of a run are not one group but a grid, and
 each is in two, its row and its column: of 1,024 ranks it is connected with 62.
-
-Names: `r` rows of a state tensor.
 """
 
 import math
