@@ -53,7 +53,10 @@ def test_slices_cover_all_rows_evenly(n_rows, n_ranks):
 
 @pytest.fixture
 def machines() -> Iterator[list[str]]:
-    """Two network namespaces with a cable between them: to each other like machines whose own names lead to themselves alone."""
+    """Two network namespaces with a cable between them: to each other like machines whose own names lead to themselves alone.
+
+    Of two ranks gloo lets the one of the higher address call the other: theirs are above 127.0.0.1.
+    """
     names = [f"saev{os.getpid()}{side}" for side in "ab"]
     try:
         for name in names:
@@ -61,7 +64,7 @@ def machines() -> Iterator[list[str]]:
         cable = ["type", "veth", "peer", "name", "eth1", "netns", names[1]]
         subprocess.run(["ip", "-n", names[0], "link", "add", "eth1", *cable], check=True, capture_output=True)
         for number, name in enumerate(names, 1):
-            for words in (f"addr add 10.213.0.{number}/24 dev eth1", "link set eth1 up", "link set lo up"):
+            for words in (f"addr add 198.51.100.{number}/24 dev eth1", "link set eth1 up", "link set lo up"):
                 subprocess.run(["ip", "-n", name, *words.split()], check=True, capture_output=True)
         yield names
     except (FileNotFoundError, subprocess.CalledProcessError) as err:
@@ -92,15 +95,15 @@ def meet(
     return found
 
 
-@pytest.mark.parametrize(("host", "interface"), [("10.213.0.1", ""), ("127.0.1.1", ""), ("127.0.1.1", "eth1")])
+@pytest.mark.parametrize(("host", "interface"), [("198.51.100.1", ""), ("127.0.1.1", ""), ("127.0.1.1", "eth1")])
 def test_machines_whose_own_names_lead_to_themselves_meet_on_the_way_to_the_first(machines, host, interface):
     """On the first one MASTER_ADDR may be such a name, too, and it alone may have been told better."""
-    ends = meet(machines, [host, "10.213.0.1"], interfaces=(interface, ""))
+    ends = meet(machines, [host, "198.51.100.1"], interfaces=(interface, ""))
     assert ends == [(0, str([[i * 11 for i in range(7)], [[11.0, 11.0]], []])), (0, str([[], [], []]))]
 
 
 def test_an_interface_by_which_machines_do_not_meet_is_named(machines):
-    ends = meet(machines, ["10.213.0.1"] * 2, timeout_s=4, interfaces=("lo", "lo"))
+    ends = meet(machines, ["198.51.100.1"] * 2, timeout_s=4, interfaces=("lo", "lo"))
     for code, said in ends:
         assert code == 1 and "could not connect with other ranks (this one listens on interface lo: " in said
         assert "Set GLOO_SOCKET_IFNAME to the name of a network interface" in said

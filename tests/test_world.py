@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -67,6 +68,15 @@ def start_ranks(slow_rank: int, delay_s: float, *args: object, phase: str = "_st
 
 
 @pytest.fixture
+def agent() -> Iterator[dict[str, str]]:
+    """Environment of ranks whose store is in a process that outlives them all, as in torchrun's own."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    yield place | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    del store  # it ends with its last reference
+
+
+@pytest.fixture
 def args(tmp_path):
     return make_command(tmp_path)
 
@@ -122,13 +132,10 @@ world.World.finish = lambda self: (print("finishes", flush=True), finish(self))
 
 
 @pytest.mark.parametrize(("victim", "phase"), [(0, "_merge"), (2, "_merge"), (0, "artifacts.write")])
-def test_ranks_that_torchrun_tells_to_leave_do_not_wait_for_the_dead_one(tmp_path, args, victim, phase):
+def test_ranks_that_torchrun_tells_to_leave_do_not_wait_for_the_dead_one(tmp_path, args, agent, victim, phase):
     """Else it would kill them after 30 s. Whoever hosts the store, as torchrun itself may, goes on."""
-    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(host.port)}
-    meet |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     before = SLOW.format(rank=victim, delay_s=300, phase=phase) + SAYING_THAT_IT_FINISHES
-    ranks = server().start(*args, tmp_path / "run", n_ranks=3, before=before, apart=True, envs=[meet] * 3)
+    ranks = server().start(*args, tmp_path / "run", n_ranks=3, before=before, apart=True, envs=[agent] * 3)
     others = [rank for rank in range(3) if rank != victim]
     said = "" if phase == "_merge" else "finishes\n"
     wait_for(lambda: ranks.logs[victim].read_text() == "delayed\n", say=ranks.output)
@@ -189,11 +196,8 @@ raise SystemExit(0)
 """
 
 
-def test_who_comes_when_the_others_have_given_up_is_told_so():
-    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(host.port)}
-    meet |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    ranks = server().start(n_ranks=3, before=COMES_TOO_LATE, apart=True, envs=[meet] * 3)
+def test_who_comes_when_the_others_have_given_up_is_told_so(agent):
+    ranks = server().start(n_ranks=3, before=COMES_TOO_LATE, apart=True, envs=[agent] * 3)
     assert server().wait(ranks, timeout_s=LOST_AFTER_S) == [0, 0, 0]
     late, *others = (log.read_text() for log in ranks.logs)
     assert late.startswith("PeerError rank ") and "could not meet all 3 ranks" in late
