@@ -32,7 +32,7 @@ from saev_dist.errors import ConfigError, DataError, MergeError, RunError, SaevD
 from saev_dist.estimate import fit
 from saev_dist.fields import Fields
 from saev_dist.job import Job, as_json, open_job
-from saev_dist.machine import allocating, arithmetic
+from saev_dist.machine import allocating
 from saev_dist.partials import Keeper, Partial
 from saev_dist.plan import Batch, Intervals, Plan, complement, subtract
 from saev_dist.progress import Progress
@@ -40,6 +40,7 @@ from saev_dist.report import already_done, describe_plan, summary
 from saev_dist.sae import screen
 from saev_dist.sae.encoder import ActivationOverflow, Encoder
 from saev_dist.sae.pieces import batches_ahead
+from saev_dist.sae.product import arithmetic
 from saev_dist.selfcheck import Report, check
 from saev_dist.spill import Segment, Spill, covered
 from saev_dist.statistics import make_bundle
@@ -182,6 +183,8 @@ class Share:
     """Partials that the state holds."""
     fingerprint: str
     """Of the run."""
+    arithmetic: str
+    """Of this rank, as the function of that name has it."""
     todo: Intervals
     bad: dict[int, str]
     """On rank 0: batches whose shard is known to be bad, and why; they are in nobody's share."""
@@ -194,7 +197,8 @@ def _take_share(job: Job, store: Run, world: World, *, goes_on: bool) -> Share:
     found = world.tell(partials.names(dpath) if first_rank else None)
     mine = found[world.rank :: world.size]
     faults = {name: what for name in mine if (what := partials.fault(dpath / name, world.check))}
-    looks = world.collect({"faults": faults, "arithmetic": arithmetic(job.device)})
+    own = arithmetic(job.device, cfg.precision, screen=cfg.screen != "none")
+    looks = world.collect({"faults": faults, "arithmetic": own})
     live: list[Partial] = []
     fingerprint = partials.fingerprint(job.identity)
     if first_rank:
@@ -237,6 +241,7 @@ def _take_share(job: Job, store: Run, world: World, *, goes_on: bool) -> Share:
         bundle=bundle,
         absorbed=absorbed,
         fingerprint=news["fingerprint"],
+        arithmetic=own,
         todo=shares[world.rank],
         bad={i: reason for shard_i, reason in bad_files.items() for i in range(*plan.shard_batches(shard_i))},
     )
@@ -266,9 +271,7 @@ def _stream(job: Job, store: Run, world: World, share: Share) -> tuple[Bundle, d
 
     with ExitStack() as stack:
         spill = stack.enter_context(Spill(store.partials_dpath, partials.new_owner(world.rank), artifacts.row_kinds(cfg)))
-        keeper = stack.enter_context(
-            Keeper(spill, share.fingerprint, share.absorbed, arithmetic(job.device), cfg.snapshot_every)
-        )
+        keeper = stack.enter_context(Keeper(spill, share.fingerprint, share.absorbed, share.arithmetic, cfg.snapshot_every))
         stack.callback(progress.close)
         shapes = shards.n_patches, sae.activation, sae.d_sae, job.device
         n_ahead = batches_ahead(job.plan.sizes(), *shapes, job.n_threads)

@@ -23,9 +23,8 @@ MEMINFO = Path("/proc/meminfo")
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def arithmetic(device: torch.device) -> str:
-    """What decides, beside the libraries, how a product is rounded: the GPU, or the CPU's model and its vector instructions, by
-    which libraries choose their code."""
+def processor(device: torch.device) -> str:
+    """What computes: the GPU, or the CPU's model and its vector instructions, by which libraries choose their code."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")  # the latter two on ARM

@@ -78,7 +78,7 @@ class Partial:
     """Owners whose partials this one stands for."""
     segments: tuple[Segment, ...]
     arithmetic: tuple[str, ...]
-    """What computed them, as `machine.arithmetic` calls it; sorted. Nothing in those of former versions."""
+    """What computed them, as `product.arithmetic` calls it; sorted. Nothing in those of former versions."""
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     """dtype and shape of each tensor, in the order of the file."""
 

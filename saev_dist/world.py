@@ -297,7 +297,7 @@ class World:
         first = self.tell(identity)
         if names := differing(identity, first):
             here, there = contrast(identity.get(names[0]), first.get(names[0]), most=200)
-            raise RunError(f"rank {self.rank} would {would} than rank 0: {names[0]} is {here} here, {there} there. {advice}")
+            raise RunError(f"it would {would} than rank 0: {names[0]} is {here} here, {there} there. {advice}")
 
     def collect(self, report: Any) -> list[Any]:
         """Every rank's `report` (JSON) in rank order, once all are here; on ranks other than 0 an empty list."""

@@ -222,7 +222,7 @@ def test_processors_that_may_round_otherwise_have_other_names(tmp_path, monkeypa
 
     def name(text: str) -> str:
         (tmp_path / "cpuinfo").write_text(text)
-        return machine.arithmetic(torch.device("cpu"))
+        return machine.processor(torch.device("cpu"))
 
     zen_3 = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC 7763\n"
     assert name(zen_3) == name(zen_3 * 2) == name(zen_3.replace("7763", "7713")) == "AuthenticAMD cpu family 25 model 1 AVX2"

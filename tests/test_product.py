@@ -15,8 +15,8 @@ from saev_dist.estimate import estimate
 from saev_dist.plan import Plan
 from saev_dist.sae import product
 from saev_dist.sae.encoder import Encoder
-from saev_dist.sae.model import Relu, Sae, TopK
-from saev_dist.sae.product import NumpyProduct, TorchProduct, numpy_is_faster, uses_numpy
+from saev_dist.sae.model import Precision, Relu, Sae, TopK
+from saev_dist.sae.product import NumpyProduct, TorchProduct, arithmetic, numpy_is_faster, uses_numpy
 from tests.ranks import artifact_hashes
 from tests.synthetic import make_acts, make_sae, make_shards, make_weights
 
@@ -151,10 +151,35 @@ def cpu(monkeypatch, tmp_path):
 )
 def test_numpy_multiplies_where_it_was_measured_to_be_faster(cpu, monkeypatch, text, blas, layer, is_faster):
     monkeypatch.setattr(np, "show_config", lambda mode: {"Build Dependencies": {"blas": {"name": blas}}})
-    libs = [{"internal_api": "openblas", "threading_layer": layer}] if layer else []
+    libs = [{"internal_api": "openblas", "threading_layer": layer, "version": "1", "architecture": "Zen"}] if layer else []
     monkeypatch.setattr(product, "threadpool_info", lambda: libs)
     cpu(text)
     assert numpy_is_faster() == is_faster
     assert uses_numpy(CPU, "fp32", screen=False) == is_faster
     assert not uses_numpy(CPU, "bf16", screen=False) and not uses_numpy(CPU, "fp32", screen=True)
     assert not uses_numpy(torch.device("cuda"), "fp32", screen=False)
+
+
+def test_what_rounds_otherwise_is_called_otherwise(monkeypatch):
+    here = {"internal_api": "openblas", "threading_layer": "pthreads", "version": "0.3.30", "architecture": "Zen"}
+    of_scipy = here | {"version": "0.3.28"}
+    libs = [{"internal_api": "mkl"}, here, of_scipy]
+    monkeypatch.setattr(product, "threadpool_info", lambda: libs)
+    monkeypatch.setattr(product, "processor", lambda device: device.type)
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    for name in product.CHOOSERS:
+        monkeypatch.delenv(name, raising=False)
+
+    def name(*, device: str = "cpu", precision: Precision = "fp32", screen: bool = False, is_numpys: bool = True) -> str:
+        monkeypatch.setattr(product, "numpy_is_faster", lambda: is_numpys)
+        return arithmetic(torch.device(device), precision, screen=screen)
+
+    assert name() == "cpu (torch 2.13.0, NumPy's OpenBLAS 0.3.30 Zen)"
+    assert name(is_numpys=False) == name(screen=True) == name(precision="bf16") == "cpu (torch 2.13.0)"
+    assert name(device="cuda") == "cuda (torch 2.13.0)"
+    libs[1] = here | {"architecture": "Haswell"}  # as OPENBLAS_CORETYPE has it
+    assert name() == "cpu (torch 2.13.0, NumPy's OpenBLAS 0.3.30 Haswell)"
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    assert name(device="cuda") == "cuda (torch 2.13.0, NVIDIA_TF32_OVERRIDE=1)"
+    monkeypatch.setattr(torch, "__version__", "2.14.1")
+    assert name(device="cuda").startswith("cuda (torch 2.14.1,")

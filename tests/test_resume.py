@@ -11,8 +11,8 @@ import torch
 
 from saev_dist import partials
 from saev_dist.identity import contrast
-from saev_dist.machine import arithmetic
 from saev_dist.plan import Plan
+from saev_dist.sae.product import arithmetic
 from saev_dist.spill import covered
 from tests.crash import N_BATCHES, STOPPING, Fault, killed, unfinished, wait_for
 from tests.ranks import artifact_hashes, leading_a_group
@@ -175,17 +175,19 @@ def test_ranks_that_see_other_files_are_refused(tmp_path, server, whole):
     other = make_sae(tmp_path / "other.pt", seed=5)
     codes, output = server.run(*args, tmp_path / "run", n_ranks=2, before=ELSEWHERE.format(other))
     assert codes == [1, 1]
-    assert re.search(r"rank 1 would compute something else than rank 0: sae_sha256 is \S+ here, \S+ there", output), output
+    assert re.search(
+        r"error: rank 1: it would compute something else than rank 0: sae_sha256 is \S+ here, \S+ there", output
+    ), output
     assert output.count("error: ") == 1 and not (tmp_path / "run").exists()
 
 
 def test_what_was_computed_on_unlike_hardware_is_told_of(tmp_path, server, whole):
     args, expected, _ = whole
-    elsewhere = "import os, saev_dist.extract as e\ne.arithmetic = lambda _: 'GPU ' + os.environ.get('RANK', '0')"
+    elsewhere = "import os, saev_dist.extract as e\ne.arithmetic = lambda *_, **__: 'GPU ' + os.environ.get('RANK', '0')"
     codes, output = server.run(*args, tmp_path / "ranks", n_ranks=2, before=elsewhere)
     assert codes == [0, 0] and output.count("warning: ") == 1, output
     assert "warning: rank 0: this run is computed on GPU 0 and on GPU 1, which may differ in" in output
-    here = arithmetic(torch.device("cpu"))
+    here = arithmetic(torch.device("cpu"), "fp32", screen=False)
     for name, at, kinds in (("begun", 2, ["GPU 0"]), ("amid", 4, sorted([here, "GPU 0"])), ("all", 4 + N_BATCHES, [here])):
         killed(server, args, tmp_path / name, at=at)  # before the first partial, after the second, after the last
         killed(server, args, tmp_path / name, at=1, ops="f")  # an attempt that changes nothing

@@ -9,6 +9,7 @@ machine did when the run began.
 Names: `b` tokens, `c` features of a block, `d` model width, `e` the same and one more, `s` features.
 """
 
+import os
 import re
 from functools import cache
 from typing import Any, Protocol
@@ -18,9 +19,12 @@ import torch
 from threadpoolctl import threadpool_info
 from torch import Tensor
 
-from saev_dist.machine import CPUINFO, read
+from saev_dist.machine import CPUINFO, processor, read
 from saev_dist.sae.model import Precision
 from saev_dist.sae.sieve import Margin
+
+CHOOSERS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "NVIDIA_TF32_OVERRIDE")
+"""Environment variables by which MKL and cuBLAS multiply in another way. (OpenBLAS says itself what it goes by.)"""
 
 
 class Product(Protocol):
@@ -89,7 +93,22 @@ def numpy_is_faster() -> bool:
     thread: with several it rounds otherwise."""
     built: dict[str, Any] = np.show_config(mode="dicts")  # type: ignore[assignment]
     name = built.get("Build Dependencies", {}).get("blas", {}).get("name")
-    is_ours = any(lib["internal_api"] == "openblas" and lib["threading_layer"] == "pthreads" for lib in threadpool_info())
     cpu = read(CPUINFO)
     flags = set(" ".join(re.findall(r"^flags\s*:(.*)$", cpu, re.M)[:1]).split())
-    return name == "scipy-openblas" and is_ours and "AuthenticAMD" in cpu and "avx2" in flags
+    return name == "scipy-openblas" and bool(_openblas()) and "AuthenticAMD" in cpu and "avx2" in flags
+
+
+def arithmetic(device: torch.device, precision: Precision, *, screen: bool) -> str:
+    """What decides how an `Encoder` of these settings rounds: where two runs differ in it, their last bits may."""
+    makers = [f"torch {torch.__version__}"]
+    if uses_numpy(device, precision, screen=screen):
+        makers.append(f"NumPy's OpenBLAS {_openblas()}")
+    makers += [f"{name}={os.environ[name]}" for name in CHOOSERS if name in os.environ]
+    return f"{processor(device)} ({', '.join(makers)})"
+
+
+def _openblas() -> str:
+    """Version of NumPy's OpenBLAS and the processor whose kernels it has chosen; "" where it has none with threads of its own.
+    (It is loaded before any other, as SciPy's.)"""
+    libs = (lib for lib in threadpool_info() if lib["internal_api"] == "openblas" and lib["threading_layer"] == "pthreads")
+    return next((f"{lib['version']} {lib['architecture']}" for lib in libs), "")

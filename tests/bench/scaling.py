@@ -38,7 +38,7 @@ from tests.bench.forks import FORK, forget_peak, in_forks, status
 from tests.bench.record import emit
 from tests.ranks import artifact_hashes, run_cli
 
-RANKS = Case(n_imgs=4_080, d_model=512, d_sae=8_192)  # four full shards: two for each rank
+RANKS = Case(n_imgs=4_080)  # four full shards: two for each rank
 WORLDS = (2, 4, 8, 16, 32, 64)
 MEETINGS = (16, 64, 256, 1_024)
 D_SAE, TOP_K, N_PATCHES, N_IMGS = 4_096, 32, 64, 8
