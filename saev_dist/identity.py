@@ -3,6 +3,9 @@
 import json
 from typing import Any
 
+MOST_OF_ENTRY = 60
+"""Characters of an entry that one of two lists alone has."""
+
 
 def differing(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Names under which two identities say different things; either may have been through JSON."""
@@ -10,15 +13,23 @@ def differing(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 
 def contrast(mine: Any, theirs: Any, *, most: int = 20) -> tuple[str, str]:
-    """Two values of an identity that differ, for a message; of lists the first entries that differ.
+    """Two values of an identity that differ, for a message; of lists the first entries that differ, or that one alone has.
 
     Args:
         most: characters of each.
     """
-    if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
+    if isinstance(mine, list) and isinstance(theirs, list):
+        if len(mine) != len(theirs):
+            return _describe(mine, theirs), _describe(theirs, mine)
         i = next(i for i, pair in enumerate(zip(mine, theirs, strict=True)) if None not in pair and pair[0] != pair[1])
         return f"[{i}] {_brief(mine[i], most)}", f"[{i}] {_brief(theirs[i], most)}"
     return _brief(mine, most), _brief(theirs, most)
+
+
+def _describe(entries: list[Any], others: list[Any]) -> str:
+    known = set(map(json.dumps, others))
+    alone = [entry for entry in entries if json.dumps(entry) not in known]
+    return f"a list of {len(entries):,}" + (f" with {_brief(alone[0], MOST_OF_ENTRY)}" if alone else "")
 
 
 def _brief(value: Any, most: int) -> str:

@@ -23,13 +23,13 @@ EXACT = (-2.0, -0.25, 0.25, 1.0, 1.0, 1.0, 1.5, 2.0**-20, 7e4)
 """Whose sums are exact in float64 and in fixed point."""
 
 KINDS: dict[str, Callable[[], Accumulator]] = {
-    "topk, patches": lambda: TopK(D_SAE, 4, N_PATCHES, "patch"),
-    "topk, images": lambda: TopK(D_SAE, 2, N_PATCHES, "image"),
+    "topk_patches": lambda: TopK(D_SAE, 4, N_PATCHES, "patch"),
+    "topk_images": lambda: TopK(D_SAE, 2, N_PATCHES, "image"),
     "moments": lambda: Moments(D_SAE),
     "histogram": lambda: Histogram(D_SAE, 90.0),
     "reconstruction": lambda: Reconstruction(torch.arange(15.0).view(D_SAE, D_MODEL) / 3, torch.ones(D_MODEL)),
 }
-KINDS["bundle"] = lambda: Bundle({name: KINDS[name]() for name in ("topk, patches", "moments", "histogram")})
+KINDS["bundle"] = lambda: Bundle({name: KINDS[name]() for name in ("topk_patches", "moments", "histogram")})
 
 
 def make_codes(img_i: int, values_eps: list[list[list[float]]]) -> Codes:

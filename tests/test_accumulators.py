@@ -15,7 +15,11 @@ from saev_dist.accumulators.histogram import Histogram
 from saev_dist.accumulators.moments import Moments
 from saev_dist.accumulators.reconstruction import Reconstruction
 from saev_dist.accumulators.topk import TopK
+from saev_dist.config import Extract
+from saev_dist.data.shards import Shards
 from saev_dist.errors import MergeError
+from saev_dist.sae.saev import load_saev
+from saev_dist.statistics import make_bundle
 from tests.laws import (
     D_MODEL,
     D_SAE,
@@ -30,9 +34,25 @@ from tests.laws import (
     sliced,
     snapshot,
 )
-from tests.synthetic import brute_force_slots
+from tests.synthetic import brute_force_slots, make_acts, make_sae, make_shards
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def test_the_laws_are_held_against_all_that_runs_keep(tmp_path):
+    """But for saev's percentile, which is no monoid: see its own tests."""
+    shards, sae = make_shards(tmp_path / "shards", make_acts(2)), load_saev(make_sae(tmp_path / "sae.pt"))
+    kept = make_bundle(Extract(shards=shards, sae=shards, out=shards, metrics=True), sae, Shards.open(shards)).parts
+    assert set(map(type, kept.values())) <= {type(make()) for make in KINDS.values()}
+
+
+@every_kind
+def test_an_empty_state_can_be_made_without_memory(kind):
+    """By which a run knows, before it starts, what its partials will hold."""
+    with torch.device("meta"):
+        made = KINDS[kind]().state_dict()
+    for name, tensor in KINDS[kind]().state_dict().items():
+        assert made[name].is_meta and (made[name].shape, made[name].dtype) == (tensor.shape, tensor.dtype)
 
 
 @every_kind

@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from saev_dist.plan import Plan
 from saev_dist.sae import product
 from saev_dist.sae.encoder import Encoder
 from saev_dist.sae.model import Precision, Relu, Sae, TopK
-from saev_dist.sae.product import NumpyProduct, TorchProduct, arithmetic, numpy_is_faster, uses_numpy
+from saev_dist.sae.product import CHOOSERS, NumpyProduct, TorchProduct, arithmetic, numpy_is_faster, uses_numpy
 from tests.ranks import artifact_hashes
 from tests.synthetic import make_acts, make_sae, make_shards, make_weights
 
@@ -151,7 +153,8 @@ def cpu(monkeypatch, tmp_path):
 )
 def test_numpy_multiplies_where_it_was_measured_to_be_faster(cpu, monkeypatch, text, blas, layer, is_faster):
     monkeypatch.setattr(np, "show_config", lambda mode: {"Build Dependencies": {"blas": {"name": blas}}})
-    libs = [{"internal_api": "openblas", "threading_layer": layer, "version": "1", "architecture": "Zen"}] if layer else []
+    lib = {"internal_api": "openblas", "threading_layer": layer, "version": "1", "architecture": "Zen", "filepath": "/lib/a.so"}
+    libs = [lib] if layer else []
     monkeypatch.setattr(product, "threadpool_info", lambda: libs)
     cpu(text)
     assert numpy_is_faster() == is_faster
@@ -161,25 +164,48 @@ def test_numpy_multiplies_where_it_was_measured_to_be_faster(cpu, monkeypatch, t
 
 
 def test_what_rounds_otherwise_is_called_otherwise(monkeypatch):
-    here = {"internal_api": "openblas", "threading_layer": "pthreads", "version": "0.3.30", "architecture": "Zen"}
-    of_scipy = here | {"version": "0.3.28"}
-    libs = [{"internal_api": "mkl"}, here, of_scipy]
+    numpys = {"internal_api": "openblas", "threading_layer": "pthreads", "version": "0.3.30", "architecture": "Zen"}
+    numpys |= {"filepath": "/lib/numpy.libs/libscipy_openblas64_.so"}
+    scipys = numpys | {"version": "0.3.28", "filepath": "/lib/scipy.libs/libscipy_openblas.so"}
+    libs = [{"internal_api": "mkl"}, scipys, numpys]
     monkeypatch.setattr(product, "threadpool_info", lambda: libs)
     monkeypatch.setattr(product, "processor", lambda device: device.type)
     monkeypatch.setattr(torch, "__version__", "2.13.0")
-    for name in product.CHOOSERS:
-        monkeypatch.delenv(name, raising=False)
+    for chooser in chain(*CHOOSERS.values()):
+        monkeypatch.delenv(chooser, raising=False)
 
     def name(*, device: str = "cpu", precision: Precision = "fp32", screen: bool = False, is_numpys: bool = True) -> str:
         monkeypatch.setattr(product, "numpy_is_faster", lambda: is_numpys)
         return arithmetic(torch.device(device), precision, screen=screen)
 
-    assert name() == "cpu (torch 2.13.0, NumPy's OpenBLAS 0.3.30 Zen)"
-    assert name(is_numpys=False) == name(screen=True) == name(precision="bf16") == "cpu (torch 2.13.0)"
-    assert name(device="cuda") == "cuda (torch 2.13.0)"
-    libs[1] = here | {"architecture": "Haswell"}  # as OPENBLAS_CORETYPE has it
+    def names() -> list[str]:
+        others: list[dict[str, Any]] = [{"is_numpys": False}, {"screen": True}, {"precision": "bf16"}, {"device": "cuda"}]
+        return [name(), *(name(**other) for other in others)]
+
+    on_cpu, on_gpu = "cpu (torch 2.13.0)", "cuda (torch 2.13.0)"
+    of_numpy = "cpu (torch 2.13.0, NumPy's OpenBLAS 0.3.30 Zen)"
+    assert names() == [of_numpy, on_cpu, on_cpu, on_cpu, on_gpu]
+    libs[2] = numpys | {"architecture": "Haswell"}  # as OPENBLAS_CORETYPE has it
     assert name() == "cpu (torch 2.13.0, NumPy's OpenBLAS 0.3.30 Haswell)"
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
-    assert name(device="cuda") == "cuda (torch 2.13.0, NVIDIA_TF32_OVERRIDE=1)"
+    libs[1:] = [scipys, numpys | {"filepath": "/opt/libopenblas.so"}]  # whose is whose?
+    assert name() == "cpu (torch 2.13.0, NumPy's OpenBLAS 0.3.28 Zen and 0.3.30 Zen)"
+    libs[1:] = [numpys]
+    for kind, choosers in CHOOSERS.items():
+        for chooser in choosers:
+            with monkeypatch.context() as patch:
+                patch.setenv(chooser, "1")
+                chosen = [one.replace(")", f", {chooser}=1)") if one.startswith(kind) else one for one in (on_cpu, on_gpu)]
+                assert names() == [of_numpy, *[chosen[0]] * 3, chosen[1]]
     monkeypatch.setattr(torch, "__version__", "2.14.1")
-    assert name(device="cuda").startswith("cuda (torch 2.14.1,")
+    assert name(device="cuda") == "cuda (torch 2.14.1)"
+
+
+@pytest.mark.parametrize(("flags", "is_numpys"), [({}, True), ({"precision": "bf16"}, False), ({"screen": "bf16"}, False)])
+def test_a_run_says_by_what_it_was_computed(monkeypatch, tmp_path, flags, is_numpys):
+    monkeypatch.setattr(product, "numpy_is_faster", lambda: True)
+    monkeypatch.setattr(product, "_openblas", lambda: "of a test")
+    shards, sae = make_shards(tmp_path / "shards", make_acts(4)), make_sae(tmp_path / "sae.pt")
+    extract.run(Extract(shards=shards, sae=sae, out=tmp_path / "run", device="cpu", progress=False, self_check="off", **flags))
+    (rank,) = json.loads((tmp_path / "run" / "manifest.json").read_text())["ranks"]
+    (said,) = rank["arithmetic"]
+    assert ("NumPy's OpenBLAS of a test" in said) == is_numpys and f"torch {torch.__version__}" in said

@@ -50,6 +50,7 @@ class Bundle(Accumulator):
         for part in self.parts.values():
             for stem, content in part.finalize(n_tokens).items():
                 if stem == "metrics":
+                    assert not content.keys() & artifacts["metrics"].keys(), content
                     artifacts["metrics"] |= content
                 else:
                     assert stem not in artifacts, stem

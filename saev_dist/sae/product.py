@@ -12,6 +12,7 @@ Names: `b` tokens, `c` features of a block, `d` model width, `e` the same and on
 import os
 import re
 from functools import cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,8 +24,11 @@ from saev_dist.machine import CPUINFO, processor, read
 from saev_dist.sae.model import Precision
 from saev_dist.sae.sieve import Margin
 
-CHOOSERS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "NVIDIA_TF32_OVERRIDE")
-"""Environment variables by which MKL and cuBLAS multiply in another way. (OpenBLAS says itself what it goes by.)"""
+CHOOSERS = {
+    "cuda": ("NVIDIA_TF32_OVERRIDE",),
+    "cpu": ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "OPENBLAS_CORETYPE"),
+}
+"""Environment variables by which torch's libraries may multiply in another way, by kind of device."""
 
 
 class Product(Protocol):
@@ -103,12 +107,15 @@ def arithmetic(device: torch.device, precision: Precision, *, screen: bool) -> s
     makers = [f"torch {torch.__version__}"]
     if uses_numpy(device, precision, screen=screen):
         makers.append(f"NumPy's OpenBLAS {_openblas()}")
-    makers += [f"{name}={os.environ[name]}" for name in CHOOSERS if name in os.environ]
+    else:
+        makers += [f"{name}={os.environ[name]}" for name in CHOOSERS[device.type] if name in os.environ]
     return f"{processor(device)} ({', '.join(makers)})"
 
 
 def _openblas() -> str:
     """Version of NumPy's OpenBLAS and the processor whose kernels it has chosen; "" where it has none with threads of its own.
-    (It is loaded before any other, as SciPy's.)"""
-    libs = (lib for lib in threadpool_info() if lib["internal_api"] == "openblas" and lib["threading_layer"] == "pthreads")
-    return next((f"{lib['version']} {lib['architecture']}" for lib in libs), "")
+
+    SciPy may have brought another; NumPy's wheels keep theirs in `numpy.libs`."""
+    libs = [lib for lib in threadpool_info() if lib["internal_api"] == "openblas" and lib["threading_layer"] == "pthreads"]
+    own = [lib for lib in libs if Path(lib["filepath"]).parent.name == "numpy.libs"] or libs
+    return " and ".join(sorted(f"{lib['version']} {lib['architecture']}" for lib in own))
