@@ -56,6 +56,14 @@ def test_an_empty_state_can_be_made_without_memory(kind):
 
 
 @every_kind
+def test_numbers_and_words_that_a_constructor_keeps_are_settings(kind):
+    """So that states of other settings are not merged. What makes no difference to that is private."""
+    acc = KINDS[kind]()
+    kept = {name for name, value in vars(acc).items() if isinstance(value, int | float | str) and not name.startswith("_")}
+    assert kept <= set(acc.SETTINGS)
+
+
+@every_kind
 @given(batches())
 def test_empty_is_the_identity(kind, group):
     acc = fold(KINDS[kind], group)
