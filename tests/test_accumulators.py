@@ -11,6 +11,7 @@ from hypothesis import given
 
 from saev_dist.accumulators import fixed_point, reconstruction, rows
 from saev_dist.accumulators.base import Accumulator, Codes
+from saev_dist.accumulators.bundle import Bundle
 from saev_dist.accumulators.histogram import Histogram
 from saev_dist.accumulators.moments import Moments
 from saev_dist.accumulators.reconstruction import Reconstruction
@@ -61,6 +62,17 @@ def test_numbers_and_words_that_a_constructor_keeps_are_settings(kind):
     acc = KINDS[kind]()
     kept = {name for name, value in vars(acc).items() if isinstance(value, int | float | str) and not name.startswith("_")}
     assert kept <= set(acc.SETTINGS)
+
+
+def test_two_statistics_cannot_write_the_same():
+    class Moment(Moments):
+        def finalize(self, n_tokens):
+            return {"metrics": {"l0": 1.0}}
+
+    with pytest.raises(AssertionError, match="l0"):
+        Bundle({"moments": Moments(D_SAE), "moment": Moment(D_SAE)}).finalize(1)
+    with pytest.raises(AssertionError, match="sparsity"):
+        Bundle({"moments": Moments(D_SAE), "again": Moments(D_SAE)}).finalize(1)
 
 
 @every_kind

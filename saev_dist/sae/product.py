@@ -115,7 +115,8 @@ def arithmetic(device: torch.device, precision: Precision, *, screen: bool) -> s
 def _openblas() -> str:
     """Version of NumPy's OpenBLAS and the processor whose kernels it has chosen; "" where it has none with threads of its own.
 
-    SciPy may have brought another; NumPy's wheels keep theirs in `numpy.libs`."""
+    SciPy may have brought another; NumPy's wheels keep theirs in `numpy.libs`.
+    """
     libs = [lib for lib in threadpool_info() if lib["internal_api"] == "openblas" and lib["threading_layer"] == "pthreads"]
     own = [lib for lib in libs if Path(lib["filepath"]).parent.name == "numpy.libs"] or libs
     return " and ".join(sorted(f"{lib['version']} {lib['architecture']}" for lib in own))
