@@ -1,4 +1,4 @@
-"""Job 1 end to end: exact, the same bytes on any number of ranks, and what saev itself computed."""
+"""Job 1 end to end: the same bytes on any number of ranks, what saev itself computed, what is refused."""
 
 import json
 import os
@@ -22,17 +22,7 @@ from saev_dist.sae.saev import load_saev
 from saev_dist.statistics import make_bundle, state_bytes, state_names
 from saev_dist.store import Run
 from tests.ranks import artifact_hashes, run_cli, run_ranks
-from tests.synthetic import (
-    BATCH_TOPK,
-    RELU,
-    TOPK,
-    brute_force_slots,
-    dense_codes,
-    make_acts,
-    make_sae,
-    make_shards,
-    make_weights,
-)
+from tests.synthetic import RELU, TOPK, make_acts, make_sae, make_shards
 
 SAEV = Path(__file__).parent / "data"
 
@@ -51,59 +41,6 @@ def read_shards(dpath: Path, layer: int) -> np.ndarray:
         raw = np.fromfile(dpath / name, "<f4", count).reshape(n, len(shards.layers), n_tokens, shards.d_model)
         parts.append(raw[:, shards.layers.index(layer), int(shards.cls_token) :])
     return np.concatenate(parts)
-
-
-@pytest.mark.parametrize("activation", [RELU, TOPK, BATCH_TOPK], ids=lambda activation: activation["cls"])
-@pytest.mark.parametrize("rank_by", ["patch", "image"])
-@pytest.mark.parametrize("top_k", [3, 200])
-def test_artifacts_equal_their_definitions(tmp_path, activation, rank_by, top_k):
-    acts = make_acts()
-    shards = make_shards(tmp_path / "shards", acts, layers=(9, 4, -2), cls_token=True)
-    sae, out = make_sae(tmp_path / "sae.pt", activation), tmp_path / "run"
-    run(
-        Extract(
-            shards=shards,
-            sae=sae,
-            out=out,
-            layer=4,
-            top_k=top_k,
-            rank_by=rank_by,
-            batch_tokens=11,
-            metrics=True,
-            n_distributions=7,
-            max_distribution_samples=50,
-            progress=False,
-        )
-    )
-    assert {path.name for path in out.iterdir()} == {path.name for path in Run(out).artifacts()} | {"manifest.json"}
-    codes = dense_codes(acts, make_weights(), activation)
-    flat = codes.reshape(-1, codes.shape[-1])
-
-    values, imgs, patches = brute_force_slots(codes, top_k, rank_by)
-    assert np.array_equal(load(out, "top_values").numpy(), np.array(values, np.float32))
-    assert load(out, "top_img_i").tolist() == imgs
-    assert load(out, "top_patch_i").tolist() == patches
-    assert load(out, "top_values").dtype == torch.float32 and load(out, "top_img_i").dtype == torch.int64
-
-    fires = (flat > 0).sum(0)
-    np.testing.assert_array_equal(load(out, "sparsity").numpy(), (fires / len(flat)).astype(np.float32))
-    with np.errstate(invalid="ignore"):
-        means = np.where(flat > 0, flat, 0).sum(0, dtype=np.float64) / fires
-    np.testing.assert_allclose(load(out, "mean_values").numpy(), means, rtol=1e-6)
-    histograms = load(out, "histograms")
-    np.testing.assert_array_equal(histograms["counts"].sum(1).numpy(), fires)
-    assert histograms["n_tokens"] == len(flat)
-    np.testing.assert_array_equal(load(out, "distributions").numpy(), flat[::3, :7].T)
-    img_acts = scipy.sparse.load_npz(out / "img_acts.npz")
-    assert img_acts.dtype == np.float32 and img_acts.has_canonical_format
-    np.testing.assert_allclose(img_acts.toarray(), np.sort(codes, 1)[:, -3:].mean(1), rtol=1e-6)
-
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["n_tokens"] == len(flat) and metrics["n_dead"] == (fires == 0).sum()
-    assert metrics["l0"] == pytest.approx((flat > 0).sum(1).mean())
-    x = acts.reshape(len(flat), -1)
-    error = np.square(flat @ make_weights()["w_dec_sd"].numpy() + 1 - x).sum() / np.square(x - x.mean(0)).sum()
-    assert metrics["normalized_mse"] == pytest.approx(error, rel=1e-5)
 
 
 @pytest.mark.parametrize("rank_by", ["patch", "image"])
