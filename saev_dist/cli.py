@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 from saev_dist import __version__
-from saev_dist.config import Convert, Demo, Extract, Inspect, Merge, Replay, Verify, toml_flags
+from saev_dist.config import Convert, Demo, Extract, Inspect, Merge, Replay, Verify, refuse_repeated, toml_flags
 from saev_dist.errors import ConfigError, PeerError, Preempted, SaevDistError, of_file, rank_prefix, tell
 from saev_dist.output import printing, spare_output
 from saev_dist.signals import be_deaf
@@ -107,8 +107,12 @@ def with_toml(flags: list[str], command: type, *, lists: tuple[str, ...] = ()) -
     """The flags, after those in the TOML file that the last --config among them names.
 
     Args:
-        lists: fields that may have several values in the file although their flag takes one: a launcher's sweep.
+        lists: fields that may have several values although their flag takes one: a launcher's sweep.
+
+    Raises:
+        ConfigError: the TOML file is wrong, or a flag of several values is given twice.
     """
+    refuse_repeated(flags, command, lists=lists)
     names = {field.name for field in fields(command)}
     if "config" in names and (fpath := _config_path(flags)) is not None:
         return toml_flags(fpath, command, lists=lists) + flags

@@ -5,6 +5,7 @@ A TOML file named by `--config` holds the same fields (`top_k = 64`); flags over
 
 import math
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,7 +20,8 @@ from saev_dist.errors import ConfigError
 T = TypeVar("T")
 
 MAX_COUNT = 10**9
-RunPath = Annotated[Path, tyro.conf.arg(aliases=("--run-dir",))]
+ALIASES = {"run": ("--run-dir",)}
+RunPath = Annotated[Path, tyro.conf.arg(aliases=ALIASES["run"])]
 
 
 def _one(kind: type[Any], metavar: str) -> PrimitiveConstructorSpec[Any]:
@@ -417,6 +419,30 @@ def toml_flags(fpath: Path, command: type, *, lists: tuple[str, ...] = ()) -> li
             case _:
                 flags.append(f"--{flag}={value}")  # one word: it may begin with a dash
     return flags
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """The flag of a field, and other names that it has."""
+    return (f"--{name.replace('_', '-')}", *ALIASES.get(name, ()))
+
+
+def refuse_repeated(flags: Sequence[str], command: type, *, lists: tuple[str, ...] = ()) -> None:
+    """Refuse a flag of several values that is given twice: the last would win, and the other values be missing.
+
+    Args:
+        flags: a user's own.
+        command, lists: as for `toml_flags`.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    said = [word.partition("=")[0].replace("_", "-") for word in flags]
+    for name, hint in get_type_hints(command).items():
+        if name not in lists and not (get_origin(hint) is tuple and get_args(hint)[-1] is ...):
+            continue
+        flag, *aliases = spellings(name)
+        if said.count(flag) + sum(map(said.count, aliases)) > 1:
+            raise ConfigError(f"{flag} is given twice, and only the last would count; write it once: {flag} A B.")
 
 
 def _advice(name: str, hints: dict[str, Any]) -> str:

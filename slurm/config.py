@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from saev_dist.config import OptionalFloat, OptionalInt, OptionalPath, OptionalText, Texts
+from saev_dist.config import ALIASES, OptionalFloat, OptionalInt, OptionalPath, OptionalText, Texts
 from saev_dist.errors import ConfigError
 
-RunPaths = Annotated[tuple[Path, ...], tyro.conf.arg(aliases=("--run-dir",))]
+RunPaths = Annotated[tuple[Path, ...], tyro.conf.arg(aliases=ALIASES["run"])]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,9 +72,9 @@ def run(argv: list[str]) -> bool:
             (pattern,) = configs(Replay, [*rest[at + 1 :], "--run", str(extracts[0].out)])
             return launch(launcher, extracts, [replace(pattern, run=cfg.out) for cfg in extracts])
         case "status":
-            return status(tyro.cli(Status, prog=f"{PROG} status", args=rest))
+            return status(tyro.cli(Status, prog=f"{PROG} status", args=with_toml(rest, Status)))
         case "cancel":
-            return cancel(tyro.cli(Cancel, prog=f"{PROG} cancel", args=rest))
+            return cancel(tyro.cli(Cancel, prog=f"{PROG} cancel", args=with_toml(rest, Cancel)))
     raise AssertionError("without a command there was --help, which has been given")
 
 

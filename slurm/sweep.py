@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from saev_dist.cli import parse_flags, with_toml
-from saev_dist.config import Extract, Replay, SaeRules
+from saev_dist.config import Extract, Replay, SaeRules, spellings
 from saev_dist.errors import ConfigError, RunError
 from saev_dist.fields import Fields
 from saev_dist.files import refuse_lacking
@@ -19,7 +19,6 @@ from saev_dist.sae.hub import absolute
 
 C = TypeVar("C", Extract, Replay)
 AXES: dict[type, tuple[str, ...]] = {Extract: ("shards", "sae"), Replay: ("run",)}
-ALIASES = {"run": ("--run", "--run-dir")}
 # What the job itself finds out, or what changes no artifact: the rest of a manifest's identity is the config's own.
 FOUND_OUT = ("layer", "device")
 
@@ -31,12 +30,12 @@ def configs(command: type[C], flags: list[str]) -> list[C]:
     there already keeps its name, whatever other inputs there are now.
 
     Raises:
-        ConfigError: two inputs are the same, or the TOML file is wrong.
+        ConfigError: two inputs are the same, a flag of several values is given twice, or the TOML file is wrong.
     """
     flags = with_toml(flags, command, lists=AXES[command])
     inputs: dict[str, list[str]] = {}  # by axis
     for name in AXES[command]:
-        values, flags = _take(flags, ALIASES.get(name, (f"--{name}",)))
+        values, flags = _take(flags, spellings(name))
         if values:
             inputs[name] = values
     given: list[str] = []

@@ -189,6 +189,20 @@ def test_features_may_be_told_apart_by_commas():
         assert cfg.features == (3, 17, 5) and cfg.run == Path("3,17")
 
 
+def test_a_flag_of_several_values_is_given_once(tmp_path, capsys):
+    (tmp_path / "replay.toml").write_text("features = [3, 5]")
+    flags = ["--run", "r", "--config", str(tmp_path / "replay.toml")]
+    assert parse(["replay", *flags, "--features", "7", "9"]).features == (7, 9), "a file's are no second time"
+    for first, second in ((["--features", "3"], ["--features", "5", "7"]), (["--features=3"], ["--features=5"])):
+        with pytest.raises(SystemExit, match=r"^1$"):
+            main(["replay", *first, *flags, *second])
+        assert (
+            "--features is given twice, and only the last would count; write it once: --features A B."
+            in capsys.readouterr().err
+        )
+    assert parse(["extract", *NEEDED, "--top-k", "3", "--top-k", "5"]).top_k == 5
+
+
 def test_commands_of_the_launcher_are_pointed_to(capsys):
     for command in ("status", "cancel", "pipeline"):
         with pytest.raises(SystemExit, match=r"^2$"):

@@ -137,7 +137,7 @@ def test_help_is_the_jobs_own(command):
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_may_follow_a_list_of_inputs(capsys, flag):
     with pytest.raises(SystemExit, match=r"^0$"):
-        configs(Extract, [*INPUTS, "--sae", "a.pt", flag])
+        configs(Extract, ["--shards", "s", "--out", "o", "--sae", "a.pt", flag])
     assert "--rank-by" in capsys.readouterr().out
 
 
@@ -230,6 +230,23 @@ def test_inputs_that_cannot_be_told_apart_are_refused(flags, message):
         configs(Extract, ["--shards", "s", "--out", "o", *flags])
 
 
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--setup", ["--setup", "module load a", "--partition", "p", "--setup=module load b", "extract", *INPUTS]),
+        ("--slurm-args", ["--slurm-args=--qos=a", "--slurm_args=--nice", "extract", *INPUTS]),
+        ("--sae", ["extract", *INPUTS, "--sae", "b.pt"]),
+        ("--run", ["replay", "--run", "a", "--run-dir", "b"]),
+        ("--features", ["pipeline", *INPUTS, "--", "--features", "3", "--features", "5"]),
+        ("--run", ["status", "--run", "a", "--run", "b"]),
+        ("--run", ["cancel", "--run=a", "--run-dir=b"]),
+    ],
+)
+def test_a_flag_of_several_values_is_given_once(flag, words):
+    with pytest.raises(ConfigError, match=f"^{flag} is given twice, and only the last would count; write it once: {flag} A B"):
+        run(words)
+
+
 def test_only_this_very_run_counts_as_finished(tmp_path, inputs):
     out = tmp_path / "run"
     (cfg,) = configs(Extract, [*inputs, "--out", str(out)])
@@ -253,7 +270,8 @@ def test_a_directory_trained_again_is_another_run(tmp_path, inputs):
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     manifest["config"]["sae"] = str(sae)  # which an extract needs more of than this does
     (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
-    (cfg,) = configs(Extract, [*flags, "--sae", str(sae)])
+    flags[flags.index("--sae") + 1] = str(sae)
+    (cfg,) = configs(Extract, flags)
     assert is_finished(cfg)
     os.utime(sae / "sae_weights.safetensors", (time.time() + 9,) * 2)
     assert not is_finished(cfg)
@@ -309,7 +327,7 @@ def test_a_dry_run_prints_plan_and_sbatch_file_and_needs_no_slurm(tmp_path, inpu
              "--constraint", "h200&ib", "--margin-s", "60", "--signal", "USR1", "--max-requeues", "0", "--array-parallelism", "2",
              "--slurm-args", "comment=it's mine", "exclusive", "--setup", "module load cuda", "ulimit -l unlimited"]  # fmt: skip
     with pytest.raises(SystemExit, match=r"^0$"):
-        main([*flags, "--dry-run", "pipeline", *inputs, "--sae", *map(str, saes), "--out", str(tmp_path / "it's")])
+        main([*flags, "--dry-run", "pipeline", *inputs[:3], *map(str, saes), *inputs[4:], "--out", str(tmp_path / "it's")])
     out = capsys.readouterr().out
     assert out.count("batches on 12 ranks") == 3 and out.count("#!/bin/bash") == 2
     for line in ("array=0-2%2", "nodes=3", "gpus-per-node=4", "ntasks-per-node=4", "mem=1536M", "time=30", "qos=low", "exclude='n[1-2]'",
