@@ -52,7 +52,8 @@ def test_a_second_signal_leaves_at_once_unless_it_may_be_the_first_passed_on(
 ):
     stuck = "import time, saev_dist.extract as e, saev_dist.signals as s\n"
     stuck += f"s.SAME_S, s.PASSED_ON_S = {same_s}, {passed_on_s}\n"
-    stuck += "e._rows = lambda *a: (print('here', flush=True), time.sleep(600))"
+    # many short sleeps: a signal that comes when Python has just gone to sleep is noted at the end of it
+    stuck += "e._rows = lambda *a: (print('here', flush=True), [time.sleep(0.1) for _ in range(6000)])"
     attempt = server.start(*whole[0], tmp_path / "run", before=stuck)
     wait_for(lambda: "here" in attempt.output())
     os.kill(attempt.pids[0], signal.SIGTERM)
