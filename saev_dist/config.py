@@ -436,7 +436,9 @@ def refuse_repeated(flags: Sequence[str], command: type, *, lists: tuple[str, ..
     Raises:
         ConfigError: there is one.
     """
-    said = [word.partition("=")[0].replace("_", "-") for word in flags]
+    if {"-h", "--help"} & set(flags):
+        return
+    said = [word.partition("=")[0].replace("_", "-") for word in flags if word.startswith("--")]
     for name, hint in get_type_hints(command).items():
         if name not in lists and not (get_origin(hint) is tuple and get_args(hint)[-1] is ...):
             continue

@@ -21,7 +21,7 @@ class Launcher:
 
     Write the launcher's flags, then a command, then the command's own flags (`… extract --help` explains those):
 
-      extract FLAGS               as `saev-dist extract FLAGS`; several values after --sae or --shards make a job array
+      extract FLAGS               as `saev-dist extract FLAGS`; several values after one --sae or --shards make a job array
       replay FLAGS                as `saev-dist replay FLAGS`; several values after --run make a job array
       pipeline FLAGS [-- FLAGS]   extract, then replay once it is done; replay's flags after the --
       status --run DIR …          the job that works on a run, or those on all runs in DIR: state, progress, end of the log

@@ -101,7 +101,7 @@ def _take(flags: Sequence[str], names: tuple[str, ...]) -> tuple[list[str], list
     taking = False
     for word in flags:
         name, equals, value = word.partition("=")
-        if name in names:
+        if word.startswith("--") and name.replace("_", "-") in names:
             taking, values = not equals, [value] if equals else []
         elif taking and not word.startswith("--") and word != "-h":
             values.append(word)

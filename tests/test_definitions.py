@@ -53,8 +53,13 @@ def draw_sae(draw, rules: str, is_exact: bool, size: float, d_model: int, d_sae:
         drawn = random.integers(-2, 3, shape) if is_exact else random.normal(size=shape) * scale
         return torch.from_numpy(drawn.astype(np.float32))
 
+    given_scale = draw(st.sampled_from([1.0, -0.5, 2.0] if is_exact else [1.0, -0.37, 3.1]))
+    norms = [None, Given(numbers(d_model, scale=size), given_scale)] + ([] if is_exact else [LayerNorm(), ConstantNorm()])
+    input_norm = draw(st.sampled_from(norms))
+    if isinstance(input_norm, LayerNorm | ConstantNorm):
+        size = 1.0  # of what they make
     w_enc_ds, b_enc_s = numbers(d_model, d_sae, scale=d_model**-0.5), numbers(d_sae, scale=size / 4)
-    b_enc_s -= draw(st.sampled_from([0, 1, 3])) * math.ceil(size)  # many codes, some, few
+    b_enc_s -= draw(st.sampled_from([0, 1, 3])) * size  # many codes, some, few
     if d_sae > 1:
         w_enc_ds[:, 1], b_enc_s[1] = w_enc_ds[:, 0], b_enc_s[0]
     match rules:
@@ -63,15 +68,13 @@ def draw_sae(draw, rules: str, is_exact: bool, size: float, d_model: int, d_sae:
         case "topk" | "topk of positive":
             activation = TopK(draw(st.integers(1, min(d_sae, 40))), relu=rules != "topk")
         case "threshold":
-            activation = Threshold(draw(st.sampled_from([-1.0, 0.0, 0.5, 2.0])))
+            activation = Threshold(draw(st.sampled_from([-1.0, 0.0, 0.5, 2.0])) * size)
         case "thresholds":
             activation = Threshold(numbers(d_sae, scale=size))
         case "gated":
             activation = Gated(torch.exp2(numbers(d_sae)), numbers(d_sae, scale=size))
         case "groupmax":
             activation = GroupMax(draw(st.sampled_from([n for n in range(1, d_sae + 1) if d_sae % n == 0])))
-    given_scale = draw(st.sampled_from([1.0, -0.5, 2.0] if is_exact else [1.0, -0.37, 3.1]))
-    norms = [None, Given(numbers(d_model, scale=size), given_scale)] + ([] if is_exact else [LayerNorm(), ConstantNorm()])
     return Sae(
         w_enc_ds=w_enc_ds,
         b_enc_s=b_enc_s,
@@ -79,7 +82,7 @@ def draw_sae(draw, rules: str, is_exact: bool, size: float, d_model: int, d_sae:
         b_dec_d=numbers(d_model, scale=size / 4),
         activation=activation,
         pre_bias=draw(st.booleans()),
-        input_norm=draw(st.sampled_from(norms)),
+        input_norm=input_norm,
         source="drawn",
     )
 
@@ -159,17 +162,21 @@ def codes_by_definition(sae: Sae, x_bd: NDArray[np.float64]) -> tuple[NDArray[np
             score_off_bs = off_bs * scale_s + (np.abs(b_mag_s) + np.abs(scale_s * b_s)) * ROUNDING
         case TopK(k, relu):
             order_bs = np.argsort(-h_bs, axis=1, kind="stable")
-            edge_bs = np.take_along_axis(h_bs, order_bs[:, k - 1 : k], 1)
+            sorted_bs = np.append(np.take_along_axis(h_bs, order_bs, 1), np.full((len(h_bs), 1), -np.inf), 1)
             kept_bs = np.argsort(order_bs, axis=1) < k
+            edge_bs = np.where(kept_bs, sorted_bs[:, k : k + 1], sorted_bs[:, k - 1 : k])  # whose place it has, or would take
             if relu:
                 kept_bs &= h_bs > 0
         case GroupMax(k):
             groups_bkg = h_bs.reshape(len(h_bs), k, -1)
-            edge_bs = np.broadcast_to(groups_bkg.max(2, keepdims=True), groups_bkg.shape).reshape(h_bs.shape)
-            first_bk1 = groups_bkg.argmax(2)[..., None]
-            kept_bs = (np.arange(groups_bkg.shape[2]) == first_bk1).reshape(h_bs.shape) & (h_bs > 0)
-    # on the edge: another entry, which may be off by as much as the largest of its token, or zero
-    undecided_bs = np.abs(h_bs - edge_bs) <= 2 * off_bs.max(1, keepdims=True)
+            is_first_bkg = np.arange(groups_bkg.shape[2]) == groups_bkg.argmax(2)[..., None]
+            others_bk1 = np.where(is_first_bkg, -np.inf, groups_bkg).max(2, keepdims=True)
+            edge_bs = np.where(is_first_bkg, others_bk1, groups_bkg.max(2, keepdims=True)).reshape(h_bs.shape)
+            kept_bs = is_first_bkg.reshape(h_bs.shape) & (h_bs > 0)
+    most_off_b1 = 2 * off_bs.max(1, keepdims=True)  # the edge may be another entry, which may be off as well
+    undecided_bs = np.abs(h_bs - edge_bs) <= most_off_b1
+    if isinstance(sae.activation, GroupMax) or (isinstance(sae.activation, TopK) and sae.activation.relu):
+        undecided_bs = (undecided_bs | (np.abs(h_bs) <= most_off_b1)) & (h_bs > -most_off_b1)
     return np.where(kept_bs, score_bs, 0), score_off_bs, np.where(undecided_bs, score_bs, np.nan)
 
 

@@ -137,7 +137,7 @@ def test_help_is_the_jobs_own(command):
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_may_follow_a_list_of_inputs(capsys, flag):
     with pytest.raises(SystemExit, match=r"^0$"):
-        configs(Extract, ["--shards", "s", "--out", "o", "--sae", "a.pt", flag])
+        configs(Extract, [*INPUTS, "--sae", "a.pt", flag])
     assert "--rank-by" in capsys.readouterr().out
 
 
@@ -159,7 +159,8 @@ def test_several_inputs_are_runs_named_by_what_tells_them_apart():
     found = configs(Extract, ["--shards", "x/a/s", "x/b/s", "--sae", "1/sae.pt", "2/sae.pt", "--out", "o"])
     assert [cfg.out.relative_to(Path("o").absolute()).name for cfg in found] == ["a-1", "a-2", "b-1", "b-2"]
     assert {(cfg.shards.parent.name, cfg.sae.parent.name) for cfg in found} == {(s, a) for s in "ab" for a in "12"}
-    assert [cfg.run.name for cfg in configs(Replay, ["--run-dir", "o/a", "o/b", "--n-features", "3"])] == ["a", "b"]
+    for flag in ("--run-dir", "--run_dir"):
+        assert [cfg.run.name for cfg in configs(Replay, [flag, "o/a", "o/b", "--n-features", "3"])] == ["a", "b"]
 
 
 def test_a_repository_on_the_hub_stays_one():
@@ -245,6 +246,13 @@ def test_inputs_that_cannot_be_told_apart_are_refused(flags, message):
 def test_a_flag_of_several_values_is_given_once(flag, words):
     with pytest.raises(ConfigError, match=f"^{flag} is given twice, and only the last would count; write it once: {flag} A B"):
         run(words)
+
+
+@pytest.mark.parametrize("words", [["--setup", "a", "--setup", "b", "--help"], ["status", "--run", "a", "--run", "b", "-h"]])
+def test_help_comes_before_what_is_wrong_with_flags(words, capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        run(words)
+    assert "usage: " in capsys.readouterr().out
 
 
 def test_only_this_very_run_counts_as_finished(tmp_path, inputs):
