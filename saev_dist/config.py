@@ -442,8 +442,8 @@ def refuse_repeated(flags: Sequence[str], command: type, *, lists: tuple[str, ..
     for name, hint in get_type_hints(command).items():
         if name not in lists and not (get_origin(hint) is tuple and get_args(hint)[-1] is ...):
             continue
-        flag, *aliases = spellings(name)
-        if said.count(flag) + sum(map(said.count, aliases)) > 1:
+        flag, *_ = names = spellings(name)
+        if sum(map(said.count, names)) > 1:
             raise ConfigError(f"{flag} is given twice, and only the last would count; write it once: {flag} A B.")
 
 
