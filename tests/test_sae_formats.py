@@ -27,7 +27,7 @@ NAMES = sorted(str(fpath.parent.relative_to(DATA)) for fpath in DATA.glob("*/*/e
 
 
 def test_all_fixtures_are_here():
-    assert len(NAMES) == 25
+    assert len(NAMES) == 28
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,6 +63,7 @@ FIXTURE_OF = {
     ("sae_lens", "topk"): "sae_lens/topk_{norm}_pre",
     ("sae_lens", "topk, rescaled by decoder norm"): "sae_lens/topk_rescale",
     ("sae_lens", "gated"): "sae_lens/gated_{norm}_pre",
+    ("sae_lens", "batchtopk, during training"): "sae_lens/batchtopk_training",
     ("sparsify", "topk"): "sparsify/topk",
     ("sparsify", "groupmax"): "sparsify/groupmax",
     ("dictionary_learning", "AutoEncoder"): "dictionary_learning/standard",
@@ -180,6 +181,7 @@ def test_the_scale_beside_a_checkpoint_of_training_is_read(copy_sae):
         '{"scaling_factor": Infinity}': "should be above zero",
         '{"scaling_factor": "1"}': "should be a number",
         '{"scaling_factor": 1, "mean": 2}': "fields that this version does not know",
+        '{"scaling_factor": 1, "has_whitening": true}': "has_whitening is true; this version reads checkpoints without it",
     }.items():
         (dpath / "activation_scaler.json").write_text(text)
         with pytest.raises(CheckpointError, match=why):

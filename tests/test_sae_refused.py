@@ -67,6 +67,7 @@ REFUSED = {
     "lens: norm": (LENS, cfg(normalize_activations="batch_norm"), "normalize_activations is 'batch_norm'"),
     "lens: norm a list": (LENS, cfg(normalize_activations=[1]), "normalize_activations is [1]"),
     "lens: reshaped": (LENS, cfg(reshape_activations="hook_z"), "reshape_activations is 'hook_z'"),
+    "lens: architecture with fields of its own": (LENS, cfg(architecture="matching_pursuit", max_iterations=3), "architecture is 'matching_pursuit'"),
     "lens: k of another kind": ("sae_lens/standard_none_pre", cfg(k=6), "k is set, and the architecture is 'standard'"),
     "lens: no k": (LENS, cfg(k=None), "gives no values for k"),
     "lens: two k": (LENS, cfg(activation_fn_kwargs={"k": 9}), "gives 2 values for k"),

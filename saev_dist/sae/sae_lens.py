@@ -6,17 +6,21 @@ each (s), and no b_enc. The input is normalised as `normalize_activations` says,
 
     standard   max(h, 0)
     jumprelu   max(h, 0) where h > threshold
-    topk       the k largest h, those above zero; with `rescale_acts_by_decoder_norm` h is multiplied by the norms of
-               W_dec's rows first, and the decoder divides by them: both are folded into the weights here
+    topk       the k largest h, those above zero
+    batchtopk  max(h, 0) where h > topk_threshold, a scalar
     gated      (x @ W_enc + b_gate > 0) * max(x @ (W_enc * exp(r_mag)) + b_mag, 0)
 
-BatchTopK is saved as jumprelu. Before version 6, `activation_fn` or `activation_fn_str` "topk" with
-`activation_fn_kwargs.k` makes a "standard" SAE a TopK one; a boolean `normalize_activations` means none or
-expected_average_only_in. That one multiplies the input by a scale that training measured: checkpoints made during training
-have it beside them, in `activation_scaler.json`, and where it is not, `--input-scale` gives it. At the end of training it
-is folded into the weights, and the normalisation is then "none". `scaling_factor` (s) of files fine-tuned by version 3 to 5
-multiplies features in the decoder only.
-Source: SAELens 6.54, `sae_lens/saes/*.py` and `loading/pretrained_sae_loaders.py`; the fixtures are the referees.
+With `rescale_acts_by_decoder_norm` h of topk and batchtopk is multiplied by the norms of W_dec's rows first, and the
+decoder divides by them: both are folded into the weights here. batchtopk, and matryoshka_batchtopk, which encodes alike,
+are architectures of training's own checkpoints; when training ends they are saved as jumprelu.
+
+Before version 6, `activation_fn` or `activation_fn_str` "topk" with `activation_fn_kwargs.k` makes a "standard" SAE a TopK
+one; a boolean `normalize_activations` means none or expected_average_only_in. That one multiplies the input by a scale that
+training measured: checkpoints made during training have it beside them, in `activation_scaler.json`, and where it is not,
+`--input-scale` gives it. At the end of training it is folded into the weights, and the normalisation is then "none".
+`scaling_factor` (s) of files fine-tuned by version 3 to 5 multiplies features in the decoder only.
+Source: SAELens 3.0 to 6.54, `sae_lens/saes/*.py` (before: `sae.py`, `training/training_sae.py`) and
+`loading/pretrained_sae_loaders.py`; the fixtures are the referees.
 """
 
 import math
@@ -32,7 +36,8 @@ from saev_dist.sae.checkpoint import check_k, file_in, gated, read_fields, read_
 from saev_dist.sae.model import TOKEN_NORMS, Activation, Given, InputNorm, Relu, Sae, Threshold, TopK
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
-ARCHITECTURES = ("standard", "jumprelu", "topk", "gated")
+BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
+ARCHITECTURES = ("standard", "jumprelu", "topk", "gated", *BATCH_TOPK)
 AVERAGE = "expected_average_only_in"
 # What encoding depends on.
 RULES = {
@@ -46,10 +51,12 @@ PROVENANCE = {
     "dataset_path", "dataset_trust_remote_code", "sae_lens_version", "sae_lens_training_version", "neuronpedia_id",
     "model_from_pretrained_kwargs", "seqpos_slice", "exclude_special_tokens", "expansion_factor", "seed",
     "l1_coefficient", "l1_warm_up_steps", "lp_norm", "use_ghost_grads", "normalize_sae_decoder", "noise_scale",
-    "decoder_orthogonal_init", "decoder_heuristic_init", "decoder_init_norm", "init_encoder_as_decoder_transpose",
-    "mse_loss_normalization", "scale_sparsity_penalty_by_decoder_norm", "b_dec_init_method", "from_pretrained_path",
-    "jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_sparsity_loss_mode", "jumprelu_tanh_scale",
-    "l0_coefficient", "l0_warm_up_steps", "pre_act_loss_coefficient", "aux_loss_coefficient", "use_sparse_activations",
+    "decoder_orthogonal_init", "decoder_heuristic_init", "decoder_heuristic_init_norm", "decoder_init_norm",
+    "init_encoder_as_decoder_transpose", "mse_loss_normalization", "scale_sparsity_penalty_by_decoder_norm",
+    "b_dec_init_method", "from_pretrained_path", "jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_tanh_scale",
+    "jumprelu_sparsity_loss_mode", "jumprelu_ste_to_input", "target_l0", "l0_coefficient", "l0_warm_up_steps",
+    "pre_act_loss_coefficient", "aux_loss_coefficient", "use_sparse_activations", "topk_threshold_lr", "matryoshka_widths",
+    "use_matryoshka_aux_loss",
 }  # fmt: skip
 
 
@@ -60,9 +67,9 @@ def load(dpath: Path) -> Sae:
         CheckpointError: a file is missing, hostile or contradictory, or of an architecture that is not listed above.
     """
     cfg = read_fields(file_in(dpath, CONFIG))
+    architecture = _architecture(cfg)
     cfg.refuse_unknown(RULES | PROVENANCE)
     d_model, d_sae = cfg.positive("d_in"), cfg.positive("d_sae")
-    architecture = _architecture(cfg)
     if (reshape := cfg.get("reshape_activations", str, "none")) != "none":
         raise CheckpointError(f'{cfg.where}: reshape_activations is {reshape!r}; only "none" makes sense for stored tokens.')
 
@@ -71,24 +78,26 @@ def load(dpath: Path) -> Sae:
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_model, d_sae), "W_dec": (d_sae, d_model), "b_dec": (d_model,)}
     own = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}.get(architecture, ("b_enc",))
     shapes |= dict.fromkeys(own, (d_sae,))
+    if architecture in BATCH_TOPK:
+        shapes["topk_threshold"] = ()
     if "scaling_factor" in state:
         shapes["scaling_factor"] = (d_sae,)
     tensors = take(fpath, state, shapes, f"architecture {architecture}")
     w_enc_ds, w_dec_sd = tensors["W_enc"], _finetuned(cfg, fpath, tensors)
     b_enc_s = tensors["b_gate" if architecture == "gated" else "b_enc"]
 
+    if cfg.get("rescale_acts_by_decoder_norm", bool, False):
+        norm_s = tensors["W_dec"].double().norm(dim=1)
+        if not norm_s.all():
+            raise CheckpointError(f"{fpath}: a row of W_dec is zero, and rescale_acts_by_decoder_norm divides by its norm.")
+        w_enc_ds, b_enc_s = (w_enc_ds * norm_s).float(), (b_enc_s * norm_s).float()
+        w_dec_sd = (w_dec_sd / norm_s[:, None]).float()
     activation: Activation
     match architecture:
         case "topk":
             activation = TopK(check_k(cfg.where, _k(cfg), d_sae), relu=True)
-            if cfg.get("rescale_acts_by_decoder_norm", bool, False):
-                norm_s = tensors["W_dec"].double().norm(dim=1)
-                if not norm_s.all():
-                    raise CheckpointError(
-                        f"{fpath}: a row of W_dec is zero, and rescale_acts_by_decoder_norm divides by its norm."
-                    )
-                w_enc_ds, b_enc_s = (w_enc_ds * norm_s).float(), (b_enc_s * norm_s).float()
-                w_dec_sd = (w_dec_sd / norm_s[:, None]).float()
+        case "batchtopk" | "matryoshka_batchtopk":
+            activation = Threshold(float(tensors["topk_threshold"]))
         case "gated":
             activation = gated(fpath, tensors["r_mag"], tensors["b_mag"])
         case "jumprelu":
@@ -120,7 +129,7 @@ def _architecture(cfg: Fields) -> str:
         architecture = "topk"
     elif function != "relu" and not (function == "topk" and architecture == "topk"):
         raise CheckpointError(f"{cfg.where}: activation function {function!r} with architecture {architecture!r} is not known.")
-    if architecture != "topk":
+    if architecture not in ("topk", *BATCH_TOPK):
         for name in ("k", "rescale_acts_by_decoder_norm"):
             if cfg.obj.get(name):
                 raise CheckpointError(
@@ -156,7 +165,9 @@ def _scaler(dpath: Path, d_model: int) -> InputNorm | None:
     if not os.path.lexists(dpath / SCALER):
         return None
     fields = read_fields(file_in(dpath, SCALER))
-    fields.refuse_unknown({"scaling_factor"})
+    fields.refuse_unknown({"scaling_factor", "has_whitening"})
+    if fields.get("has_whitening", bool, False):
+        raise CheckpointError(f"{fields.where}: has_whitening is true; this version reads checkpoints without it.")
     if fields.obj.get("scaling_factor") is None:
         return None
     scale = fields.get("scaling_factor", float)
