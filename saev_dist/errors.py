@@ -7,6 +7,9 @@ import os
 import sys
 from contextlib import suppress
 
+LONGEST = 8192
+"""Characters of a line, twice as many as a path has bytes; of longer ones the middle is left out."""
+
 
 class SaevDistError(Exception):
     """Base of every error that is shown without a traceback."""
@@ -66,7 +69,10 @@ def of_file(err: OSError) -> RunError:
 
 
 def printable(text: str) -> str:
-    """One line of printable text: names of files and fields are others' and may hold line ends and escape sequences."""
+    """One line of printable text: names of files and fields are others', and may be long, or hold line ends and escape
+    sequences."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 

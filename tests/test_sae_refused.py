@@ -104,6 +104,15 @@ def test_what_is_not_known_is_refused_by_name(copy_sae, name):
     check_refused(copy_sae, *REFUSED[name])
 
 
+def test_a_long_text_out_of_a_file_leaves_both_ends_of_the_line(copy_sae):
+    dpath = copy_sae(LENS)
+    edit(dpath / "cfg.json", architecture="x" * 100_000)
+    with pytest.raises(CheckpointError) as err:
+        load(dpath)
+    text = str(err.value)
+    assert len(text) < 9_000 and text.startswith(f"{dpath}/cfg.json: architecture is") and "this version reads" in text
+
+
 def test_sizes_of_saev_must_agree(tmp_path):
     fpath = make_sae(tmp_path / "sae.pt", RELU)
     line, body = fpath.read_bytes().split(b"\n", 1)
