@@ -4,7 +4,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE # some machines set it: then every start would compile torch again
 BENCHES := read stages extract replay gallery snapshot write scaling start growth gpu
 
-.PHONY: install demo test test-slurm test-slurm-full check types bench clean soak
+.PHONY: install demo test test-slurm test-slurm-full check types bench clean soak upstream
 
 install: .venv/installed
 
@@ -50,6 +50,10 @@ bench: install
 soak: install
 	$(BIN)/python -m tests.soak 200
 	SOAK=1 $(BIN)/pytest tests/test_disk.py tests/test_replay_faults.py -k every_file_operation
+
+# SAEs as other programs write them, read by ours: each program's newest release, and some older ones, in an environment of its own.
+upstream: install
+	$(BIN)/python -m tests.upstream
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -29,7 +29,11 @@ def load(path: Path, **said) -> Sae:
 
 def expected(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and features that the original program computed."""
-    tensors, _ = read_safetensors(DATA / name / "expected.safetensors")
+    return expected_in(DATA / name)
+
+
+def expected_in(dpath: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    tensors, _ = read_safetensors(dpath / "expected.safetensors")
     return tensors["x"], tensors["feats"]
 
 
