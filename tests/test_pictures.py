@@ -99,7 +99,7 @@ def save_rows(dpath: Path, stored: list[dict], kinds: dict | None = None, **colu
     """A data set whose pictures are stored just so; `datasets` would copy those that are only named, wherever they are."""
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), **(kinds or {})})
-    datasets.Dataset.from_dict({name: [None] for name in features}, features=features).save_to_disk(dpath)
+    datasets.Dataset.from_dict({name: [None] for name in features}, features=features).save_to_disk(str(dpath))
     arrow = pyarrow.table({"image": stored, **columns}, schema=features.arrow_schema)
     (fpath,) = dpath.glob("*.arrow")
     with pyarrow.ipc.new_stream(fpath, arrow.schema) as writer:
@@ -155,7 +155,7 @@ def test_a_picture_of_a_data_set_is_turned_and_converted_as_datasets_does_it(tmp
     content = (tmp_path / f"x.{extension}").read_bytes()
     features = datasets.Features({"image": datasets.Image(mode="L")})
     rows = datasets.Dataset.from_dict({"image": [content, str(tmp_path / f"x.{extension}")]}, features=features)
-    rows.save_to_disk(tmp_path / "set")
+    rows.save_to_disk(str(tmp_path / "set"))
     for i in range(2):
         read = load_picture(tmp_path / "set", str(i), in_data_set=True)
         assert read.size == (4, 6) and np.array_equal(read, rows[i]["image"].convert("RGB"))
@@ -168,12 +168,12 @@ def test_a_data_set_that_was_saved_with_a_format_is_read_as_any_other(tmp_path, 
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     rows = datasets.Dataset.from_dict({"image": fpaths, "label": [1, 0, None]}, features=features)
     rows.set_format(kind, columns=["label"])
-    rows.save_to_disk(tmp_path / "set")
+    rows.save_to_disk(str(tmp_path / "set"))
     pictures = open_pictures(tmp_path / "set", 3)
     assert list(pictures.rows()) == [("0", "b"), ("1", "a"), ("2", "")]
     assert [pictures.label(i) for i in range(3)] == ["b", "a", ""]
     assert load_picture(tmp_path / "set", "1", in_data_set=True).size == (60, 40)
-    rows.select([1, 0, 2]).save_to_disk(tmp_path / "other")
+    rows.select([1, 0, 2]).save_to_disk(str(tmp_path / "other"))
     shutil.copytree(tmp_path / "set", tmp_path / "copy")
     assert pictures.fingerprint() == open_pictures(tmp_path / "copy", 3).fingerprint()
     assert pictures.fingerprint() != open_pictures(tmp_path / "other", 3).fingerprint()
@@ -282,7 +282,7 @@ def test_flat_folders_and_data_sets_are_picture_sources(tmp_path):
         (flat / fpath.name).write_bytes(fpath.read_bytes())
     rows = {"image": [str(fpath) for fpath in fpaths], "label": [int(fpath.parent.name[-1]) for fpath in fpaths]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
-    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "set")
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "set"))
     found = []
     for source in (images, flat, tmp_path / "set"):
         replay.run(make_replay(run, images=source, all=False, n_features=4))
@@ -354,7 +354,7 @@ def columns(tmp_path, capsys):
         rows = {"image": image or fpaths} | ({"label": label} if label else {})
         kinds = {"image": datasets.Value("string") if image == fpaths else datasets.Image()}
         kinds |= {"label": datasets.ClassLabel(names=["a", "b"])} if label else {}
-        datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).save_to_disk(tmp_path / name)
+        datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).save_to_disk(str(tmp_path / name))
         capsys.readouterr()  # its progress
         return fpaths, tmp_path / name
 
