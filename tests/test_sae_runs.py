@@ -149,7 +149,7 @@ def test_inspect_tells_the_rules(capsys):
 def cache(tmp_path):
     """The cache of huggingface_hub, as it is after a download."""
     root = tmp_path / "hub/models--owner--repo"
-    commit, name = "0123456789abcdef0123456789abcdef01234567", "layer_3"
+    commit, name = "0123456789abcdef0123456789abcdef01234567", "layer 3, k=32"
     for folder in ("blobs", "refs", f"snapshots/{commit}/{name}"):
         (root / folder).mkdir(parents=True)
     (root / "refs/main").write_text(commit)
@@ -163,18 +163,19 @@ def test_the_hubs_cache_is_used_without_a_network(tmp_path, shards, cache, monke
     monkeypatch.setitem(ENV, "HF_HUB_CACHE", str(cache))
     monkeypatch.setitem(ENV, "HF_HUB_OFFLINE", "1")
     for revision in ("", "@main", "@0123456789abcdef0123456789abcdef01234567"):
-        done = run_ranks("inspect", f"hf://owner/repo/layer_3{revision}")
+        done = run_ranks("inspect", f"hf://owner/repo/layer 3, k=32{revision}")
         assert done.returncode == 0 and "SAELens, topk" in done.stdout, done.stderr
-    args = ["extract", "--shards", shards, "--sae", "hf://owner/repo/layer_3", "--out", tmp_path / "run", "--self-check", "off"]
+    args = ["extract", "--shards", shards, "--sae", "hf://owner/repo/layer 3, k=32", "--out", tmp_path / "run", "--self-check", "off"]
     assert run_ranks(*args).returncode == 0
     done = run_ranks("verify", "--run", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert run_ranks("verify", "--run", tmp_path / "run", "--sae", "hf://owner/repo/layer_3@main").returncode == 0
+    assert run_ranks("verify", "--run", tmp_path / "run", "--sae", "hf://owner/repo/layer 3, k=32@main").returncode == 0
     for name, message in {
         "hf://owner/other": "is not in the cache and cannot be downloaded",
         "hf://owner/repo/layer_4": "holds no layer_4 at this revision",
         "hf://owner": "expected hf://owner/repo",
         "hf://owner/repo/../../x": "expected hf://owner/repo",
+        "hf://owner/repo/layer*": "expected hf://owner/repo",
     }.items():
         done = run_ranks("inspect", name)
         assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

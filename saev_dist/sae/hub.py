@@ -7,7 +7,7 @@ from pathlib import Path
 from saev_dist.errors import ConfigError
 
 SCHEME = "hf:"
-PATTERN = re.compile(r"hf:/(?P<repo>[\w.-]+/[\w.-]+)(?P<path>(?:/[\w.-]+)*)(?:@(?P<revision>[\w./-]+))?")
+PATTERN = re.compile(r"hf:/(?P<repo>[\w.-]+/[\w.-]+)(?P<path>(?:/[^/@*?[\]]+)*)(?:@(?P<revision>[\w./-]+))?")
 
 
 def is_hub_name(name: Path) -> bool:
