@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 
 LONGEST = 8192
-"""Characters of a line, twice as many as a path has bytes; of longer ones the middle is left out."""
+"""Characters of a line, twice as many as a path has bytes; of a longer one the middle is left out."""
 
 
 class SaevDistError(Exception):
@@ -71,9 +71,8 @@ def of_file(err: OSError) -> RunError:
 def printable(text: str) -> str:
     """One line of printable text: names of files and fields are others', and may be long, or hold line ends and escape
     sequences."""
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
 
 
 def count(n: int, noun: str) -> str:

@@ -27,7 +27,7 @@ NAMES = sorted(str(fpath.parent.relative_to(DATA)) for fpath in DATA.glob("*/*/e
 
 
 def test_all_fixtures_are_here():
-    assert len(NAMES) == 28
+    assert len(NAMES) == 32
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,9 +61,9 @@ FIXTURE_OF = {
     ("sae_lens", "standard"): "sae_lens/standard_{norm}_pre",
     ("sae_lens", "jumprelu"): "sae_lens/jumprelu_{norm}_pre",
     ("sae_lens", "topk"): "sae_lens/topk_{norm}_pre",
-    ("sae_lens", "topk, rescaled by decoder norm"): "sae_lens/topk_rescale",
+    ("sae_lens", "topk, rescaled by decoder norm"): "sae_lens/topk_rescale_{norm}",
     ("sae_lens", "gated"): "sae_lens/gated_{norm}_pre",
-    ("sae_lens", "batchtopk, during training"): "sae_lens/batchtopk_training",
+    ("sae_lens", "batchtopk, during training"): "sae_lens/batchtopk_training_{norm}",
     ("sparsify", "topk"): "sparsify/topk",
     ("sparsify", "groupmax"): "sparsify/groupmax",
     ("dictionary_learning", "AutoEncoder"): "dictionary_learning/standard",

@@ -65,6 +65,7 @@ REFUSED = {
     "lens: architecture": (LENS, cfg(architecture="transcoder"), "architecture is 'transcoder'; this version reads standard,"),
     "lens: field": (LENS, cfg(subtract_mean=True), "fields that this version does not know (subtract_mean)"),
     "lens: norm": (LENS, cfg(normalize_activations="batch_norm"), "normalize_activations is 'batch_norm'"),
+    "lens: whitened": (LENS, cfg(normalize_activations="covariance_whitening"), "normalize_activations is 'covariance_whitening'"),
     "lens: norm a list": (LENS, cfg(normalize_activations=[1]), "normalize_activations is [1]"),
     "lens: reshaped": (LENS, cfg(reshape_activations="hook_z"), "reshape_activations is 'hook_z'"),
     "lens: architecture with fields of its own": (LENS, cfg(architecture="matching_pursuit", max_iterations=3), "architecture is 'matching_pursuit'"),
@@ -83,7 +84,7 @@ REFUSED = {
     "lens: threshold missing": ("sae_lens/jumprelu_none_pre", tensors(threshold=None), "no tensor threshold"),
     "lens: threshold NaN": ("sae_lens/jumprelu_none_pre", tensors(threshold=torch.full((96,), torch.nan)), "96 of 96 values of threshold are NaN"),
     "lens: gate overflows": ("sae_lens/gated_none_pre", tensors(r_mag=torch.full((96,), 1e3)), "exp(r_mag) leaves the range"),
-    "lens: zero row": ("sae_lens/topk_rescale", tensors(W_dec=torch.zeros(96, 20)), "a row of W_dec is zero"),
+    "lens: zero row": ("sae_lens/topk_rescale_none", tensors(W_dec=torch.zeros(96, 20)), "a row of W_dec is zero"),
     "lens: no weights": (LENS, lambda dpath: (dpath / "sae_weights.safetensors").unlink(), "is no SAE by itself; it holds cfg.json"),
     "sparsify: activation": (SPARSIFY, cfg(activation="relu"), "activation is 'relu'; this version reads topk and groupmax"),
     "sparsify: field": (SPARSIFY, cfg(input_norm=True), "does not know (input_norm)"),
@@ -106,7 +107,7 @@ def test_what_is_not_known_is_refused_by_name(copy_sae, name):
 
 def test_a_long_text_out_of_a_file_leaves_both_ends_of_the_line(copy_sae):
     dpath = copy_sae(LENS)
-    edit(dpath / "cfg.json", architecture="x" * 100_000)
+    edit(dpath / "cfg.json", architecture="\x1b" * 100_000)
     with pytest.raises(CheckpointError) as err:
         load(dpath)
     text = str(err.value)

@@ -18,7 +18,7 @@ DATA = Path(__file__).parent / "data" / "sae-formats"
 KINDS = [
     "sae_lens/gated_layer_norm_pre",
     "sae_lens/jumprelu_constant_norm_rescale_pre",
-    "sae_lens/topk_rescale",
+    "sae_lens/topk_rescale_none",
     "sparsify/groupmax",
     "dictionary_learning/batch_top_k",
 ]
@@ -165,7 +165,17 @@ def test_the_hubs_cache_is_used_without_a_network(tmp_path, shards, cache, monke
     for revision in ("", "@main", "@0123456789abcdef0123456789abcdef01234567"):
         done = run_ranks("inspect", f"hf://owner/repo/layer 3, k=32{revision}")
         assert done.returncode == 0 and "SAELens, topk" in done.stdout, done.stderr
-    args = ["extract", "--shards", shards, "--sae", "hf://owner/repo/layer 3, k=32", "--out", tmp_path / "run", "--self-check", "off"]
+    args = [
+        "extract",
+        "--shards",
+        shards,
+        "--sae",
+        "hf://owner/repo/layer 3, k=32",
+        "--out",
+        tmp_path / "run",
+        "--self-check",
+        "off",
+    ]
     assert run_ranks(*args).returncode == 0
     done = run_ranks("verify", "--run", tmp_path / "run")
     assert done.returncode == 0, done.stderr

@@ -48,7 +48,7 @@ def make(kind: type, config: type, **said: Any) -> Any:
 
 
 Made = tuple[str, Any, Callable[[Path], object], Any]
-"""Name, normalisation, what saves it, and what encodes: an SAE or, of version 6, what saves one that can be loaded."""
+"""Name, normalisation, what saves it, and what encodes or, of version 6, what saves an SAE that can be loaded."""
 
 
 def of_version_6() -> Iterator[Made]:
@@ -83,8 +83,11 @@ def of_version_3_to_5() -> Iterator[Made]:
             said |= {"architecture": "standard", "activation_fn_kwargs": {"k": K}}
             said |= {"activation_fn": "topk", "activation_fn_str": "topk"}
         sae = make(kind, config, **said)
+        encode = sae.encode
+        if hasattr(sae, "log_threshold"):  # 4.1.0 to 4.3.2 encode with another one, which is not trained
+            encode = lambda x, sae=sae: sae.encode_with_hidden_pre_fn(x)[0]  # noqa: E731
         name = f"{stage}-{architecture}-{norm}-{'pre' if subtracts else 'nopre'}"
-        yield name, norm, lambda path, sae=sae: sae.save_model(str(path)), sae
+        yield name, norm, lambda path, sae=sae: sae.save_model(str(path)), encode
 
 
 def main(out: Path) -> None:
@@ -92,7 +95,7 @@ def main(out: Path) -> None:
 
     torch.manual_seed(0)
     is_new = int(sae_lens.__version__.split(".")[0]) >= 6
-    for name, norm, save, encoder in of_version_6() if is_new else of_version_3_to_5():
+    for name, norm, save, encode in of_version_6() if is_new else of_version_3_to_5():
         path = out / name
         path.mkdir(parents=True)
         save(path)
@@ -104,9 +107,9 @@ def main(out: Path) -> None:
             ActivationScaler(scaling_factor=scale).save(str(path / "activation_scaler.json"))
         x_bd = torch.randn(48, D_MODEL) / scale
         if is_new:
-            encoder(path / "whole")
-            encoder = sae_lens.SAE.load_from_disk(str(path / "whole"))
-        feats_bs = encoder.encode(x_bd * scale)
+            encode(path / "whole")
+            encode = sae_lens.SAE.load_from_disk(str(path / "whole")).encode
+        feats_bs = encode(x_bd * scale)
         save_file({"x": x_bd, "feats": feats_bs.detach().float().contiguous()}, path / "expected.safetensors")
 
 
