@@ -35,7 +35,7 @@ NOT_READ = re.compile(r"architecture is '(\w+)'; this version reads")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m tests.upstream", description=__doc__.splitlines()[0])
     parser.add_argument("requirements", nargs="*", default=RELEASES, help="what pip installs; default: some releases of each")
     requirements = parser.parse_args().requirements
     if strangers := [requirement for requirement in requirements if _program(requirement) not in WRITERS]:
