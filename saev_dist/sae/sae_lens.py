@@ -12,10 +12,10 @@ each (s), and no b_enc. The input is normalised as `normalize_activations` says,
 
 With `rescale_acts_by_decoder_norm` h of topk and batchtopk is multiplied by the norms of W_dec's rows first, and the
 decoder divides by them: both are folded into the weights here. batchtopk, and matryoshka_batchtopk, which encodes alike,
-are architectures of training's own checkpoints. They are read as `save_inference_model` would write them, as jumprelu;
-`encode` of the training SAE keeps the k strongest per token of a batch instead. When training with
-expected_average_only_in ended, 6.14.0 to 6.54.8 forgot to scale their threshold with the norms of W_dec (SAELens' issue 763):
-nothing in the file tells.
+are architectures of training's own checkpoints. They are read as `save_inference_model` would write them, as jumprelu; `k`
+is of training alone, where `encode` keeps a batch's strongest, k a token on average. When training with
+expected_average_only_in and rescaling ended, 6.14.0 to 6.54.8 did not scale their threshold as the norms of W_dec (SAELens'
+issue 763): nothing in the file tells.
 
 Before version 6, `activation_fn` or `activation_fn_str` "topk" with `activation_fn_kwargs.k` makes a "standard" SAE a TopK
 one; a boolean `normalize_activations` means none or expected_average_only_in. That one multiplies the input by a scale that

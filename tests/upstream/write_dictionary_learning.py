@@ -25,10 +25,8 @@ D_MODEL, STEPS = 16, 60
 COMMON = {
     "steps": STEPS, "activation_dim": D_MODEL, "dict_size": 32, "layer": 1, "lm_name": "m", "device": "cpu", "warmup_steps": 5,
 }  # fmt: skip
-SPARSE, ANNEALED = (
-    {"sparsity_warmup_steps": 5},
-    {"sparsity_warmup_steps": 5, "anneal_start": 20, "n_sparsity_updates": 2, "p_end": 0.2},
-)
+SPARSE = {"sparsity_warmup_steps": 5}
+ANNEALED = {**SPARSE, "anneal_start": 20, "n_sparsity_updates": 2, "p_end": 0.2}
 TRAINERS = [
     (StandardTrainer, SPARSE),
     (StandardTrainerAprilUpdate, SPARSE),

@@ -4,8 +4,10 @@ It runs where SAELens is installed and ours is not.
 """
 
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -47,8 +49,8 @@ def make(kind: type, config: type, **said: Any) -> Any:
     return sae
 
 
-Made = tuple[str, Any, Callable[[Path], object], Any]
-"""Name, normalisation, what saves it, and what encodes or, of version 6, what saves an SAE that can be loaded."""
+Made = tuple[str, Any, Callable[[Path], object], Callable[[torch.Tensor], torch.Tensor]]
+"""Name, normalisation, what saves it, and what encodes."""
 
 
 def of_version_6() -> Iterator[Made]:
@@ -63,10 +65,19 @@ def of_version_6() -> Iterator[Made]:
         except (ValueError, AssertionError) as err:
             print(f"not made: {name}: {err!r}")
             continue
-        whole = sae.save_inference_model if stage == "training" else sae.save_model
-        yield name, norm, sae.save_model, whole
+        finish = sae.save_inference_model if stage == "training" else sae.save_model
+        yield name, norm, sae.save_model, partial(encode_saved, finish)
         if stage == "training":
-            yield f"{name}-saved", norm, whole, whole
+            yield f"{name}-saved", norm, finish, partial(encode_saved, finish)
+
+
+def encode_saved(save: Callable[[str], object], x_bd: torch.Tensor) -> torch.Tensor:
+    """What is saved can be loaded, unlike some checkpoints of training."""
+    from sae_lens import SAE
+
+    with tempfile.TemporaryDirectory() as name:
+        save(name)
+        return SAE.load_from_disk(name).encode(x_bd)
 
 
 def of_version_3_to_5() -> Iterator[Made]:
@@ -106,9 +117,6 @@ def main(out: Path) -> None:
             scale = SCALE
             ActivationScaler(scaling_factor=scale).save(str(path / "activation_scaler.json"))
         x_bd = torch.randn(48, D_MODEL) / scale
-        if is_new:
-            encode(path / "whole")
-            encode = sae_lens.SAE.load_from_disk(str(path / "whole")).encode
         feats_bs = encode(x_bd * scale)
         save_file({"x": x_bd, "feats": feats_bs.detach().float().contiguous()}, path / "expected.safetensors")
 
